@@ -1,0 +1,215 @@
+"""What a Llama 4 model is: every size and switch, as frozen dataclasses that refuse impossible values."""
+
+import dataclasses
+from typing import Literal
+
+DType = Literal["float32", "bfloat16"]
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+def _require_positive(config: object, *names: str) -> None:
+    for name in names:
+        value = getattr(config, name)
+        _require(value > 0, f"{type(config).__name__}.{name} ({value}) must be positive")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """Piecewise scaling of RoPE frequencies by wavelength.
+
+    Wavelengths above `original_max_positions / low_freq_factor` are divided by `factor`, those
+    below `original_max_positions / high_freq_factor` are kept, and those between are blended.
+    """
+
+    factor: float = 16.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 1.0
+    original_max_positions: int = 8192
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "factor", "low_freq_factor", "original_max_positions")
+        _require(
+            self.high_freq_factor >= self.low_freq_factor,
+            f"high_freq_factor ({self.high_freq_factor}) must be at least low_freq_factor "
+            f"({self.low_freq_factor})",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Temperature:
+    """Attention temperature of NoPE layers: s(p) = 1 + coefficient * ln(floor((p + 1) / floor) + 1)."""
+
+    floor: int = 8192
+    coefficient: float = 0.1
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "floor")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+    """Sizes of the text decoder.
+
+    Layers are counted from 0. Layers in `nope_layers` attend to every earlier token, without
+    positional embedding and with attention temperature; all others use RoPE and see only their
+    own chunk of `chunk_size` tokens (all earlier tokens if it is None). Layers in `moe_layers`
+    have routed experts and a shared expert of `expert_dim`; the others a dense MLP of `mlp_dim`.
+
+    `rope_positions="chunk"` rotates by `position % chunk_size`, which is the same function and
+    exact at any length; `"absolute"` rotates by the float32 absolute position like the reference
+    implementations, for bit parity with them beyond the first chunk.
+    """
+
+    vocab_size: int
+    embed_dim: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_dim: int
+    expert_dim: int
+    num_experts: int
+    experts_per_token: int = 1
+    moe_layers: tuple[int, ...]
+    nope_layers: tuple[int, ...]
+    chunk_size: int | None
+    rope_theta: float = 500_000.0
+    rope_scaling: RopeScaling | None
+    use_qk_norm: bool
+    temperature: Temperature | None
+    norm_eps: float = 1e-5
+    max_positions: int
+    tie_embeddings: bool = False
+    rope_positions: Literal["chunk", "absolute"] = "chunk"
+
+    def __post_init__(self) -> None:
+        _require_positive(
+            self, "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim"
+        )
+        _require_positive(self, "mlp_dim", "expert_dim", "rope_theta", "norm_eps", "max_positions")
+        _require(
+            self.num_heads % self.num_kv_heads == 0,
+            f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})",
+        )
+        _require(self.head_dim % 2 == 0, f"head_dim ({self.head_dim}) must be even for RoPE")
+        for name in ("moe_layers", "nope_layers"):
+            layers = getattr(self, name)
+            valid = tuple(sorted(set(layers))) == layers and set(layers) <= set(range(self.num_layers))
+            _require(
+                valid,
+                f"{name} {layers} must be increasing layer indices from 0 to {self.num_layers - 1}",
+            )
+        if self.moe_layers:
+            _require_positive(self, "num_experts")
+            _require(
+                1 <= self.experts_per_token <= self.num_experts,
+                f"experts_per_token ({self.experts_per_token}) must lie in 1..num_experts "
+                f"({self.num_experts})",
+            )
+        if self.chunk_size is not None:
+            _require_positive(self, "chunk_size")
+        _require(
+            self.rope_positions in ("chunk", "absolute"),
+            f"rope_positions ({self.rope_positions!r}) must be 'chunk' or 'absolute'",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class VisionConfig:
+    """Sizes of the vision encoder, its pixel-shuffle adapter and the tile it reads."""
+
+    image_size: int = 336
+    patch_size: int = 14
+    num_channels: int = 3
+    embed_dim: int = 1408
+    num_layers: int = 34
+    num_heads: int = 16
+    mlp_dim: int = 5632
+    adapter_dim: int = 4096
+    norm_eps: float = 1e-5
+    rope_theta: float = 10_000.0
+    pixel_shuffle_ratio: float = 0.5
+
+    def __post_init__(self) -> None:
+        _require_positive(self, "image_size", "patch_size", "num_channels", "embed_dim", "num_layers")
+        _require_positive(self, "num_heads", "mlp_dim", "adapter_dim", "norm_eps", "rope_theta")
+        _require(
+            self.image_size % self.patch_size == 0,
+            f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})",
+        )
+        _require(
+            self.embed_dim % (4 * self.num_heads) == 0,
+            f"vision embed_dim ({self.embed_dim}) must be a multiple of 4 * num_heads "
+            f"({4 * self.num_heads}), so that 2-D RoPE splits each head",
+        )
+        _require(
+            0 < self.pixel_shuffle_ratio <= 1 and (1 / self.pixel_shuffle_ratio).is_integer(),
+            f"pixel_shuffle_ratio ({self.pixel_shuffle_ratio}) must be 1 / a whole number",
+        )
+        _require(
+            self.grid % self.shuffle == 0,
+            f"the patch grid ({self.grid}) must be a multiple of the pixel shuffle ({self.shuffle})",
+        )
+
+    @property
+    def grid(self) -> int:
+        """Patches along one side of a tile."""
+        return self.image_size // self.patch_size
+
+    @property
+    def num_patches(self) -> int:
+        return self.grid**2
+
+    @property
+    def shuffle(self) -> int:
+        """Patches along one side of the square that pixel shuffle folds into one token."""
+        return round(1 / self.pixel_shuffle_ratio)
+
+    @property
+    def tokens_per_tile(self) -> int:
+        return (self.grid // self.shuffle) ** 2
+
+    @property
+    def head_dim(self) -> int:
+        return self.embed_dim // self.num_heads
+
+    @property
+    def patch_dim(self) -> int:
+        return self.num_channels * self.patch_size**2
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A whole model: decoder, optional vision encoder, the token ids it must know, and its dtype."""
+
+    name: str
+    text: TextConfig
+    vision: VisionConfig | None
+    bos_id: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    patch_id: int | None
+    max_tiles: int = 16
+    dtype: DType = "bfloat16"
+
+    def __post_init__(self) -> None:
+        ids = {"bos_id": self.bos_id, "pad_id": self.pad_id}
+        ids |= {f"eos_ids[{i}]": eos for i, eos in enumerate(self.eos_ids)}
+        if self.vision is not None:
+            _require(self.patch_id is not None, "a model with vision needs a patch_id")
+        if self.patch_id is not None:
+            ids["patch_id"] = self.patch_id
+        for name, value in ids.items():
+            _require(
+                0 <= value < self.text.vocab_size,
+                f"{name} ({value}) must lie in 0..vocab_size - 1 ({self.text.vocab_size - 1})",
+            )
+        _require_positive(self, "max_tiles")
+        _require(
+            self.dtype in ("float32", "bfloat16"),
+            f"dtype ({self.dtype!r}) must be 'float32' or 'bfloat16'",
+        )

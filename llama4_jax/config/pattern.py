@@ -1,0 +1,57 @@
+"""The layer pattern as data: which kinds of layer repeat, so that the decoder can scan over groups of them."""
+
+import dataclasses
+
+from llama4_jax.config.model import TextConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What distinguishes one decoder layer from another."""
+
+    is_nope: bool
+    is_moe: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPattern:
+    """`slots` repeated `num_groups` times, followed by `tail`.
+
+    Layer `g * len(slots) + i` is slot `i` of group `g`. Scout: 12 groups of (local, local, local,
+    NoPE), all MoE; Maverick: 12 groups of (dense, MoE, dense, MoE NoPE).
+    """
+
+    slots: tuple[LayerKind, ...]
+    num_groups: int
+    tail: tuple[LayerKind, ...]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.slots) * self.num_groups + len(self.tail)
+
+    def kind(self, layer: int) -> LayerKind:
+        """Return the kind of 0-based `layer`."""
+        scanned = len(self.slots) * self.num_groups
+        return self.slots[layer % len(self.slots)] if layer < scanned else self.tail[layer - scanned]
+
+    def name(self, layer: int) -> tuple[str, int | None]:
+        """Return where `layer` lives in the decoder: a path prefix, and its group or None in the tail."""
+        scanned = len(self.slots) * self.num_groups
+        if layer < scanned:
+            return f"groups.slots.{layer % len(self.slots)}", layer // len(self.slots)
+        return f"tail.{layer - scanned}", None
+
+
+def layer_pattern(config: TextConfig) -> LayerPattern:
+    """Find the shortest repeating run of layer kinds; what is left over at the end is the tail."""
+    kinds = tuple(
+        LayerKind(is_nope=i in config.nope_layers, is_moe=i in config.moe_layers)
+        for i in range(config.num_layers)
+    )
+    period = next(
+        p
+        for p in range(1, len(kinds) + 1)
+        if all(kinds[i] == kinds[i % p] for i in range(len(kinds)))
+    )
+    num_groups = len(kinds) // period
+    return LayerPattern(kinds[:period], num_groups, kinds[num_groups * period :])

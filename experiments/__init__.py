@@ -1,0 +1,1 @@
+"""Entry points: each module is one absl program, run as `python -m experiments.<name>`."""

@@ -1,0 +1,1 @@
+"""Serving: generate text and score it with a loaded checkpoint."""

@@ -1,0 +1,101 @@
+"""Requests in and answers out as JSON lines: errors name the line, and no answer is ever lost."""
+
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterator
+from typing import Any, Self
+
+
+class LineError(ValueError):
+    """A line that cannot be used; the message begins with `file:line:`."""
+
+
+def read_lines[T](path: str | os.PathLike, parse: Callable[[dict[str, Any]], T]) -> list[T]:
+    """Read a file of JSON objects, one on each line; blank lines are skipped.
+
+    Args:
+      path: of the file, UTF-8.
+      parse: makes of one object what the caller needs, raising ValueError or OSError if it cannot.
+
+    Returns:
+      The parsed objects in the order of the file.
+
+    Raises:
+      LineError: for the first line that is not a JSON object or that `parse` refuses.
+    """
+    return [parsed for _, parsed in _parsed_lines(pathlib.Path(path), parse)]
+
+
+def _parsed_lines[T](path: pathlib.Path, parse: Callable) -> Iterator[tuple[int, T]]:
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.strip():
+                continue
+            try:
+                # utf-8-sig: some editors begin a file with a byte-order mark.
+                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+                if not isinstance(value, dict):
+                    raise ValueError(f"expected a JSON object, found {type(value).__name__}")
+                yield number, parse(value)
+            except (ValueError, OSError) as error:
+                raise LineError(f"{path}:{number}: {error}") from error
+
+
+class LineWriter:
+    """Write JSON lines so that the file under its own name is always complete.
+
+    Lines go to `PATH.partial` and are flushed one by one; leaving the `with` block without an
+    error renames it to PATH. After an error or an interrupt the partial file stays, holding
+    every line written so far.
+    """
+
+    def __init__(self, path: str | os.PathLike):
+        self.path = pathlib.Path(path)
+        self.partial = partial_path(path)
+
+    def __enter__(self) -> Self:
+        self._file = self.partial.open("x", encoding="utf-8")
+        return self
+
+    def write(self, value: dict[str, Any]) -> None:
+        """Append one object as one line, and hand it to the operating system at once."""
+        self._file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        self._file.flush()
+
+    def __exit__(self, kind, error, traceback) -> None:
+        if error is None:
+            os.fsync(self._file.fileno())
+        self._file.close()
+        if error is None:
+            self.partial.rename(self.path)
+        elif self.partial.stat().st_size == 0:
+            self.partial.unlink()
+        else:
+            error.add_note(f"The answers written so far are in {self.partial}.")
+
+
+def partial_path(path: str | os.PathLike) -> pathlib.Path:
+    """Return where lines wait until the file is complete."""
+    path = pathlib.Path(path)
+    return path.with_name(path.name + ".partial")
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Refuse, before any work is done, an output that could not be written or would be replaced.
+
+    Raises:
+      ValueError: the file or its partial one exists, or its folder does not.
+    """
+    path = pathlib.Path(path)
+    if path.exists():
+        raise ValueError(f"{path} exists; remove it or name another file.")
+    if partial_path(path).exists():
+        raise ValueError(
+            f"{partial_path(path)} holds the answers of a run that did not end; "
+            "remove it, or move it if you need them."
+        )
+    if not path.parent.is_dir():
+        raise ValueError(f"the folder {path.parent} does not exist; make it first.")
+    if not os.access(path.parent, os.W_OK):
+        raise ValueError(f"the folder {path.parent} may not be written to.")

@@ -1,0 +1,148 @@
+"""What the commands share: flags for a checkpoint on a mesh, and refusals in one clear line.
+
+Each command defines its flags on a FlagValues it is given and checks them all before it loads
+anything, so that a mistake costs a second and not a checkpoint's loading time.
+"""
+
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+
+import jax
+from absl import app, flags, logging
+
+from llama4_jax import parallel
+
+flags.disclaim_key_flags()  # what a function here defines is the calling command's own flag
+
+
+class FlagError(ValueError):
+    """Flags that are missing, out of range or contradict each other."""
+
+
+def launch(define: Callable[[flags.FlagValues], None], main: Callable[[flags.FlagValues], None]):
+    """Run one command as a program.
+
+    A ValueError or OSError ends it with its message on one line of standard error: exit status 2
+    for flags, 1 for all else. `--verbosity=1` adds the traceback.
+
+    Args:
+      define: defines the command's flags on the values given.
+      main: reads the values, checks them, does the work.
+    """
+    define(flags.FLAGS)
+    app.run(lambda argv: sys.exit(_status(main, argv)))
+
+
+def _status(main: Callable[[flags.FlagValues], None], argv: Sequence[str]) -> int:
+    try:
+        if argv[1:]:
+            raise FlagError(
+                f"{argv[1]!r} is no flag; flags look like --name=value, and a value with spaces "
+                "stands in quotes."
+            )
+        main(flags.FLAGS)
+    except (ValueError, OSError) as error:
+        lines = [f"error: {error}", *getattr(error, "__notes__", ())]
+        print("\n".join(lines), file=sys.stderr)
+        logging.debug("where it arose:", exc_info=True)
+        return 2 if isinstance(error, FlagError) else 1
+    except KeyboardInterrupt as interrupt:
+        print("\n".join(["interrupted", *getattr(interrupt, "__notes__", ())]), file=sys.stderr)
+        return 130
+    return 0
+
+
+def define_model_flags(values: flags.FlagValues) -> None:
+    """Define --checkpoint, --mesh and --dtype: which model runs, where, and in what precision."""
+    flags.DEFINE_string(
+        "checkpoint", None, "Folder of the checkpoint: Hugging Face, Meta or Orbax layout.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "mesh", None,
+        "Devices to spread the model over, as axis:size pairs, e.g. expert:4,tensor:2. The sizes "
+        "multiply to the number of devices. A machine without an accelerator splits its CPU into "
+        "as many virtual devices as the mesh asks for. Default: one device.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "dtype", None, ["bfloat16", "float32"],
+        "Precision of parameters and activations. Default: the checkpoint's own.",
+        flag_values=values,
+    )  # fmt: skip
+
+
+def check_checkpoint(values: flags.FlagValues) -> pathlib.Path:
+    """Return the folder --checkpoint names.
+
+    Raises:
+      FlagError: there is none.
+    """
+    if not values.checkpoint:
+        raise FlagError("--checkpoint=DIR is needed: the folder of the model.")
+    folder = pathlib.Path(values.checkpoint)
+    if not folder.is_dir():
+        what = "is a file, not a folder" if folder.exists() else "does not exist"
+        raise FlagError(f"--checkpoint={folder} {what}.")
+    return folder
+
+
+def check_one_of(values: flags.FlagValues, names: Sequence[str]) -> str:
+    """Return the one flag of `names` that is given.
+
+    Raises:
+      FlagError: none is, or more than one.
+    """
+    given = [name for name in names if values[name].value not in (None, False)]
+    choice = " or ".join(f"--{name}" for name in names)
+    if not given:
+        raise FlagError(f"give {choice}.")
+    if len(given) > 1:
+        raise FlagError(f"--{given[0]} and --{given[1]} exclude each other; give {choice}.")
+    return given[0]
+
+
+def check_image(path: str) -> str:
+    """Return `path` if a file stands there.
+
+    Raises:
+      FlagError: there is none.
+    """
+    if not os.path.isfile(path):
+        raise FlagError(f"there is no image file {path}.")
+    return path
+
+
+def make_mesh(values: flags.FlagValues) -> jax.sharding.Mesh | None:
+    """Start the devices that --mesh asks for and lay the mesh over them; None without the flag.
+
+    Raises:
+      FlagError: the mesh cannot be read, or its sizes do not multiply to the number of devices.
+    """
+    if values.mesh is None:
+        return None
+    try:
+        wanted = math.prod(parallel.parse_mesh(values.mesh).values())
+    except ValueError as error:
+        raise FlagError(f"--mesh={values.mesh}: {error}") from error
+    _split_cpu(wanted)
+    if jax.device_count() != wanted:
+        raise FlagError(
+            f"--mesh={values.mesh} spreads over {wanted} devices, but this machine has "
+            f"{jax.device_count()} ({jax.default_backend()}); choose sizes that multiply to "
+            f"{jax.device_count()}."
+        )
+    return parallel.make_mesh(values.mesh)
+
+
+def _split_cpu(devices: int) -> None:
+    """Make the CPU backend `devices` virtual devices, unless that is settled already."""
+    if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
+        return
+    try:
+        jax.config.update("jax_num_cpu_devices", devices)
+    except RuntimeError:  # the backend runs already, with the devices it has
+        return

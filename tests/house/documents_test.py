@@ -1,0 +1,95 @@
+"""What the documents name exists, and the list of packages exists once."""
+
+import re
+import sys
+import tomllib
+
+import pytest
+
+from tests.house import tree
+
+DOCUMENTS = ("README.md", "BUILD.md", "CHANGELOG.md")
+MAIN_DOCUMENTS = ("README.md", "BUILD.md")
+PROJECT = tomllib.loads((tree.ROOT / "pyproject.toml").read_text("utf-8"))
+# Distribution names that differ from the module they bring.
+MODULE_OF = {"orbax-checkpoint": "orbax", "absl-py": "absl", "pillow": "PIL"}
+# jax itself depends on these and hands them on.
+BROUGHT_BY_JAX = {"jaxlib", "ml_dtypes", "scipy"}
+
+
+def read(name: str) -> str:
+    """Return the text of one document."""
+    return (tree.ROOT / name).read_text("utf-8")
+
+
+def requirement_names(lines: list[str]) -> set[str]:
+    """Return the distribution names of requirement lines, without extras and bounds."""
+    return {re.match(r"[\w.-]+", line)[0] for line in lines if line and not line.startswith("#")}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_experiment_named_exists(document):
+    for name in re.findall(r"python -m experiments\.(\w+)", read(document)):
+        assert (tree.ROOT / tree.EXPERIMENTS / f"{name}.py").exists(), name
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_make_target_named_exists(document):
+    named = set(re.findall(r"(?:^|`)make ([a-z]+)", read(document), re.MULTILINE))
+    assert named <= tree.make_targets(), sorted(named - tree.make_targets())
+
+
+def test_every_make_target_is_explained_in_build_md():
+    named = set(re.findall(r"`make ([a-z]+)`", read("BUILD.md")))
+    assert tree.make_targets() <= named, sorted(tree.make_targets() - named)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_path_named_exists(document):
+    text = read(document)
+    folders = "|".join((*tree.SOURCE_FOLDERS, "tests", r"\.ci"))
+    quoted = re.findall(rf"`((?:{folders})/[\w./-]*)`", text)
+    linked = re.findall(r"\]\((?!http|#)([^)#]+)\)", text)
+    for name in quoted + linked:
+        assert (tree.ROOT / name).exists(), f"{document} names {name}"
+
+
+@pytest.mark.parametrize("document", MAIN_DOCUMENTS)
+def test_every_flag_shown_is_defined_somewhere(document):
+    sources = [path.read_text("utf-8") for path in tree.python_files(tree.EXPERIMENTS, "tests")]
+    for line in re.findall(r"python -m experiments\.\w+(.*(?:\\\n.*)*)", read(document)):
+        for flag in re.findall(r"--(\w+)", line):
+            known = any(f'"{flag}"' in source for source in sources) or flag == "helpshort"
+            assert known, f"{document} shows --{flag}"
+
+
+def test_the_list_of_packages_exists_once():
+    assert "dependencies" in PROJECT["project"]["dynamic"]
+    assert "dependencies" not in PROJECT["project"]
+    dynamic = PROJECT["tool"]["setuptools"]["dynamic"]["dependencies"]
+    assert dynamic == {"file": ["requirements.txt"]}
+
+
+def test_every_package_has_a_lower_and_an_upper_bound():
+    for line in read("requirements.txt").splitlines():
+        if line and not line.startswith("#"):
+            assert re.fullmatch(r"[\w-]+>=[\d.]+,<[\d.]+", line), line
+
+
+def test_what_the_sources_import_is_what_the_list_names():
+    names = requirement_names(read("requirements.txt").splitlines())
+    listed = {MODULE_OF.get(name, name.replace("-", "_")) for name in names}
+    known = listed | BROUGHT_BY_JAX | set(sys.stdlib_module_names) | {*tree.SOURCE_FOLDERS}
+    for path in tree.python_files(*tree.SOURCE_FOLDERS):
+        roots = {name.split(".")[0] for name in tree.imported_modules(path)}
+        assert roots <= known, f"{tree.relative(path)} imports {sorted(roots - known)}"
+
+
+def test_the_version_is_the_newest_in_the_changelog_or_unreleased():
+    headings = re.findall(r"^## \[(.+?)\]", read("CHANGELOG.md"), re.MULTILINE)
+    assert headings[0] in {"Unreleased", PROJECT["project"]["version"]}
+
+
+def test_the_makefile_offers_the_two_commands_of_the_readme():
+    assert {"demo", "test"} <= tree.make_targets()
+    assert "exec make test" in (tree.ROOT / ".ci/run").read_text("utf-8")

@@ -1,0 +1,75 @@
+"""Files stay short, folders say what they hold, and the forward pass stays readable."""
+
+import re
+
+from tests.house import tree
+
+MAX_LIBRARY_LINES = 400
+MAX_EXPERIMENT_LINES = 120
+MAX_FORWARD_FILES = 11
+MAX_FORWARD_LINES = 1800
+FORBIDDEN_STEMS = {"utils", "util", "common", "helpers", "helper", "misc", "scripts", "tools"}
+UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
+
+
+def forward_pass() -> list[str]:
+    """Return the files of one forward pass in reading order, from tests/house/forward_pass.txt."""
+    lines = (tree.ROOT / "tests/house/forward_pass.txt").read_text("utf-8").splitlines()
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def test_files_of_the_library_stay_under_400_lines():
+    for path in tree.python_files(tree.LIBRARY, tree.EXPERIMENTS):
+        lines = tree.count_lines(path)
+        assert lines < MAX_LIBRARY_LINES, f"{tree.relative(path)} has {lines} lines; divide it"
+
+
+def test_experiments_stay_under_120_lines():
+    for name in tree.experiment_modules():
+        path = tree.ROOT / tree.EXPERIMENTS / f"{name}.py"
+        lines = tree.count_lines(path)
+        assert lines < MAX_EXPERIMENT_LINES, f"{tree.relative(path)} has {lines} lines"
+
+
+def test_a_forward_pass_is_read_in_11_files_and_1800_lines():
+    files = forward_pass()
+    lines = sum(tree.count_lines(tree.ROOT / name) for name in files)
+    assert len(files) <= MAX_FORWARD_FILES
+    assert lines <= MAX_FORWARD_LINES, f"{lines} lines"
+
+
+def test_the_reading_path_leaves_out_nothing_that_a_forward_pass_imports():
+    """Every module of layers/ and model/ that the path reaches is on the path itself."""
+    files = forward_pass()
+    for name in files:
+        for imported in tree.imported_modules(tree.ROOT / name):
+            for package in ("layers", "model"):
+                match = re.match(rf"{tree.LIBRARY}\.{package}\.(\w+)", imported)
+                module = f"{tree.LIBRARY}/{package}/{match[1]}.py" if match else None
+                if module and (tree.ROOT / module).exists():
+                    assert module in files, f"{name} imports {module}, which is not on the path"
+
+
+def test_readme_quotes_the_reading_path():
+    readme = (tree.ROOT / "README.md").read_text("utf-8")
+    places = [readme.find(f"`{name}`") for name in forward_pass()]
+    assert -1 not in places, f"README.md does not quote {forward_pass()[places.index(-1)]}"
+    assert places == sorted(places), "README.md quotes the path in another order"
+
+
+def test_no_file_or_folder_has_a_name_that_says_nothing():
+    for path in tree.python_files(*tree.SOURCE_FOLDERS, "tests"):
+        for part in path.relative_to(tree.ROOT).with_suffix("").parts:
+            assert part not in FORBIDDEN_STEMS, f"{tree.relative(path)}: name it after its subject"
+
+
+def test_every_source_file_says_its_purpose_in_its_first_line():
+    for path in tree.python_files(*tree.SOURCE_FOLDERS):
+        first = path.read_text("utf-8").partition("\n")[0]
+        assert first.startswith(('"""', 'r"""')), tree.relative(path)
+
+
+def test_nothing_is_left_for_later():
+    for path in tree.text_files():
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+            assert not UNFINISHED.search(line), f"{tree.relative(path)}:{number} {line.strip()}"

@@ -1,0 +1,140 @@
+"""Save a run so that it resumes as if it had never stopped, and refuse to resume another run."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Self
+
+import grain
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from llama4_jax import parallel
+from llama4_jax.config.runs import RunConfig
+from llama4_jax.train.state import TrainState, name_leaves, replace_leaves
+
+# Fields that a resumed run may change without becoming another run.
+_FREE_FIELDS = frozenset(
+    {
+        "steps",
+        "mesh",
+        "preset",
+        "log_interval",
+        "eval_interval",
+        "eval_batches",
+        "checkpoint_interval",
+        "keep_checkpoints",
+    }
+)
+
+
+class Checkpoints:
+    """The checkpoints of one run: training state, position in the data and the run's description.
+
+    Saving copies the arrays off the devices and writes them while training goes on; a checkpoint
+    appears under its step number only when it is complete.
+
+    Args:
+        directory: Absolute folder, made when missing.
+        run: The run; a folder that holds another run is refused.
+    """
+
+    def __init__(self, directory: Path, run: RunConfig) -> None:
+        self._run = run
+        options = ocp.CheckpointManagerOptions(max_to_keep=run.keep_checkpoints)
+        self._manager = ocp.CheckpointManager(directory, options=options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest complete checkpoint, or None."""
+        return self._manager.latest_step()
+
+    def save(self, state: TrainState, iterator: grain.DatasetIterator) -> None:
+        """Save the state and the iterator's position, unless this step is already saved."""
+        step = int(state.step)
+        if step == self.latest_step:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(name_leaves(state)),
+                data=grain.checkpoint.CheckpointSave(iterator),
+                run=ocp.args.JsonSave(_describe(self._run)),
+            ),
+        )
+
+    def restore(self, shapes: TrainState, iterator: grain.DatasetIterator) -> TrainState:
+        """Return the newest state and move the iterator to where it stood.
+
+        Args:
+            shapes: The state's shapes, dtypes and shardings, from `jax.eval_shape`.
+            iterator: Is set to the saved position.
+
+        Raises:
+            ValueError: The checkpoint belongs to another run, or nothing is saved.
+        """
+        step = self.latest_step
+        if step is None:
+            raise ValueError("nothing is saved here; start from the initial state.")
+        description = self._manager.restore(
+            step, args=ocp.args.Composite(run=ocp.args.JsonRestore())
+        )["run"]
+        _refuse_other_run(saved=description, asked=_describe(self._run))
+        restored = self._manager.restore(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardRestore(name_leaves(_with_devices(shapes))),
+                data=grain.checkpoint.CheckpointRestore(iterator),
+            ),
+        )
+        return replace_leaves(shapes, restored["state"])
+
+    def close(self) -> None:
+        """Wait for what is being written and release the folder."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+
+def _with_devices(shapes: Any) -> Any:
+    """Give every shape a sharding that names devices.
+
+    Under `jax.eval_shape` a sharding belongs to the abstract mesh, or is None where an array is
+    whole on every device.
+    """
+    mesh = jax.sharding.get_mesh()
+    whole = parallel.shard(jnp.zeros(()), ()).sharding
+
+    def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        if mesh.empty or leaf.sharding is None:
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
+        sharding = jax.sharding.NamedSharding(mesh, leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(place, shapes)
+
+
+def _describe(run: RunConfig) -> dict[str, Any]:
+    """List the fields that make the run what it is, in JSON's types."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
+
+    fields = dataclasses.asdict(run)
+    return {name: plain(value) for name, value in fields.items() if name not in _FREE_FIELDS}
+
+
+def _refuse_other_run(*, saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    for name in sorted(saved.keys() | asked.keys()):
+        if saved.get(name) != asked.get(name):
+            raise ValueError(
+                f"the checkpoint was made by a run with {name} = {saved.get(name)}, this run has "
+                f"{asked.get(name)}; train in a new workdir or ask for the saved run."
+            )

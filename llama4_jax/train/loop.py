@@ -1,0 +1,205 @@
+"""Train: batches in, a model, checkpoints and metrics out."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import grain
+import jax
+import jax.numpy as jnp
+
+from llama4_jax import parallel
+from llama4_jax.config.runs import RunConfig
+from llama4_jax.train.checkpoints import Checkpoints
+from llama4_jax.train.interrupt import StopRequest, catch_stop_signals
+from llama4_jax.train.metrics import SpeedMeter
+from llama4_jax.train.optimizer import make_optimizer
+from llama4_jax.train.state import TrainState, initial_state
+from llama4_jax.train.step import Batch, make_eval_step, make_train_step
+from llama4_jax.train.writers import Writer, WriterGroup, open_writers
+
+HeldOut = Mapping[str, Iterable[Batch]]
+"""Held-out sets by name; each is iterated from its beginning at every evaluation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class FitResult:
+    """What a call of `fit` left behind.
+
+    Attributes:
+        state: The state after the last step taken.
+        is_finished: False when the run was asked to stop before its last step.
+        scores: Metrics of the last evaluation, as "code/nll"; empty when there was none.
+    """
+
+    state: TrainState
+    is_finished: bool
+    scores: Mapping[str, float]
+
+
+def activate_mesh(run: RunConfig) -> AbstractContextManager[None]:
+    """Activate the run's mesh and sharding rules; one device when it names no mesh.
+
+    Raises:
+        ValueError: The preset or the mesh is unknown or needs more devices than there are.
+    """
+    if run.preset not in parallel.PRESETS:
+        raise ValueError(
+            f"preset ({run.preset!r}) is unknown; choose one of {', '.join(parallel.PRESETS)}."
+        )
+    mesh = parallel.make_mesh(run.mesh) if run.mesh else None
+    return parallel.use_mesh(mesh, parallel.PRESETS[run.preset])
+
+
+def place_batch(batch: Batch) -> dict[str, jax.Array]:
+    """Lay a host batch out over the active mesh: rows by "batch" and "seq", images by "tiles"."""
+
+    def place(name: str, array: Any) -> jax.Array:
+        rest = (None,) * (array.ndim - 1)
+        axes = ("tiles", *rest) if name == "tiles_NCHW" else ("batch", "seq")
+        return parallel.shard(jnp.asarray(array), axes)
+
+    return {name: place(name, array) for name, array in batch.items()}
+
+
+def measure(
+    model: Any, batches: Iterable[Batch], *, eval_step: Callable[[Any, Batch], Any]
+) -> dict[str, float]:
+    """Measure a model on batches: "nll" in nats per counted token and "accuracy" of the argmax.
+
+    Args:
+        model: The model.
+        batches: Host batches.
+        eval_step: From `make_eval_step`.
+    """
+    sums = [eval_step(model, place_batch(batch)) for batch in batches]
+    if not sums:
+        raise ValueError("there is no batch to measure on; give at least one.")
+    total = jax.tree.map(lambda *parts: sum(parts[1:], parts[0]), *sums)
+    return {
+        "nll": float(total.mean(total.nll)),
+        "accuracy": float(total.mean(total.correct)),
+        "tokens": float(total.weight),
+    }
+
+
+def fit(
+    run: RunConfig,
+    *,
+    build: Callable[[], Any],
+    batches: Iterable[Batch],
+    workdir: Path,
+    held_out: HeldOut | None = None,
+    writers: Sequence[Writer] = (),
+) -> FitResult:
+    """Train until the run's last step, or until asked to stop by SIGTERM or SIGINT.
+
+    Begins from the newest checkpoint in `workdir`/checkpoints when there is one, and then takes
+    exactly the steps that an uninterrupted run would have taken. Saves at the run's interval, at
+    the last step and when asked to stop.
+
+    Args:
+        run: The run.
+        build: Returns the freshly initialised model; `run.seed` decides its weights.
+        batches: A grain dataset whose iterator can be saved; yields `Batch` dicts of NumPy arrays.
+        workdir: Folder for checkpoints and metrics.
+        held_out: Held-out sets to evaluate on.
+        writers: Take the metrics in addition to the files in `workdir`.
+    """
+    workdir = workdir.resolve()
+    with (
+        activate_mesh(run),
+        catch_stop_signals() as stop,
+        Checkpoints(workdir / "checkpoints", run) as checkpoints,
+    ):
+        optimizer = make_optimizer(run.optimizer, steps=run.steps)
+        create = initial_state(build, optimizer)
+        iterator = iter(batches)
+        resume_step = checkpoints.latest_step
+        if resume_step is None:
+            state = jax.jit(create)()
+        else:
+            state = checkpoints.restore(jax.eval_shape(create), iterator)
+        writer = WriterGroup([open_writers(workdir, resume_step=resume_step or 0), *writers])
+        try:
+            return _Loop(
+                run=run,
+                train_step=make_train_step(run, optimizer),
+                eval_step=make_eval_step(run.loss),
+                iterator=iterator,
+                held_out=held_out or {},
+                checkpoints=checkpoints,
+                meter=_make_meter(run),
+                writer=writer,
+                stop=stop,
+            ).run_from(state)
+        finally:
+            writer.close()
+
+
+def _make_meter(run: RunConfig) -> SpeedMeter:
+    num_devices = math.prod(parallel.parse_mesh(run.mesh).values())
+    kind = jax.devices()[0].device_kind
+    return SpeedMeter(run.model, num_devices=num_devices, device_kind=kind)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loop:
+    """The parts of a run in progress."""
+
+    run: RunConfig
+    train_step: Callable[..., Any]
+    eval_step: Callable[..., Any]
+    iterator: grain.DatasetIterator
+    held_out: HeldOut
+    checkpoints: Checkpoints
+    meter: SpeedMeter
+    writer: Writer
+    stop: StopRequest
+
+    def run_from(self, state: TrainState) -> FitResult:
+        """Take steps until the end or a request to stop, then save."""
+        run, step = self.run, int(state.step)
+        scores: dict[str, float] = {}
+        while step < run.steps and not self.stop.requested:
+            batch = place_batch(next(self.iterator))
+            state, metrics = self.train_step(state, batch)
+            step += 1
+            self._count(batch)
+            if self._is_due(step, run.log_interval):
+                scalars = {f"train/{name}": float(value) for name, value in metrics.items()}
+                self.writer.write(step, scalars | self.meter.take())
+            is_eval_due = self._is_due(step, run.eval_interval)
+            is_save_due = self._is_due(step, run.checkpoint_interval)
+            if is_eval_due or is_save_due or not self.meter.is_running:
+                jax.block_until_ready(state)
+                self.meter.pause()
+                if is_eval_due:
+                    scores = self._evaluate(step, state)
+                if is_save_due:
+                    self.checkpoints.save(state, self.iterator)
+                self.meter.start()  # from the second step on: the first one compiles
+        self.checkpoints.save(state, self.iterator)
+        return FitResult(state=state, is_finished=step >= run.steps, scores=scores)
+
+    def _is_due(self, step: int, interval: int) -> bool:
+        return step == self.run.steps or (interval > 0 and step % interval == 0)
+
+    def _count(self, batch: Batch) -> None:
+        rows, row_length = batch["tokens_BT"].shape
+        tiles = batch["tiles_NCHW"].shape[0] if "tiles_NCHW" in batch else 0
+        self.meter.count(rows=rows, row_length=row_length, tiles=tiles)
+
+    def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
+        scores = {}
+        for name, batches in self.held_out.items():
+            some = islice(batches, self.run.eval_batches)
+            found = measure(state.model, some, eval_step=self.eval_step)
+            scores |= {f"{name}/{key}": value for key, value in found.items()}
+        if scores:
+            self.writer.write(step, {f"eval/{key}": value for key, value in scores.items()})
+        return scores

@@ -1,0 +1,69 @@
+"""Hold what a training step changes: the model, the optimizer's moments and the step number."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """An immutable training state, a pytree.
+
+    Attributes:
+        step: int32 scalar, optimizer steps taken.
+        model: The model, an immutable pytree of parameters.
+        opt_state: State of the optimizer; its moments are shaped and sharded like the parameters.
+    """
+
+    step: jax.Array
+    model: Any
+    opt_state: Any
+
+
+def initial_state(
+    build: Callable[[], Any], optimizer: optax.GradientTransformationExtraArgs
+) -> Callable[[], TrainState]:
+    """Return the function that makes the state at step 0.
+
+    Under `jax.jit` every array is made in its own shards, so that no device holds more than its
+    part; under `jax.eval_shape` it costs nothing and tells shapes, dtypes and shardings.
+
+    Args:
+        build: Returns a freshly initialised model.
+        optimizer: Decides the shape of the optimizer state.
+    """
+
+    def create() -> TrainState:
+        model = build()
+        step = jnp.zeros((), jnp.int32)
+        return TrainState(step=step, model=model, opt_state=optimizer.init(model))
+
+    return create
+
+
+def name_leaves(tree: Any) -> dict[str, Any]:
+    """List the leaves of a tree under dotted names, as "model.embed.table_VD.value"."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def replace_leaves(tree: Any, named: dict[str, Any]) -> Any:
+    """Return `tree` with the leaves that `name_leaves` lists replaced by those of `named`.
+
+    Raises:
+        ValueError: The names differ.
+    """
+    expected = list(name_leaves(tree))
+    if set(expected) != set(named):
+        missing = sorted(set(expected) - set(named))[:3]
+        surplus = sorted(set(named) - set(expected))[:3]
+        raise ValueError(
+            f"the saved state does not fit this model: missing {missing}, surplus {surplus}; "
+            "train in a new workdir."
+        )
+    return jax.tree.unflatten(jax.tree.structure(tree), [named[name] for name in expected])

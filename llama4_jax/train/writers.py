@@ -1,0 +1,91 @@
+"""Write training metrics where people and programs read them."""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+from tensorboardX import SummaryWriter
+
+
+class Writer(Protocol):
+    """Takes the metrics of a step."""
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Record named scalars of one step."""
+
+    def close(self) -> None:
+        """Finish writing."""
+
+
+class JsonLinesWriter:
+    """Append one JSON object per call to a file: {"step": 10, "train/loss": 2.5}.
+
+    A run that resumes from an earlier step drops the lines beyond it, so that the file reads like
+    that of an uninterrupted run.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int = 0) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = _lines_up_to(path, resume_step) if path.exists() else []
+        self._file = path.open("w", encoding="utf-8")
+        self._file.writelines(line + "\n" for line in kept)
+        self._file.flush()
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class TensorBoardWriter:
+    """Write event files that TensorBoard shows; steps after `resume_step` are purged."""
+
+    def __init__(self, directory: Path, *, resume_step: int = 0) -> None:
+        self._summary = SummaryWriter(str(directory), purge_step=resume_step + 1)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for name, value in scalars.items():
+            self._summary.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        self._summary.close()
+
+
+class WriterGroup:
+    """Hand every call to several writers."""
+
+    def __init__(self, writers: Sequence[Writer]) -> None:
+        self._writers = tuple(writers)
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        for writer in self._writers:
+            writer.write(step, scalars)
+
+    def close(self) -> None:
+        for writer in self._writers:
+            writer.close()
+
+
+def open_writers(workdir: Path, *, resume_step: int = 0) -> WriterGroup:
+    """Open the files every run writes: metrics.jsonl and TensorBoard events in tensorboard/."""
+    return WriterGroup(
+        [
+            JsonLinesWriter(workdir / "metrics.jsonl", resume_step=resume_step),
+            TensorBoardWriter(workdir / "tensorboard", resume_step=resume_step),
+        ]
+    )
+
+
+def _lines_up_to(path: Path, step: int) -> list[str]:
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError:
+            continue  # the last line of a killed run may be cut short
+        if record["step"] <= step:
+            kept.append(line)
+    return kept

@@ -1,0 +1,118 @@
+import dataclasses
+import json
+import os
+import signal
+from itertools import islice
+
+import jax
+import numpy as np
+import pytest
+
+from llama4_jax.config.runs import OptimizerConfig
+from llama4_jax.train import fit
+from llama4_jax.train.state import name_leaves
+from tests.train.toy import build, make_dataset, make_run
+
+
+class StopAt:
+    """Ask this process to stop when a step's metrics are written."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def write(self, step, scalars):
+        if step == self.step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def close(self):
+        pass
+
+
+def train(workdir, run=None, **options):
+    return fit(run or make_run(), build=build, batches=make_dataset(), workdir=workdir, **options)
+
+
+def assert_same_bits(state, other):
+    for name, leaf in name_leaves(state).items():
+        np.testing.assert_array_equal(leaf, name_leaves(other)[name], err_msg=name)
+
+
+def read(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(workdir):
+    return {r["step"]: r["train/loss"] for r in read(workdir) if "train/loss" in r}
+
+
+def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
+    whole = train(tmp_path / "whole")
+    half = train(tmp_path / "cut", writers=[StopAt(3)])
+    assert not half.is_finished
+    assert half.state.step == 3
+    resumed = train(tmp_path / "cut")
+    assert resumed.is_finished
+    assert_same_bits(resumed.state, whole.state)
+    assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
+    again = train(tmp_path / "cut")  # finished: takes no more steps
+    assert_same_bits(again.state, whole.state)
+
+
+def test_a_killed_run_resumes_from_its_newest_checkpoint(tmp_path):
+    run = make_run(checkpoint_interval=2)
+
+    class Die(StopAt):
+        def write(self, step, scalars):
+            if step == self.step:
+                raise RuntimeError("out of power")
+
+    with pytest.raises(RuntimeError, match="out of power"):
+        train(tmp_path / "cut", run, writers=[Die(5)])
+    resumed = train(tmp_path / "cut", run)
+    assert_same_bits(resumed.state, train(tmp_path / "whole", run).state)
+    assert sorted(losses(tmp_path / "cut")) == [1, 2, 3, 4, 5, 6]
+    kept = {path.name for path in (tmp_path / "cut" / "checkpoints").iterdir()}
+    assert kept == {"4", "6"}
+
+
+def test_training_learns_and_scores_held_out_data(tmp_path):
+    run = make_run(steps=60, eval_interval=30, eval_batches=2, log_interval=20)
+    held_out = {"cycle": list(islice(make_dataset(), 2))}
+    result = train(tmp_path, run, held_out=held_out)
+    assert result.scores["cycle/accuracy"] > 0.95
+    assert result.scores["cycle/tokens"] == 2 * 4 * 8
+    found = losses(tmp_path)
+    assert sorted(found) == [20, 40, 60]
+    assert found[60] < 0.5 * found[20]
+    assert [r["step"] for r in read(tmp_path) if "eval/cycle/nll" in r] == [30, 60]
+    assert any("speed/tokens_per_second" in r for r in read(tmp_path))
+
+
+def test_another_run_in_the_same_folder_is_refused_by_name(tmp_path):
+    train(tmp_path)
+    with pytest.raises(ValueError, match="seed = 0, this run has 1; train in a new workdir"):
+        train(tmp_path, make_run(seed=1))
+    optimizer = OptimizerConfig(peak_learning_rate=0.01, warmup_steps=1)
+    with pytest.raises(ValueError, match="optimizer"):
+        train(tmp_path, make_run(optimizer=optimizer))
+
+
+def test_a_run_on_a_mesh_trains_like_one_device_and_resumes_on_it(tmp_path):
+    single = train(tmp_path / "single")
+    run = make_run(mesh="data:2,fsdp:2,tensor:2")
+    train(tmp_path / "mesh", run, writers=[StopAt(3)])
+    resumed = train(tmp_path / "mesh", run)
+    head = resumed.state.model.w_DV[...]
+    assert len({s.data.shape for s in head.addressable_shards}) == 1
+    assert head.addressable_shards[0].data.shape == (4, 8)
+    moment = name_leaves(resumed.state.opt_state)["1.0.mu.w_DV.value"]
+    assert moment.sharding == head.sharding
+    # Sums over devices are taken in another order.
+    for a, b in zip(jax.tree.leaves(single.state), jax.tree.leaves(resumed.state), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_an_unknown_preset_is_refused_before_anything_is_built(tmp_path):
+    run = dataclasses.replace(make_run(), preset="magic")
+    with pytest.raises(ValueError, match=r"preset \('magic'\) is unknown; choose one of single"):
+        fit(run, build=lambda: 1 / 0, batches=make_dataset(), workdir=tmp_path)

@@ -64,6 +64,7 @@ def tokenizer_config() -> dict:
 
 
 def main(argv: list[str]) -> None:
+    """Train, write, report."""
     if len(argv) > 1:
         raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
     texts = list(standard_library_texts(pathlib.Path(sysconfig.get_paths()["stdlib"])))

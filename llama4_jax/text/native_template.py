@@ -10,8 +10,7 @@ TOOL_INSTRUCTIONS = (
     'calls with keyword arguments and nothing else, as in [first(text="a"), second(count=2)].'
 )
 
-CHAT_TEMPLATE = (
-    r"""
+CHAT_TEMPLATE = r"""
 {%- macro literal(value) -%}
   {%- if value is none -%}{{ 'None' }}
   {%- elif value is boolean -%}{{ 'True' if value else 'False' }}
@@ -109,6 +108,4 @@ CHAT_TEMPLATE = (
 {%- if add_generation_prompt -%}
   {{- '<|header_start|>assistant<|header_end|>\n\n' -}}
 {%- endif -%}
-""".strip()
-    .replace("TOOL_INSTRUCTIONS", TOOL_INSTRUCTIONS)
-)
+""".strip().replace("TOOL_INSTRUCTIONS", TOOL_INSTRUCTIONS)

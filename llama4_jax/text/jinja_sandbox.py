@@ -1,0 +1,64 @@
+"""The Jinja environment that authors of chat templates expect, sandboxed.
+
+Templates come with checkpoints and checkpoints come from anywhere, so a template reaches nothing
+but what it is given, and changes nothing of that.
+"""
+
+import datetime
+import json
+from typing import Any, NoReturn
+
+import jinja2
+import jinja2.ext
+import jinja2.nodes
+import jinja2.parser
+import jinja2.sandbox
+
+
+class _Generation(jinja2.ext.Extension):
+    """Read `{% generation %} .. {% endgeneration %}` as what is inside.
+
+    Training programs mark the assistant's words so; for a prompt it means nothing.
+    """
+
+    tags = {"generation"}  # noqa: RUF012  a class attribute by Jinja's protocol
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def sandbox() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+    """Make the environment that authors of chat templates expect, sandboxed."""
+    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    )
+    environment.filters["tojson"] = _tojson
+    functions: dict[str, Any] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
+    environment.globals.update(functions)
+    return environment
+
+
+def _tojson(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Write JSON as it is, where Jinja's own filter would escape it for HTML."""
+    return json.dumps(
+        value,
+        ensure_ascii=ensure_ascii,
+        indent=indent,
+        separators=separators,
+        sort_keys=sort_keys,
+    )
+
+
+def _raise_exception(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)
+
+
+def _strftime_now(pattern: str) -> str:
+    return datetime.datetime.now().strftime(pattern)

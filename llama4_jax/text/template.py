@@ -1,0 +1,291 @@
+"""A checkpoint's own chat template, rendered so that no text can pass for a special token.
+
+A template is a Jinja program that writes one long text in which special tokens are spelled. To
+encode that text naively is to accept special tokens from everybody whose words are in it. Here
+the template is rendered with every special token in *its* source replaced by a character of a
+private-use plane that occurs in none of the data. After rendering, these characters, and nothing
+else, are the special tokens; the text between them is encoded as ordinary text. Data passes
+through the template untouched, so trimming, comparing and JSON quoting work as the author meant.
+
+The one thing that this cannot follow is a template that assembles a special token from pieces
+(`'<|' + name + '|>'`); such a template is recognised and refused.
+
+Jinja runs sandboxed: templates come with checkpoints, and checkpoints come from anywhere.
+"""
+
+import json
+import os
+import pathlib
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from typing import Any
+
+import jinja2
+
+from llama4_jax.text import special_tokens as names
+from llama4_jax.text.jinja_sandbox import sandbox
+from llama4_jax.text.messages import (
+    Image,
+    ImageRuns,
+    ImageTokens,
+    Message,
+    images_of,
+    message_to_dict,
+)
+from llama4_jax.text.tokenizer import Tokenizer
+
+_PRIVATE = range(0xF0000, 0x10FFFE)
+"""Planes 15 and 16, the private-use ones: no text of meaning has these characters."""
+
+
+class ChatTemplate:
+    """A chat template in Jinja and the variables that come with it.
+
+    Args:
+        source: The program.
+        variables: What it may use besides the dialogue, such as bos_token.
+
+    Raises:
+        ValueError: The source is not Jinja.
+    """
+
+    def __init__(self, source: str, variables: Mapping[str, Any] | None = None) -> None:
+        self.source = source
+        self.variables = dict(variables or {})
+        self._environment = sandbox()
+        self._compile(source)
+
+    def text(
+        self,
+        messages: Iterable[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> str:
+        """Render a dialogue as text, for people to read; never encode it, use `render`.
+
+        Raises:
+            ValueError: The template fails on this dialogue, or refuses it.
+        """
+        data = self._data(messages, tools, add_generation_prompt, variables)
+        return self._run(self.source, data)
+
+    def render(
+        self,
+        messages: Iterable[Message],
+        tokenizer: Tokenizer,
+        *,
+        tools: Sequence[Mapping[str, Any]] = (),
+        image_tokens: ImageTokens = (),
+        add_generation_prompt: bool = True,
+        allow_special: bool = False,
+        **variables: Any,
+    ) -> list[int]:
+        """Render a dialogue as ids.
+
+        Args:
+            messages: The turns, in order.
+            tokenizer: Whose special tokens the template spells.
+            tools: Functions that the assistant may call, as JSON schemas.
+            image_tokens: The ids of every image; they stand where the template writes the image
+                token.
+            add_generation_prompt: Whether the template ends with the assistant's header.
+            allow_special: Whether special tokens spelled in the data become their ids. Leave it
+                off when anybody else wrote any of the data.
+            **variables: Whatever else this template uses, such as `date_string`.
+
+        Raises:
+            ValueError: The template fails on this dialogue or refuses it, assembles special
+                tokens from pieces, or writes another number of images than there are.
+        """
+        messages = list(messages)
+        spellings = tuple(tokenizer.special_tokens)
+        data = self._data(messages, tools, add_generation_prompt, variables)
+        marks = _Marks(spellings, [self.source, data])
+        rendered = self._run(
+            marks.put_into(self.source),
+            {**data, **marks.put_into_each(self.variables), **variables},
+        )
+        pieces = marks.split(rendered)
+        if any(name in piece for mark, piece in pieces if not mark for name in spellings):
+            self._refuse_assembled(data, spellings)
+        runs, images = ImageRuns(image_tokens), iter(images_of(messages))
+        ids: list[int] = []
+        for is_special, piece in pieces:
+            if not is_special:
+                ids.extend(tokenizer.encode(piece, allow_special=allow_special))
+            elif piece == names.IMAGE:
+                ids.extend(runs.take(next(images, Image())))
+            else:
+                ids.append(tokenizer.special_id(piece))
+        runs.refuse_unused()
+        return ids
+
+    def _data(
+        self,
+        messages: Iterable[Message],
+        tools: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        variables: Mapping[str, Any],
+    ) -> dict[str, Any]:
+        """Collect what the template reads."""
+        return {
+            **self.variables,
+            "messages": [message_to_dict(message) for message in messages],
+            "tools": list(tools) or None,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **variables,
+        }
+
+    def _compile(self, source: str) -> jinja2.Template:
+        try:
+            return self._environment.from_string(source)
+        except jinja2.TemplateSyntaxError as error:
+            raise ValueError(
+                f"The chat template is not Jinja: {error.message} (line {error.lineno})."
+            ) from error
+
+    def _run(self, source: str, data: Mapping[str, Any]) -> str:
+        template = self._compile(source)
+        try:
+            return template.render(data)
+        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+            raise ValueError(f"The chat template does not render this dialogue: {error}") from error
+
+    def _refuse_assembled(self, data: Mapping[str, Any], spellings: Sequence[str]) -> None:
+        """Raise ValueError when spelled special tokens come from the template, not the data.
+
+        Without the characters that special tokens begin with, the data cannot spell one.
+        """
+        first = {spelling[0] for spelling in spellings}
+        settings = {key: data[key] for key in self.variables if key in data}
+        harmless = {**_without(data, first), **settings}
+        text = self._run(_Marks(spellings, [self.source, data]).put_into(self.source), harmless)
+        for value in settings.values():
+            text = text.replace(value, "") if isinstance(value, str) and value else text
+        found = next((name for name in spellings if name in text), None)
+        if found is not None:
+            raise ValueError(
+                f"The chat template assembles the special token {found} from pieces, so it "
+                "cannot be told from a user's text. Spell it in one piece in the template, or "
+                "render the dialogue with llama4_jax.text.render."
+            )
+
+
+class _Marks:
+    """Private-use characters that stand for special tokens.
+
+    Args:
+        spellings: The special tokens.
+        taken: Strings, and mappings and lists of them, whose characters are not to be used.
+    """
+
+    def __init__(self, spellings: Sequence[str], taken: Any) -> None:
+        used = {c for text in _strings(taken) if not text.isascii() for c in text}
+        free = (chr(code) for code in _PRIVATE if chr(code) not in used)
+        self._mark_of = dict(zip(spellings, free, strict=False))
+        if len(self._mark_of) < len(spellings):
+            raise ValueError("The dialogue uses up the private-use characters of Unicode.")
+        self._spelling_of = {mark: name for name, mark in self._mark_of.items()}
+        longest_first = sorted(spellings, key=len, reverse=True)
+        self._spelled = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._marked = re.compile(f"([{''.join(self._spelling_of)}])" if spellings else r"((?!))")
+
+    def put_into(self, text: str) -> str:
+        """Replace every special token by its mark."""
+        return self._spelled.sub(lambda match: self._mark_of[match.group()], text)
+
+    def put_into_each(self, variables: Mapping[str, Any]) -> dict[str, Any]:
+        """Replace the special tokens of those variables that are texts."""
+        return {k: self.put_into(v) if isinstance(v, str) else v for k, v in variables.items()}
+
+    def split(self, text: str) -> list[tuple[bool, str]]:
+        """Cut rendered text into (whether it is a special token, its spelling or the text)."""
+        pieces = self._marked.split(text)
+        named = ((i % 2 == 1, self._spelling_of.get(p, p)) for i, p in enumerate(pieces))
+        return [(is_special, piece) for is_special, piece in named if piece]
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Yield every string of a JSON-like value, keys too."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            yield from _strings(key)
+            yield from _strings(item)
+    elif isinstance(value, Iterable):
+        for item in value:
+            yield from _strings(item)
+
+
+def _without(value: Any, characters: Set[str]) -> Any:
+    """Copy a JSON-like value without these characters."""
+    if isinstance(value, str):
+        return "".join(c for c in value if c not in characters)
+    if isinstance(value, Mapping):
+        return {_without(k, characters): _without(v, characters) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without(item, characters) for item in value]
+    return value
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+def load_chat_template(path: str | os.PathLike[str]) -> ChatTemplate | None:
+    """Read the chat template of a checkpoint folder.
+
+    Looks into chat_template.jinja, chat_template.json and tokenizer_config.json, in this order;
+    of several named templates it takes "default".
+
+    Args:
+        path: The folder.
+
+    Returns:
+        The template, with the tokens that tokenizer_config.json names (bos_token and so on) as
+        variables; None when the folder has none.
+
+    Raises:
+        ValueError: A file is damaged, or there are named templates but no default.
+    """
+    folder = pathlib.Path(path)
+    config = _read_json(folder / "tokenizer_config.json")
+    source: Any = None
+    if (folder / "chat_template.jinja").is_file():
+        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if source is None:
+        source = _read_json(folder / "chat_template.json").get("chat_template")
+    if source is None:
+        source = config.get("chat_template")
+    if isinstance(source, list):
+        source = _default_of(source, folder)
+    if source is None:
+        return None
+    tokens = {key: value for key, value in config.items() if key.endswith("_token")}
+    tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in tokens.items()}
+    return ChatTemplate(source, {k: v for k, v in tokens.items() if isinstance(v, str)})
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}.")
+    return value
+
+
+def _default_of(named: list[Any], folder: pathlib.Path) -> str:
+    templates = {entry.get("name"): entry.get("template") for entry in named}
+    if "default" not in templates:
+        raise ValueError(
+            f"{folder} has chat templates named {', '.join(map(str, templates))} but no "
+            '"default"; put the wanted one into chat_template.jinja.'
+        )
+    return templates["default"]

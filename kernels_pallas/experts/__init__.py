@@ -1,0 +1,1 @@
+"""Mixture-of-experts arithmetic: contract in `api.py`, plain XLA in `reference.py`."""

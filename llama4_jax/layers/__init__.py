@@ -1,0 +1,1 @@
+"""Layers of the decoder, as modules with parameters and functions without."""

@@ -1,0 +1,121 @@
+"""Self-attention of the decoder: chunk-local with RoPE, or global without it (NoPE) with temperature."""
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from llama4_jax.config.model import TextConfig
+from llama4_jax.layers.norm import rms_normalize
+from llama4_jax.layers.param import normal, weight
+from llama4_jax.layers.rope import apply_rope, rope_angles, rope_frequencies
+from llama4_jax.parallel.sequence import Visibility, cached_attention, self_attention
+from llama4_jax.parallel.shard import einsum
+
+
+@dataclasses.dataclass(frozen=True)
+class Positions:
+    """Where the tokens of a call stand.
+
+    Attributes:
+        positions_BT: int32, 0-based, -1 for padding.
+        segments_BT: int32 segments of packed rows, or None.
+        in_order: positions are 0, 1, 2, ... in every row.
+    """
+
+    positions_BT: jax.Array
+    segments_BT: jax.Array | None
+    in_order: bool
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class LayerCache:
+    """Keys and values of one layer slot over all groups; S is the chunk or the whole length."""
+
+    keys_GBSKH: jax.Array
+    values_GBSKH: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheView:
+    """One layer's place in a cache: its slot's arrays, its group, and each row's length so far."""
+
+    layer: LayerCache
+    group: jax.Array
+    lengths_B: jax.Array
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention; query head n reads kv head n // (num_heads / num_kv_heads)."""
+
+    def __init__(self, config: TextConfig, *, is_nope: bool, key: jax.Array, dtype: str):
+        D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
+        keys = jax.random.split(key, 4)
+        std = D**-0.5
+        q_axes = ("weight_embed", "q_heads", "head_dim")
+        kv_axes = ("weight_embed", "kv_heads", "head_dim")
+        self.w_q_DNH = normal(keys[0], (D, N, H), q_axes, std=std, dtype=dtype)
+        self.w_k_DKH = normal(keys[1], (D, K, H), kv_axes, std=std, dtype=dtype)
+        self.w_v_DKH = normal(keys[2], (D, K, H), kv_axes, std=std, dtype=dtype)
+        out_axes = ("q_heads", "head_dim", "weight_embed")
+        out_std = (N * H * 2 * config.num_layers) ** -0.5
+        self.w_o_NHD = normal(keys[3], (N, H, D), out_axes, std=out_std, dtype=dtype)
+        self.config = config
+        self.is_nope = is_nope
+
+    @property
+    def sees(self) -> Visibility:
+        """Return the layer's visibility: NoPE layers see everything earlier, others their chunk."""
+        temperature = self.config.temperature
+        if not self.is_nope:
+            return Visibility(self.config.chunk_size, None)
+        return Visibility(None, temperature and (temperature.floor, temperature.coefficient))
+
+    def _rotate(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
+        """Apply RoPE and then, if the model has it, qk-norm."""
+        config = self.config
+        period = config.chunk_size if config.rope_positions == "chunk" else None
+        frequencies = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        x_BTNH = apply_rope(x_BTNH, rope_angles(positions_BT, frequencies, period=period))
+        return rms_normalize(x_BTNH, config.norm_eps) if config.use_qk_norm else x_BTNH
+
+    def __call__(
+        self, x_BTD: jax.Array, at: Positions, cache: CacheView | None
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """Attend; with a cache, to what it holds too. Returns out_BTD and the cache with x stored."""
+        dtype = x_BTD.dtype
+        q_axes, kv_axes = ("batch", "seq", "q_heads", None), ("batch", "seq", "kv_heads", None)
+        q_BTNH = einsum("BTD,DNH->BTNH", x_BTD, weight(self.w_q_DNH, dtype), out=q_axes)
+        k_BTKH = einsum("BTD,DKH->BTKH", x_BTD, weight(self.w_k_DKH, dtype), out=kv_axes)
+        v_BTKH = einsum("BTD,DKH->BTKH", x_BTD, weight(self.w_v_DKH, dtype), out=kv_axes)
+        if not self.is_nope:
+            q_BTNH = self._rotate(q_BTNH, at.positions_BT)
+            k_BTKH = self._rotate(k_BTKH, at.positions_BT)
+        if cache is None:
+            out_BTNH = self_attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                positions_BT=at.positions_BT,
+                segments_BT=at.segments_BT,
+                in_order=at.in_order,
+                sees=self.sees,
+            )
+            stored = None
+        else:
+            out_BTNH, keys, values = cached_attention(
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                cache.layer.keys_GBSKH,
+                cache.layer.values_GBSKH,
+                group=cache.group,
+                lengths_B=cache.lengths_B,
+                positions_BT=at.positions_BT,
+                sees=self.sees,
+                is_chunk_cache=self.sees.chunk_size is not None,
+            )
+            stored = LayerCache(keys, values)
+        w_o_NHD = weight(self.w_o_NHD, dtype)
+        return einsum("BTNH,NHD->BTD", out_BTNH, w_o_NHD, out=("batch", "seq", "embed")), stored

@@ -1,0 +1,75 @@
+"""The mixture layer: a sigmoid top-k router whose gate scales the experts' input, and a shared expert."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llama4_jax.config.model import TextConfig
+from llama4_jax.layers.mlp import MLP
+from llama4_jax.layers.param import normal, weight
+from llama4_jax.parallel.experts import sharded_expert_mlp
+from llama4_jax.parallel.shard import einsum
+
+
+class Routing(NamedTuple):
+    """Which experts each token chose (int32 [B, T, X]) and their gates ([B, T, X])."""
+
+    expert_BTX: jax.Array
+    gate_BTX: jax.Array
+
+
+def route(logits_BTE: jax.Array, experts_per_token: int) -> Routing:
+    """Choose the largest logits, the lowest index on ties; a gate is the sigmoid of its logit.
+
+    Gates are not normalised over the choices. The sigmoid is taken in float32.
+    """
+    top_BTX, expert_BTX = jax.lax.top_k(logits_BTE, experts_per_token)
+    gate_BTX = jax.nn.sigmoid(top_BTX.astype(jnp.float32)).astype(logits_BTE.dtype)
+    return Routing(expert_BTX, gate_BTX)
+
+
+class Experts(nnx.Module):
+    """The matrices of the routed experts."""
+
+    def __init__(self, config: TextConfig, *, key: jax.Array, dtype: str):
+        E, D, F = config.num_experts, config.embed_dim, config.expert_dim
+        keys = jax.random.split(key, 3)
+        in_axes = ("experts", "weight_embed", "expert_mlp")
+        out_axes = ("experts", "expert_mlp", "weight_embed")
+        self.w_gate_EDF = normal(keys[0], (E, D, F), in_axes, std=D**-0.5, dtype=dtype)
+        self.w_up_EDF = normal(keys[1], (E, D, F), in_axes, std=D**-0.5, dtype=dtype)
+        out_std = (F * 2 * config.num_layers) ** -0.5
+        self.w_down_EFD = normal(keys[2], (E, F, D), out_axes, std=out_std, dtype=dtype)
+
+
+class MoE(nnx.Module):
+    """y = shared(x) + sum over the chosen experts e of Expert_e(sigmoid(logit_e) * x)."""
+
+    def __init__(self, config: TextConfig, *, key: jax.Array, dtype: str):
+        D, E = config.embed_dim, config.num_experts
+        keys = jax.random.split(key, 3)
+        self.router_DE = normal(keys[0], (D, E), ("weight_embed", None), std=D**-0.5, dtype=dtype)
+        self.experts = Experts(config, key=keys[1], dtype=dtype)
+        self.shared = MLP(
+            D, config.expert_dim, num_layers=config.num_layers, key=keys[2], dtype=dtype
+        )
+        self.experts_per_token = config.experts_per_token
+
+    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns y_BTD and the router's logits_BTE, both in the dtype of x."""
+        with jax.named_scope("moe"):
+            dtype = x_BTD.dtype
+            router_DE = weight(self.router_DE, dtype)
+            logits_BTE = einsum("BTD,DE->BTE", x_BTD, router_DE, out=("batch", "seq", None))
+            routing = route(logits_BTE, self.experts_per_token)
+            routed_BTD = sharded_expert_mlp(
+                x_BTD,
+                weight(self.experts.w_gate_EDF, dtype),
+                weight(self.experts.w_up_EDF, dtype),
+                weight(self.experts.w_down_EFD, dtype),
+                expert_BTX=routing.expert_BTX,
+                gate_BTX=routing.gate_BTX,
+            )
+            return self.shared(x_BTD) + routed_BTD, logits_BTE

@@ -1,0 +1,31 @@
+"""Parameters: declared once with shape, logical axes and initial scale; gathered where they are used."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llama4_jax.parallel.axes import Axes
+from llama4_jax.parallel.shard import shard, shard_weight
+
+
+def normal(
+    key: jax.Array, shape: tuple[int, ...], axes: Axes, *, std: float, dtype: str
+) -> nnx.Param:
+    """Declare a parameter drawn from a normal distribution cut off at two standard deviations."""
+    value = jax.random.truncated_normal(key, -2, 2, shape, jnp.float32) * std
+    return nnx.Param(shard_weight(value.astype(dtype), axes), axes=axes)
+
+
+def constant(value: float, shape: tuple[int, ...], axes: Axes, *, dtype: str) -> nnx.Param:
+    """Declare a parameter that starts at one value everywhere."""
+    return nnx.Param(shard_weight(jnp.full(shape, value, dtype), axes), axes=axes)
+
+
+def weight(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+    """Return a parameter ready to compute with: cast, and gathered along its embed dimension.
+
+    The gather is what makes fsdp: at rest a weight is divided along `weight_embed`, in use it is
+    not, and its gradient flows back through the gather as a reduce-scatter.
+    """
+    axes = tuple(None if a == "weight_embed" else a for a in param.get_metadata("axes"))
+    return shard(param[...].astype(dtype), axes)

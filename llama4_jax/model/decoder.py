@@ -1,0 +1,100 @@
+"""The decoder stack: a scan over groups of layers, so that compile time does not grow with depth."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from llama4_jax.config.model import TextConfig
+from llama4_jax.config.pattern import layer_pattern
+from llama4_jax.layers.attention import CacheView, LayerCache, Positions
+from llama4_jax.model.block import Block
+from llama4_jax.model.cache import Cache
+
+
+class Group(nnx.Module):
+    """One run of the repeating layer pattern; each slot has its own parameter types."""
+
+    def __init__(self, config: TextConfig, *, key: jax.Array, dtype: str):
+        kinds = layer_pattern(config).slots
+        keys = jax.random.split(key, len(kinds))
+        self.slots = nnx.List(
+            [Block(config, kind, key=k, dtype=dtype) for kind, k in zip(kinds, keys, strict=True)]
+        )
+
+
+class _Stream(NamedTuple):
+    """What flows through the layers: the residual stream and, if there is one, the cache."""
+
+    x_BTD: jax.Array
+    slots: tuple[LayerCache, ...]
+
+
+class Decoder(nnx.Module):
+    """All layers: `groups` are stacked along a leading axis, `tail` are the ones left over."""
+
+    def __init__(self, config: TextConfig, *, key: jax.Array, dtype: str):
+        pattern = layer_pattern(config)
+        groups_key, tail_key = jax.random.split(key)
+        self.groups = jax.vmap(lambda k: Group(config, key=k, dtype=dtype))(
+            jax.random.split(groups_key, pattern.num_groups)
+        )
+        tail_keys = jax.random.split(tail_key, max(len(pattern.tail), 1))
+        self.tail = nnx.List(
+            [
+                Block(config, kind, key=k, dtype=dtype)
+                for kind, k in zip(pattern.tail, tail_keys, strict=False)
+            ]
+        )
+        self.num_groups = pattern.num_groups
+
+    def __call__(
+        self, x_BTD: jax.Array, at: Positions, cache: Cache | None, *, remat: bool
+    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+        """Apply every layer.
+
+        Args:
+            x_BTD: embeddings.
+            at: where the tokens stand.
+            cache: what earlier calls stored, or None.
+            remat: recompute each group in the backward pass instead of storing its activations.
+
+        Returns:
+            y_BTD, the cache with x stored, and router logits [mixture layers, B, T, E] in layer
+            order (None if no layer is a mixture).
+        """
+
+        def group_step(
+            stream: _Stream, xs: tuple[Group, jax.Array]
+        ) -> tuple[_Stream, list[jax.Array]]:
+            group, index = xs
+            x_BTD, slots, logits = stream.x_BTD, list(stream.slots), []
+            for i, block in enumerate(group.slots):
+                view = CacheView(slots[i], index, cache.lengths_B) if cache else None
+                with jax.named_scope(f"slot_{i}"):
+                    x_BTD, stored, router_logits_BTE = block(x_BTD, at, view)
+                if stored is not None:
+                    slots[i] = stored
+                if router_logits_BTE is not None:
+                    logits.append(router_logits_BTE)
+            return _Stream(x_BTD, tuple(slots)), logits
+
+        step = jax.checkpoint(group_step) if remat else group_step
+        stream = _Stream(x_BTD, cache.slots if cache else ())
+        stream, stacked = jax.lax.scan(step, stream, (self.groups, jnp.arange(self.num_groups)))
+        x_BTD, tail = stream.x_BTD, []
+        logits = [l_BTE for group in range(self.num_groups) for l_BTE in (s[group] for s in stacked)]
+        for i, block in enumerate(self.tail):
+            view = CacheView(cache.tail[i], jnp.int32(0), cache.lengths_B) if cache else None
+            with jax.named_scope(f"tail_{i}"):
+                x_BTD, stored, router_logits_BTE = block(x_BTD, at, view)
+            if stored is not None:
+                tail.append(stored)
+            if router_logits_BTE is not None:
+                logits.append(router_logits_BTE)
+        router_logits_LBTE = jnp.stack(logits) if logits else None
+        if cache is None:
+            return x_BTD, None, router_logits_LBTE
+        lengths_B = jnp.maximum(cache.lengths_B, at.positions_BT.max(1) + 1)
+        return x_BTD, Cache(stream.slots, tuple(tail), lengths_B), router_logits_LBTE

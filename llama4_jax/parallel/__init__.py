@@ -1,0 +1,32 @@
+"""Meshes, logical axes and the collectives of a divided model."""
+
+from llama4_jax.parallel.mesh import make_mesh, parse_mesh
+from llama4_jax.parallel.rules import PRESETS, Rules, make_rules
+from llama4_jax.parallel.shard import (
+    abstract,
+    einsum,
+    has_mesh,
+    mesh_axes,
+    per_shard,
+    shard,
+    shard_weight,
+    take,
+    use_mesh,
+)
+
+__all__ = [
+    "PRESETS",
+    "Rules",
+    "abstract",
+    "einsum",
+    "has_mesh",
+    "make_mesh",
+    "make_rules",
+    "mesh_axes",
+    "parse_mesh",
+    "per_shard",
+    "shard",
+    "shard_weight",
+    "take",
+    "use_mesh",
+]

@@ -1,0 +1,257 @@
+"""Attention over divided sequences: the only collectives along tokens and cache slots.
+
+Chunk layers need none while every shard of a row holds whole chunks. NoPE layers gather keys and
+values in a full forward pass; against a cache that is divided over its slots, every shard attends to
+its own and the partial results are merged by their log-sum-exps.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.attention.api import chunked_attention
+from llama4_jax.parallel.shard import per_shard
+
+_QUERIES = ("batch", "seq", "q_heads", None)
+_KEYS = ("batch", "seq", "kv_heads", None)
+_TOKENS = ("batch", "seq")
+
+
+@dataclasses.dataclass(frozen=True)
+class Visibility:
+    """Who sees whom in one layer: chunk size (None: everything earlier) and temperature (None: off)."""
+
+    chunk_size: int | None
+    temperature: tuple[int, float] | None
+
+
+def _gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    return jax.lax.all_gather(x, axes, axis=1, tiled=True) if axes else x
+
+
+def _own(x: jax.Array, axes: tuple[str, ...], length: int) -> jax.Array:
+    """Keep this shard's `length` tokens of a gathered array."""
+    if not axes:
+        return x
+    return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * length, length, axis=1)
+
+
+def _fold_chunks(x_BT: jax.Array, chunk_size: int, fill: int = 0) -> jax.Array:
+    """Turn rows into a batch of chunks, the last one filled up."""
+    B, T = x_BT.shape[:2]
+    widths = [(0, 0), (0, -T % chunk_size)] + [(0, 0)] * (x_BT.ndim - 2)
+    return jnp.pad(x_BT, widths, constant_values=fill).reshape(-1, chunk_size, *x_BT.shape[2:])
+
+
+def self_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    *,
+    positions_BT: jax.Array,
+    segments_BT: jax.Array | None,
+    in_order: bool,
+    sees: Visibility,
+) -> jax.Array:
+    """Attend among the tokens of whole rows.
+
+    Args:
+        q_BTNH, k_BTKH, v_BTKH: projections of the same tokens.
+        positions_BT: int32 positions, -1 for padding.
+        segments_BT: int32 segments of packed rows, or None.
+        in_order: promises that positions are 0, 1, 2, ... in every row, so that chunks can be cut
+            by index: then a chunk layer is causal attention on a batch of chunks.
+        sees: the layer's visibility.
+
+    Returns:
+        out_BTNH.
+    """
+    if segments_BT is None:
+        segments_BT = jnp.zeros_like(positions_BT)
+    chunk = sees.chunk_size
+
+    def local(
+        divided: dict[str, tuple[str, ...]],
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        positions: jax.Array,
+        segments: jax.Array,
+    ) -> jax.Array:
+        (B, T, N, H), over = q.shape, divided["seq"]
+        is_whole = chunk is not None and (T % chunk == 0 if over else T > chunk)
+        if in_order and is_whole:
+            assert chunk is not None
+            q, k, v = (_fold_chunks(x, chunk) for x in (q, k, v))
+            positions = kv_positions = _fold_chunks(positions, chunk, fill=-1)
+            segments = kv_segments = _fold_chunks(segments, chunk)
+        else:
+            k, v = _gather(k, over), _gather(v, over)
+            kv_positions, kv_segments = _gather(positions, over), _gather(segments, over)
+        out = chunked_attention(
+            q,
+            k,
+            v,
+            q_positions_BT=positions,
+            kv_positions_BS=kv_positions,
+            q_segments_BT=segments,
+            kv_segments_BS=kv_segments,
+            chunk_size=chunk,
+            temperature=sees.temperature,
+        )
+        assert isinstance(out, jax.Array)
+        return out.reshape(B, -1, N, H)[:, :T]
+
+    axes = (_QUERIES, _KEYS, _KEYS, _TOKENS, _TOKENS)
+    arrays = (q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT)
+    return per_shard(local, *arrays, axes=axes, out=_QUERIES)
+
+
+def _write(
+    cache_GBSKH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array, group: jax.Array
+) -> jax.Array:
+    """Store new tokens at their slots of one group's cache; slots outside the cache are skipped."""
+    rows_B1 = jnp.arange(new_BTKH.shape[0])[:, None]
+    slots_BT = jnp.where(slots_BT < 0, cache_GBSKH.shape[2], slots_BT)  # negatives would wrap
+    return cache_GBSKH.at[group, rows_B1, slots_BT].set(
+        new_BTKH.astype(cache_GBSKH.dtype), mode="drop"
+    )
+
+
+def _read(cache_GBSKH: jax.Array, group: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(cache_GBSKH, group, axis=0, keepdims=False)
+
+
+def _merge_over(out: jax.Array, lse: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+    """Merge partial attention across shards: the same algebra as `merge_attention`, as collectives."""
+    if not axes:
+        return out
+    weight = jnp.exp(lse - jax.lax.pmax(lse, axes))
+    total = jax.lax.psum(weight, axes)
+    return jax.lax.psum(out * weight[..., None], axes) / jnp.maximum(total, 1e-37)[..., None]
+
+
+def cached_attention(
+    q_BTNH: jax.Array,
+    k_BTKH: jax.Array,
+    v_BTKH: jax.Array,
+    keys_GBSKH: jax.Array,
+    values_GBSKH: jax.Array,
+    *,
+    group: jax.Array,
+    lengths_B: jax.Array,
+    positions_BT: jax.Array,
+    sees: Visibility,
+    is_chunk_cache: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Append new tokens to one group's cache and attend to everything they see.
+
+    A chunk cache holds the tokens of the last chunk only, token p at slot p % chunk_size; crossing a
+    boundary starts over. Any other cache holds token p at slot p.
+
+    Args:
+        q_BTNH, k_BTKH, v_BTKH: projections of the new tokens.
+        keys_GBSKH, values_GBSKH: caches of all groups of this slot.
+        group: int32 scalar, the group to use.
+        lengths_B: int32 tokens of each row before this call.
+        positions_BT: int32 positions of the new tokens, increasing from `lengths_B`; -1 is padding.
+        sees: the layer's visibility.
+        is_chunk_cache: whether the caches hold one chunk.
+
+    Returns:
+        (out_BTNH, keys_GBSKH, values_GBSKH) with the new tokens stored.
+    """
+    chunk = sees.chunk_size
+
+    def global_layer(
+        divided: dict[str, tuple[str, ...]],
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        group: jax.Array,
+        lengths: jax.Array,
+        positions: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        T, over = q.shape[1], divided["seq"]
+        q, k, v, positions = (_gather(x, over) for x in (q, k, v, positions))
+        S, slots_over = keys.shape[2], divided["kv_seq"]
+        first = jax.lax.axis_index(slots_over) * S if slots_over else 0
+        slots = jnp.where(positions < 0, -1, positions - first)
+        keys, values = _write(keys, k, slots, group), _write(values, v, slots, group)
+        end = jnp.maximum(lengths, positions.max(1) + 1)
+        slot_positions = first + jnp.arange(S)
+        kv_positions = jnp.where(slot_positions[None] < end[:, None], slot_positions[None], -1)
+        out, lse = chunked_attention(
+            q,
+            _read(keys, group).astype(q.dtype),
+            _read(values, group).astype(q.dtype),
+            q_positions_BT=positions,
+            kv_positions_BS=kv_positions,
+            chunk_size=chunk,
+            temperature=sees.temperature,
+            return_lse=True,
+        )
+        out = _merge_over(out, lse, slots_over).astype(q.dtype)
+        return _own(out, over, T), keys, values
+
+    def chunk_layer(
+        divided: dict[str, tuple[str, ...]],
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        keys: jax.Array,
+        values: jax.Array,
+        group: jax.Array,
+        lengths: jax.Array,
+        positions: jax.Array,
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        assert chunk is not None
+        over, q_positions = divided["seq"], positions
+        k, v, positions = (_gather(x, over) for x in (k, v, positions))
+        last = jnp.maximum(lengths - 1, positions.max(1))  # the last token after this call
+        is_kept = (positions >= 0) & (positions // chunk == last[:, None] // chunk)
+        slots = jnp.where(is_kept, positions % chunk, -1)
+        held = jnp.arange(keys.shape[2])[None]
+        if positions.shape[1] == 1:  # one token: store it, then read the cache in place
+            keys, values = _write(keys, k, slots, group), _write(values, v, slots, group)
+            k, v = _read(keys, group).astype(q.dtype), _read(values, group).astype(q.dtype)
+            kv_positions = last[:, None] // chunk * chunk + held  # stale slots lie in the future
+        else:  # several may cross a boundary: read what the cache holds before it is overwritten
+            k = jnp.concatenate([_read(keys, group).astype(k.dtype), k], axis=1)
+            v = jnp.concatenate([_read(values, group).astype(v.dtype), v], axis=1)
+            before = lengths[:, None]
+            old = jnp.where(held < before % chunk, before // chunk * chunk + held, -1)
+            kv_positions = jnp.concatenate([old, positions], axis=1)
+            new = slice(keys.shape[2], None)
+            keys = _write(keys, k[:, new], slots, group)
+            values = _write(values, v[:, new], slots, group)
+        out = chunked_attention(
+            q,
+            k,
+            v,
+            q_positions_BT=q_positions,
+            kv_positions_BS=kv_positions,
+            chunk_size=chunk,
+            temperature=sees.temperature,
+        )
+        assert isinstance(out, jax.Array)
+        return out, keys, values
+
+    slots = None if is_chunk_cache else "kv_seq"
+    cache_axes = (None, "batch", slots, "kv_heads", None)
+    return per_shard(
+        chunk_layer if is_chunk_cache else global_layer,
+        q_BTNH,
+        k_BTKH,
+        v_BTKH,
+        keys_GBSKH,
+        values_GBSKH,
+        group,
+        lengths_B,
+        positions_BT,
+        axes=(_QUERIES, _KEYS, _KEYS, cache_axes, cache_axes, (), ("batch",), _TOKENS),
+        out=(_QUERIES, cache_axes, cache_axes),
+    )

@@ -288,16 +288,6 @@ def image_batch() -> ImageBatch:
     return ImageBatch(ids_BT=np.stack(rows), tiles_NCHW=tiles(3, seed=555))
 
 
-# How a run of 37 tokens may be cut into calls; chunks end at 8, 16, 24 and 32.
-DECODE_SPLITS = (
-    (1,) * 37,
-    (20, *(1,) * 17),
-    (5, 7, 11, 14),
-    (8, 8, 8, 8, 5),
-    (9, 20, 1, 1, 1, 5),
-    (36, 1),
-    (7, 1, 1, 15, 1, 12),
-)
 # Head width and whether frequencies are scaled, by golden name.
 ROPE_TABLES = {"scout": (128, True), "maverick": (128, False), "tiny": (16, True)}
 TEMPERATURE_POSITIONS = np.array(

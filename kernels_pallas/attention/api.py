@@ -19,7 +19,7 @@ def chunked_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attend by position: causally, and inside fixed chunks of the sequence if `chunk_size` is given.
+    """Attend by position: causally, and inside fixed chunks if `chunk_size` is given.
 
     A query at position p sees a key at position t iff 0 <= t <= p, both have the same segment, and,
     with a chunk size, t // chunk_size == p // chunk_size. Query head n reads kv head n // (N / K).
@@ -55,7 +55,7 @@ def chunked_attention(
     }
     for name, (shape, wanted) in expected.items():
         if shape != wanted:
-            raise ValueError(f"{name} has shape {shape} but q_BTNH {q_BTNH.shape} asks for {wanted}")
+            raise ValueError(f"{name} has shape {shape}; q_BTNH {q_BTNH.shape} asks for {wanted}")
     if N % K:
         raise ValueError(f"query heads ({N}) must be a multiple of kv heads ({K})")
     if (q_segments_BT is None) != (kv_segments_BS is None):
@@ -86,5 +86,5 @@ def merge_attention(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Ar
         (out [..., H], lse [...]) float32.
     """
     if outs.shape[:-1] != lses.shape:
-        raise ValueError(f"outs {outs.shape} without its last axis must have the shape of lses {lses.shape}")
+        raise ValueError(f"outs {outs.shape} less its last axis must match lses {lses.shape}")
     return reference.merge_attention(outs, lses)

@@ -1,4 +1,4 @@
-"""Attention in plain XLA: exact, differentiable, and never more than one block of queries' scores alive."""
+"""Attention in plain XLA: exact, differentiable, one block of queries' scores alive at a time."""
 
 import math
 
@@ -16,7 +16,7 @@ def visible(
     kv_segments_BS: jax.Array | None,
     chunk_size: int | None,
 ) -> jax.Array:
-    """Return the mask [B, T, S]: same segment, not in the future, and in the same chunk if there are chunks.
+    """Return the mask [B, T, S]: same segment, not in the future, same chunk if there are chunks.
 
     A negative position marks padding, which no query sees.
     """
@@ -30,7 +30,10 @@ def visible(
 
 
 def attention_temperature(positions: jax.Array, temperature: tuple[int, float]) -> jax.Array:
-    """Compute s(p) = 1 + coefficient * ln(floor((p + 1) / floor) + 1) in float32 from int32 positions."""
+    """Compute s(p) = 1 + coefficient * ln(floor((p + 1) / floor) + 1) in float32.
+
+    Positions stay integers until the floor is taken: in bfloat16 the steps would move.
+    """
     floor, coefficient = temperature
     steps = (jnp.maximum(positions, 0) + 1) // floor
     return 1.0 + coefficient * jnp.log1p(steps.astype(jnp.float32))
@@ -43,7 +46,7 @@ def _attend_block(
     mask_BTS: jax.Array,
     logit_scale_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attend one block of queries to all keys; a query that sees nothing gets zeros and lse -1e30."""
+    """Attend one block of queries to all keys; one that sees nothing gets zeros and lse -1e30."""
     scores_BKGTS = jnp.einsum(
         "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
     )
@@ -80,7 +83,7 @@ def chunked_attention(
     scale: float | None = None,
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attend causally by position, inside chunks if `chunk_size` is given. See `api.chunked_attention`."""
+    """Attend causally by position, inside chunks if there are. See `api.chunked_attention`."""
     B, T, N, H = q_BTNH.shape
     K = k_BSKH.shape[2]
     scale = 1.0 / math.sqrt(H) if scale is None else scale
@@ -120,7 +123,8 @@ def chunked_attention(
             def join(blocks: jax.Array, axis: int) -> jax.Array:
                 parts = [blocks[i] for i in range(whole)]
                 if rest:
-                    parts.append(jax.lax.slice_in_dim(blocks[-1], QUERY_BLOCK - rest, None, axis=axis))
+                    start = QUERY_BLOCK - rest
+                    parts.append(jax.lax.slice_in_dim(blocks[-1], start, None, axis=axis))
                 return jnp.concatenate(parts, axis)
 
             out_BTKGH, lse_BKGT = join(outs, 1), join(lses, 3)

@@ -1,8 +1,8 @@
-"""Mixture-of-experts arithmetic in plain XLA, whose work grows with tokens and never with experts x tokens.
+"""Mixture-of-experts arithmetic in plain XLA: work grows with tokens, never with experts x tokens.
 
-Rows are sorted by expert; a loop walks blocks of rows, each of one expert, and multiplies a block by
-that expert's matrix. The trip count is the number of blocks that hold rows, known only at run time,
-so experts without tokens cost nothing and their weights are not read.
+Rows are sorted by expert; a loop walks blocks of rows, each of one expert, and multiplies a block
+by that expert's matrix. The trip count is the number of blocks that hold rows, known only at run
+time, so experts without tokens cost nothing and their weights are not read.
 """
 
 import functools
@@ -27,7 +27,7 @@ class Dispatch(NamedTuple):
 
 
 def dispatch(expert_TX: jax.Array, num_experts: int) -> Dispatch:
-    """Sort routed rows by expert, keeping token order inside one; ids outside 0..E-1 go to nobody."""
+    """Sort routed rows by expert, in token order inside one; ids outside 0..E-1 go to nobody."""
     expert_R = expert_TX.reshape(-1)
     is_routed_R = (expert_R >= 0) & (expert_R < num_experts)
     expert_R = jnp.where(is_routed_R, expert_R, num_experts)
@@ -46,7 +46,7 @@ def combine(y_RD: jax.Array, to: Dispatch, experts_per_token: int) -> jax.Array:
 
 
 def _block_rows(num_rows: int, num_experts: int) -> int:
-    """Return the rows of a block: about an expert's mean share, a power of two, at most MAX_BLOCK."""
+    """Return the rows of a block: about an expert's mean share, at most MAX_BLOCK."""
     share = -(-num_rows // num_experts)
     return min(MAX_BLOCK, num_rows, 1 << max(share - 1, 0).bit_length())
 
@@ -66,7 +66,7 @@ def _schedule(group_sizes_E: jax.Array, rows: int) -> _Blocks:
 
 
 def _locate(blocks: _Blocks, i: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the expert of block i, its first row, and how many of its rows belong to the expert."""
+    """Return the expert of block i, its first row, and how many rows from there are its own."""
     expert = jnp.searchsorted(blocks.ends_E, i, side="right").astype(jnp.int32)
     before = jnp.where(expert > 0, blocks.ends_E[expert - 1], 0)
     inside = (i - before) * rows
@@ -106,7 +106,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) 
 
 
 def _grouped_outer(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """Sum x^T dy over each expert's rows: the gradient of its matrix, in float32. Returns dw_EDF."""
+    """Sum x^T dy over each expert's rows: the float32 gradient of its matrix. Returns dw_EDF."""
     (R, D), F, E = x_RD.shape, dy_RF.shape[1], group_sizes_E.shape[0]
     rows = _block_rows(R, E)
     blocks = _schedule(group_sizes_E, rows)

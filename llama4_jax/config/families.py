@@ -1,4 +1,4 @@
-"""The family: Scout, Maverick, Behemoth (its size a guess) and nano, as functions that return a config."""
+"""The family: Scout, Maverick, Behemoth (its size a guess) and nano, as functions."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ _INSTRUCT_STOPS = (200_001, 200_007, 200_008)
 
 
 def every(interval: int, num_layers: int) -> tuple[int, ...]:
-    """Return the layers i with (i + 1) % interval == 0, which is how Llama 4 places both NoPE and MoE."""
+    """Return the layers i with (i + 1) % interval == 0, as Llama 4 places NoPE and MoE layers."""
     return tuple(range(interval - 1, num_layers, interval))
 
 

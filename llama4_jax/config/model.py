@@ -1,4 +1,4 @@
-"""What a Llama 4 model is: every size and switch, as frozen dataclasses that refuse impossible values."""
+"""What a Llama 4 model is: every size and switch, in dataclasses that refuse the impossible."""
 
 import dataclasses
 from typing import Literal
@@ -41,7 +41,7 @@ class RopeScaling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Temperature:
-    """Attention temperature of NoPE layers: s(p) = 1 + coefficient * ln(floor((p + 1) / floor) + 1)."""
+    """Temperature of NoPE layers: s(p) = 1 + coefficient * ln(floor((p + 1) / floor) + 1)."""
 
     floor: int = 8192
     coefficient: float = 0.1
@@ -93,14 +93,15 @@ class TextConfig:
         _require_positive(self, "mlp_dim", "expert_dim", "rope_theta", "norm_eps", "max_positions")
         _require(
             self.num_heads % self.num_kv_heads == 0,
-            f"num_heads ({self.num_heads}) must be a multiple of num_kv_heads ({self.num_kv_heads})",
+            f"num_heads ({self.num_heads}) must be a multiple of "
+            f"num_kv_heads ({self.num_kv_heads})",
         )
         _require(self.head_dim % 2 == 0, f"head_dim ({self.head_dim}) must be even for RoPE")
         for name in ("moe_layers", "nope_layers"):
             layers = getattr(self, name)
-            valid = tuple(sorted(set(layers))) == layers and set(layers) <= set(range(self.num_layers))
+            is_sorted = tuple(sorted(set(layers))) == layers
             _require(
-                valid,
+                is_sorted and set(layers) <= set(range(self.num_layers)),
                 f"{name} {layers} must be increasing layer indices from 0 to {self.num_layers - 1}",
             )
         if self.moe_layers:
@@ -135,8 +136,9 @@ class VisionConfig:
     pixel_shuffle_ratio: float = 0.5
 
     def __post_init__(self) -> None:
-        _require_positive(self, "image_size", "patch_size", "num_channels", "embed_dim", "num_layers")
-        _require_positive(self, "num_heads", "mlp_dim", "adapter_dim", "norm_eps", "rope_theta")
+        _require_positive(self, "image_size", "patch_size", "num_channels", "embed_dim")
+        _require_positive(self, "num_layers", "num_heads", "mlp_dim", "adapter_dim")
+        _require_positive(self, "norm_eps", "rope_theta")
         _require(
             self.image_size % self.patch_size == 0,
             f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})",
@@ -152,7 +154,8 @@ class VisionConfig:
         )
         _require(
             self.grid % self.shuffle == 0,
-            f"the patch grid ({self.grid}) must be a multiple of the pixel shuffle ({self.shuffle})",
+            f"the patch grid ({self.grid}) must be a multiple of the pixel shuffle "
+            f"({self.shuffle})",
         )
 
     @property
@@ -184,7 +187,7 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A whole model: decoder, optional vision encoder, the token ids it must know, and its dtype."""
+    """A whole model: decoder, optional vision encoder, token ids it must know, and its dtype."""
 
     name: str
     text: TextConfig

@@ -1,4 +1,4 @@
-"""The layer pattern as data: which kinds of layer repeat, so that the decoder can scan over groups of them."""
+"""The layer pattern as data: which kinds of layer repeat, so that the decoder can scan groups."""
 
 import dataclasses
 
@@ -32,10 +32,12 @@ class LayerPattern:
     def kind(self, layer: int) -> LayerKind:
         """Return the kind of 0-based `layer`."""
         scanned = len(self.slots) * self.num_groups
-        return self.slots[layer % len(self.slots)] if layer < scanned else self.tail[layer - scanned]
+        if layer < scanned:
+            return self.slots[layer % len(self.slots)]
+        return self.tail[layer - scanned]
 
     def name(self, layer: int) -> tuple[str, int | None]:
-        """Return where `layer` lives in the decoder: a path prefix, and its group or None in the tail."""
+        """Return where `layer` lives in the decoder: a path, and its group or None in the tail."""
         scanned = len(self.slots) * self.num_groups
         if layer < scanned:
             return f"groups.slots.{layer % len(self.slots)}", layer // len(self.slots)

@@ -1,4 +1,4 @@
-"""Self-attention of the decoder: chunk-local with RoPE, or global without it (NoPE) with temperature."""
+"""Self-attention of the decoder: chunk-local with RoPE, or global without it (NoPE)."""
 
 import dataclasses
 
@@ -83,7 +83,7 @@ class Attention(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, at: Positions, cache: CacheView | None
     ) -> tuple[jax.Array, LayerCache | None]:
-        """Attend; with a cache, to what it holds too. Returns out_BTD and the cache with x stored."""
+        """Attend; with a cache, to what it holds too. Returns out_BTD and the new cache."""
         dtype = x_BTD.dtype
         q_axes, kv_axes = ("batch", "seq", "q_heads", None), ("batch", "seq", "kv_heads", None)
         q_BTNH = einsum("BTD,DNH->BTNH", x_BTD, weight(self.w_q_DNH, dtype), out=q_axes)

@@ -10,7 +10,9 @@ from llama4_jax.parallel.shard import einsum
 class MLP(nnx.Module):
     """y = (silu(x W_gate) * (x W_up)) W_down."""
 
-    def __init__(self, embed_dim: int, mlp_dim: int, *, num_layers: int, key: jax.Array, dtype: str):
+    def __init__(
+        self, embed_dim: int, mlp_dim: int, *, num_layers: int, key: jax.Array, dtype: str
+    ):
         D, F = embed_dim, mlp_dim
         keys = jax.random.split(key, 3)
         in_axes, out_axes = ("weight_embed", "mlp"), ("mlp", "weight_embed")

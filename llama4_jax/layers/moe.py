@@ -1,4 +1,4 @@
-"""The mixture layer: a sigmoid top-k router whose gate scales the experts' input, and a shared expert."""
+"""The mixture layer: a top-k router whose gate scales the experts' input, and a shared expert."""
 
 from typing import NamedTuple
 

@@ -1,4 +1,4 @@
-"""Parameters: declared once with shape, logical axes and initial scale; gathered where they are used."""
+"""Parameters: declared once with shape, axes and initial scale; gathered where they are used."""
 
 import jax
 import jax.numpy as jnp

@@ -1,4 +1,4 @@
-"""Rotary positional embedding on interleaved pairs, in one dimension for text and two for images."""
+"""Rotary embedding on interleaved pairs, in one dimension for text and two for images."""
 
 import math
 
@@ -10,7 +10,7 @@ from llama4_jax.config.model import RopeScaling
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -> np.ndarray:
-    """Compute the rotation per position of each pair of features: theta^(-2j / head_dim), j < head_dim / 2.
+    """Compute the rotation per position of each pair of features j: theta^(-2j / head_dim).
 
     Args:
         head_dim: features of a head.
@@ -27,7 +27,8 @@ def rope_frequencies(head_dim: int, theta: float, scaling: RopeScaling | None) -
     wavelengths = 2 * math.pi / frequencies
     turns = scaling.original_max_positions / wavelengths
     band = scaling.high_freq_factor - scaling.low_freq_factor
-    kept = np.clip((turns - scaling.low_freq_factor) / band, 0, 1) if band else turns > scaling.low_freq_factor
+    beyond = turns - scaling.low_freq_factor
+    kept = np.clip(beyond / band, 0, 1) if band else beyond > 0
     scaled = kept * frequencies + (1 - kept) * frequencies / scaling.factor
     return scaled.astype(np.float32)
 
@@ -66,7 +67,7 @@ def image_angles(grid: int, head_dim: int, theta: float) -> np.ndarray:
 
 
 def apply_rope(x_BTNH: jax.Array, angles_BTh: jax.Array) -> jax.Array:
-    """Rotate each pair of features (2j, 2j + 1) by its angle, in float32, back in the dtype of x."""
+    """Rotate each pair of features (2j, 2j + 1) by its angle, in float32; keep the dtype of x."""
     with jax.named_scope("rope"):
         pairs = x_BTNH.astype(jnp.float32).reshape(*x_BTNH.shape[:-1], -1, 2)
         even, odd = pairs[..., 0], pairs[..., 1]

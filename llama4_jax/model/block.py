@@ -30,7 +30,7 @@ class Block(nnx.Module):
     def __call__(
         self, x_BTD: jax.Array, at: Positions, cache: CacheView | None
     ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
-        """Returns y_BTD, the layer's cache with x stored, and the router's logits if there is one."""
+        """Returns y_BTD, the layer's new cache, and the router's logits if there is one."""
         attended_BTD, stored = self.attention(self.attention_norm(x_BTD), at, cache)
         x_BTD = x_BTD + attended_BTD
         if isinstance(self.ffn, MoE):

@@ -1,4 +1,4 @@
-"""The decoder stack: a scan over groups of layers, so that compile time does not grow with depth."""
+"""The decoder stack: a scan over groups of layers, so compile time does not grow with depth."""
 
 from typing import NamedTuple
 
@@ -84,7 +84,7 @@ class Decoder(nnx.Module):
         stream = _Stream(x_BTD, cache.slots if cache else ())
         stream, stacked = jax.lax.scan(step, stream, (self.groups, jnp.arange(self.num_groups)))
         x_BTD, tail = stream.x_BTD, []
-        logits = [l_BTE for group in range(self.num_groups) for l_BTE in (s[group] for s in stacked)]
+        logits = [slot_GBTE[g] for g in range(self.num_groups) for slot_GBTE in stacked]
         for i, block in enumerate(self.tail):
             view = CacheView(cache.tail[i], jnp.int32(0), cache.lengths_B) if cache else None
             with jax.named_scope(f"tail_{i}"):

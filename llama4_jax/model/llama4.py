@@ -50,7 +50,7 @@ class Llama4(nnx.Module):
     """A Llama 4 model: an immutable pytree of parameters and a pure function of its inputs."""
 
     def __init__(self, config: ModelConfig, *, key: jax.Array, param_dtype: str | None = None):
-        """Initialise parameters in `param_dtype`, by default `config.dtype`, which is what it computes in.
+        """Initialise parameters in `param_dtype`, by default the dtype it computes in.
 
         Under `parallel.use_mesh` every parameter is laid out by its logical axes. Wrap it in
         `jax.jit` to initialise straight into shards, in `jax.eval_shape` for shapes alone.

@@ -1,4 +1,4 @@
-"""The vision encoder: tiles to patches, a transformer with 2-D RoPE, pixel shuffle, and an adapter."""
+"""The vision encoder: patches, a transformer with 2-D RoPE, pixel shuffle, an adapter."""
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ _HIDDEN = ("tiles", None, "mlp")
 
 
 def patchify(tile_CHW: jax.Array, patch_size: int) -> jax.Array:
-    """Cut a tile into row-major patches whose features run over (channel, row, column). Returns x_PI."""
+    """Cut a tile into row-major patches of (channel, row, column) features. Returns x_PI."""
     C, height, width = tile_CHW.shape
     rows, columns = height // patch_size, width // patch_size
     patches = tile_CHW.reshape(C, rows, patch_size, columns, patch_size)
@@ -52,7 +52,8 @@ class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, key: jax.Array, dtype: str):
         D, N, H = config.embed_dim, config.num_heads, config.head_dim
         keys = jax.random.split(key, 4)
-        axes, bias_axes, std = ("weight_embed", "q_heads", "head_dim"), ("q_heads", "head_dim"), D**-0.5
+        axes, std = ("weight_embed", "q_heads", "head_dim"), D**-0.5
+        bias_axes = axes[1:]
         self.w_q_DNH = normal(keys[0], (D, N, H), axes, std=std, dtype=dtype)
         self.w_k_DNH = normal(keys[1], (D, N, H), axes, std=std, dtype=dtype)
         self.w_v_DNH = normal(keys[2], (D, N, H), axes, std=std, dtype=dtype)
@@ -130,7 +131,7 @@ class Adapter(nnx.Module):
 
 
 class VisionEncoder(nnx.Module):
-    """Every tile on its own: patches and, last, a class token, which is dropped before the adapter."""
+    """Every tile on its own: patches and, last, a class token that the adapter never sees."""
 
     def __init__(self, config: VisionConfig, *, key: jax.Array, dtype: str):
         D, eps = config.embed_dim, config.norm_eps

@@ -1,4 +1,4 @@
-"""Expert parallelism: every shard applies its own experts to every token that chose them, and drops none."""
+"""Expert parallelism: every shard applies its own experts to all tokens that chose them."""
 
 import jax
 import jax.numpy as jnp
@@ -46,13 +46,9 @@ def sharded_expert_mlp(
     ) -> jax.Array:
         B, T, D = x_BTD.shape
         X = expert_BTX.shape[-1]
-        x_TD, expert_TX, gate_TX = (
-            a.reshape(B * T, -1) for a in (x_BTD, expert_BTX, gate_BTX)
-        )
+        x_TD, expert_TX, gate_TX = (a.reshape(B * T, -1) for a in (x_BTD, expert_BTX, gate_BTX))
         expert_axes = divided["experts"]
-        tokens_over = tuple(
-            a for a in expert_axes if a in divided["batch"] or a in divided["seq"]
-        )
+        tokens_over = tuple(a for a in expert_axes if a in divided["batch"] or a in divided["seq"])
         if tokens_over:
             x_TD, expert_TX, gate_TX = (
                 jax.lax.all_gather(a, tokens_over, tiled=True) for a in (x_TD, expert_TX, gate_TX)

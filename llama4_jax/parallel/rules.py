@@ -35,6 +35,7 @@ class Rules:
 
 
 def make_rules(table: Mapping[str, tuple[str, ...]]) -> Rules:
+    """Make rules from a map of logical axis to mesh axes."""
     return Rules(tuple(sorted(table.items())))
 
 

@@ -1,8 +1,8 @@
 """Attention over divided sequences: the only collectives along tokens and cache slots.
 
 Chunk layers need none while every shard of a row holds whole chunks. NoPE layers gather keys and
-values in a full forward pass; against a cache that is divided over its slots, every shard attends to
-its own and the partial results are merged by their log-sum-exps.
+values in a full forward pass; against a cache that is divided over its slots, every shard attends
+to its own and the partial results are merged by their log-sum-exps.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ _TOKENS = ("batch", "seq")
 
 @dataclasses.dataclass(frozen=True)
 class Visibility:
-    """Who sees whom in one layer: chunk size (None: everything earlier) and temperature (None: off)."""
+    """Who sees whom in a layer: chunk size (None: all that is earlier), temperature (None: off)."""
 
     chunk_size: int | None
     temperature: tuple[int, float] | None
@@ -124,7 +124,7 @@ def _read(cache_GBSKH: jax.Array, group: jax.Array) -> jax.Array:
 
 
 def _merge_over(out: jax.Array, lse: jax.Array, axes: tuple[str, ...]) -> jax.Array:
-    """Merge partial attention across shards: the same algebra as `merge_attention`, as collectives."""
+    """Merge partial attention across shards: the algebra of `merge_attention` as collectives."""
     if not axes:
         return out
     weight = jnp.exp(lse - jax.lax.pmax(lse, axes))
@@ -147,8 +147,8 @@ def cached_attention(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Append new tokens to one group's cache and attend to everything they see.
 
-    A chunk cache holds the tokens of the last chunk only, token p at slot p % chunk_size; crossing a
-    boundary starts over. Any other cache holds token p at slot p.
+    A chunk cache holds the tokens of the last chunk only, token p at slot p % chunk_size; crossing
+    a boundary starts over. Any other cache holds token p at slot p.
 
     Args:
         q_BTNH, k_BTKH, v_BTKH: projections of the new tokens.

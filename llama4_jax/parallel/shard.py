@@ -56,7 +56,7 @@ def abstract(build: Callable[..., Any], *args: Any) -> Any:
 
 
 def mesh_axes(logical: str | None, dim: int | None = None) -> tuple[str, ...]:
-    """Return the active mesh axes that divide a logical axis, as many of them as divide `dim` evenly."""
+    """Return the active mesh axes that divide a logical axis, as many as divide `dim` evenly."""
     sizes = _sizes()
     axes = tuple(a for a in _rules.value.mesh_axes(logical) if sizes.get(a, 1) > 1)
     while dim is not None and axes and dim % math.prod(sizes[a] for a in axes):
@@ -139,7 +139,8 @@ def per_shard(
             if name is not None:
                 found = mesh_axes(name, dim)
                 if divided.setdefault(name, found) != found:
-                    raise ValueError(f"axis {name!r} has two sizes among {[a.shape for a in arrays]}")
+                    shapes = [a.shape for a in arrays]
+                    raise ValueError(f"axis {name!r} has two sizes among {shapes}")
     if not has_mesh():
         return function(divided, *arrays)
 

@@ -119,10 +119,10 @@ def nano() -> ModelConfig:
         name="nano",
         text=text,
         vision=vision,
-        bos_id=0,
-        eos_ids=(1,),
-        pad_id=2,
-        patch_id=3,
+        bos_id=1920,
+        eos_ids=(1921, 1927, 1928),
+        pad_id=1938,
+        patch_id=2012,
         max_tiles=4,
     )
 

@@ -67,10 +67,10 @@ class Attention(nnx.Module):
     @property
     def sees(self) -> Visibility:
         """Return the layer's visibility: NoPE layers see everything earlier, others their chunk."""
-        temperature = self.config.temperature
         if not self.is_nope:
             return Visibility(self.config.chunk_size, None)
-        return Visibility(None, temperature and (temperature.floor, temperature.coefficient))
+        warm = self.config.temperature
+        return Visibility(None, (warm.floor, warm.coefficient) if warm else None)
 
     def _rotate(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Apply RoPE and then, if the model has it, qk-norm."""

@@ -40,5 +40,5 @@ class LayerNorm(nnx.Module):
         x32 = x_PTD.astype(jnp.float32)
         centred = x32 - x32.mean(-1, keepdims=True)
         unit = centred * jax.lax.rsqrt(jnp.mean(centred**2, -1, keepdims=True) + self.eps)
-        scale, bias = weight(self.scale_D, jnp.float32), weight(self.bias_D, jnp.float32)
+        scale, bias = weight(self.scale_D, x32.dtype), weight(self.bias_D, x32.dtype)
         return (unit * scale + bias).astype(x_PTD.dtype)

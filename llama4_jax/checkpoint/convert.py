@@ -1,0 +1,173 @@
+"""Convert a checkpoint from any layout to any other, in memory for a few blocks of one tensor."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Literal
+
+from llama4_jax.checkpoint import hub, meta, store
+from llama4_jax.checkpoint.layout import stored_tensors
+from llama4_jax.checkpoint.sink import Plan
+from llama4_jax.checkpoint.source import Source, np_dtype
+from llama4_jax.checkpoint.writing import Progress, check_target, no_progress, write_checkpoint
+from llama4_jax.config import DType, ModelConfig
+
+Format = Literal["hf", "meta", "orbax"]
+FORMATS: tuple[Format, ...] = ("hf", "meta", "orbax")
+
+GENERATION = "generation_config.json"
+_CARRIED = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template*",
+    "*processor_config.json",
+    GENERATION,
+    "README.md",
+    "LICENSE*",
+    "NOTICE*",
+    "USE_POLICY*",
+)
+
+
+def find_format(directory: pathlib.Path) -> Format:
+    """Return the layout of the checkpoint in `directory`.
+
+    Raises:
+      ValueError: there is none, and why.
+    """
+    if not directory.is_dir():
+        raise ValueError(f"{directory} is not a directory; give the directory of a checkpoint")
+    tests: dict[Format, Callable[[pathlib.Path], bool]] = {
+        "orbax": store.is_store,
+        "hf": hub.is_hub,
+        "meta": meta.is_meta,
+    }
+    for kind, is_kind in tests.items():
+        if is_kind(directory):
+            return kind
+    raise ValueError(
+        f"{directory} holds no checkpoint: none of {hub.CONFIG} with *.safetensors, {meta.CONFIG} "
+        f"with consolidated.*.pth, or {store.CONFIG} with params"
+    )
+
+
+def open_checkpoint(directory: pathlib.Path) -> Source:
+    """Open a checkpoint of any layout, after comparing every name and shape with its config.
+
+    Raises:
+      ValueError: it is not a whole, well-formed checkpoint; the message names what is wrong.
+    """
+    openers: dict[Format, Callable[[pathlib.Path], Source]] = {
+        "orbax": store.open_store,
+        "hf": hub.open_hub,
+        "meta": meta.open_meta,
+    }
+    return openers[find_format(directory)](directory)
+
+
+def make_plan(
+    source: Source, to: Format, *, dtype: DType | None = None, model_parallel: int | None = None
+) -> Plan:
+    """Plan the files of a checkpoint in layout `to`; see `convert` for the arguments."""
+    if to not in FORMATS:
+        raise ValueError(f"format {to!r} must be one of {', '.join(FORMATS)}")
+    if model_parallel is not None and to != "meta":
+        raise ValueError(f"model_parallel ({model_parallel}) is for the meta layout, not for {to}")
+    wanted = None if dtype is None else np_dtype(dtype)
+    if to == "orbax":
+        return store.plan_store(source, wanted)
+    if to == "hf":
+        return hub.plan_hub(source, wanted)
+    ranks = _default_ranks(source.config) if model_parallel is None else model_parallel
+    return meta.plan_meta(source, wanted, ranks)
+
+
+def _default_ranks(config: ModelConfig) -> int:
+    """Return 8, as released checkpoints have, or the largest power of two that divides."""
+    for ranks in (8, 4, 2):
+        try:
+            stored_tensors(config, "meta", ranks=ranks)
+        except ValueError:
+            continue
+        return ranks
+    return 1
+
+
+def carried_files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Return the files that belong to a model in any layout: tokenizer, templates, licence."""
+    found = {p.name: p for pattern in _CARRIED for p in directory.glob(pattern) if p.is_file()}
+    return dict(sorted(found.items()))
+
+
+def generation_text(config: ModelConfig) -> str:
+    """Return a generation_config.json that says when to stop, for a model that came without one."""
+    eos_ids = list(config.eos_ids)
+    values = {
+        "bos_token_id": config.bos_id,
+        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids,
+        "pad_token_id": config.pad_id,
+    }
+    return json.dumps(values, indent=2) + "\n"
+
+
+def convert(
+    source: str | pathlib.Path,
+    target: str | pathlib.Path,
+    *,
+    to: Format,
+    dtype: DType | None = None,
+    model_parallel: int | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Convert a checkpoint, bit for bit unless `dtype` asks for another precision.
+
+    Every tensor's name and shape is checked before anything is written. Memory stays under three
+    times the largest tensor. The target appears only when it is complete; run an interrupted
+    conversion again and it goes on where it was.
+
+    Args:
+      source: directory of a Hugging Face, Meta or native checkpoint; its layout is recognised.
+      target: a directory that does not exist yet or is empty.
+      to: layout to write.
+      dtype: precision to write; None keeps each tensor's own. FP8 is always dequantised.
+      model_parallel: number of files of a Meta checkpoint; by default 8 or what divides the model.
+      progress: told of the bytes written.
+
+    Raises:
+      ValueError: the source is damaged or incomplete, the layout cannot express the model, the
+        target is in use or the disk is too small.
+    """
+    source, target = pathlib.Path(source), pathlib.Path(target)
+    check_target(target)
+    if target.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"target {target} lies inside source {source}; choose a directory outside")
+    opened = open_checkpoint(source)
+    opened.config = dataclasses.replace(opened.config, dtype=dtype or opened.config.dtype)
+    plan = make_plan(opened, to, dtype=dtype, model_parallel=model_parallel)
+    files = carried_files(source)
+    plan = with_generation(plan, opened.config, has_one=GENERATION in files)
+    write_checkpoint(
+        plan,
+        target,
+        files=files,
+        fingerprint=[_fingerprint(source), dtype, model_parallel],
+        progress=progress,
+    )
+
+
+def with_generation(plan: Plan, config: ModelConfig, *, has_one: bool) -> Plan:
+    """Return the plan with a generation_config.json, if Hugging Face's layout would lack one."""
+    if plan.kind != "hf" or has_one:
+        return plan
+    texts = {GENERATION: generation_text(config), **plan.texts}
+    return Plan(kind=plan.kind, units=plan.units, texts=texts)
+
+
+def _fingerprint(directory: pathlib.Path) -> list[list[str | int]]:
+    """Return names, sizes and times of the source's files: a changed source is not resumed."""
+    found = sorted(p for p in directory.rglob("*") if p.is_file())
+    stats = [(p, p.stat()) for p in found]
+    head: list[list[str | int]] = [[str(directory.resolve())]]
+    return head + [[p.name, s.st_size, s.st_mtime_ns] for p, s in stats]

@@ -1,0 +1,274 @@
+"""Models from checkpoints and back: every parameter goes straight into its shards."""
+
+import dataclasses
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+
+from llama4_jax import parallel
+from llama4_jax.checkpoint.convert import (
+    GENERATION,
+    Format,
+    carried_files,
+    make_plan,
+    open_checkpoint,
+    with_generation,
+)
+from llama4_jax.checkpoint.source import Index, Source
+from llama4_jax.checkpoint.weight_map import parameters
+from llama4_jax.checkpoint.writing import Progress, no_progress, write_checkpoint
+from llama4_jax.config import DType, ModelConfig, layer_pattern
+from llama4_jax.config.json_section import Section, load_json
+from llama4_jax.model import Llama4
+from llama4_jax.text import ChatTemplate, Tokenizer, load_chat_template, load_tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GenerationDefaults:
+    """How a checkpoint wants to be sampled, when the caller does not say.
+
+    Attributes:
+      temperature: 0 is greedy.
+      top_p: 1 keeps every token.
+      top_k: None keeps every token.
+      stop_ids: tokens that end an answer.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int | None = None
+    stop_ids: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Pretrained:
+    """A model with what belongs to it.
+
+    Attributes:
+      model: parameters on their devices; `model.config` is `config`.
+      tokenizer: None if the checkpoint has none: the model then takes and gives token ids.
+      chat_template: the checkpoint's own, or None.
+      generation: how to sample by default.
+      directory: where it was loaded from, or None.
+    """
+
+    model: Llama4
+    config: ModelConfig
+    tokenizer: Tokenizer | None = None
+    chat_template: ChatTemplate | None = None
+    generation: GenerationDefaults = GenerationDefaults()
+    directory: pathlib.Path | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Slot:
+    """The parameters that an array holds: one per index of its leading axis, or just one."""
+
+    names: tuple[str, ...]
+    is_stacked: bool
+
+
+def from_pretrained(
+    directory: str | pathlib.Path,
+    *,
+    mesh: Mesh | None = None,
+    rules: parallel.Rules | None = None,
+    dtype: DType | None = None,
+) -> Pretrained:
+    """Load a checkpoint of any layout onto one device or a mesh.
+
+    Each device's part of each parameter is read from the files on its own, so the host never holds
+    more than the largest shard.
+
+    Args:
+      directory: a Hugging Face, Meta or native checkpoint; the layout is recognised.
+      mesh: where to lay the model out; None is the default device. Run the model inside
+        `parallel.use_mesh(mesh, rules)` with the same rules.
+      rules: which mesh axes divide which logical axes; by default the preset "tensor", or
+        "long_context" for a mesh with a `context` axis.
+      dtype: of parameters and activations; by default the checkpoint's own.
+
+    Raises:
+      ValueError: the checkpoint is damaged or incomplete, or a weight does not divide over the
+        mesh.
+    """
+    directory = pathlib.Path(directory)
+    source = open_checkpoint(directory)
+    config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
+    if rules is None:
+        is_long = mesh is not None and "context" in mesh.axis_names
+        rules = parallel.PRESETS["long_context" if is_long else "tensor"]
+    with parallel.use_mesh(mesh, rules):
+        skeleton = parallel.abstract(lambda: Llama4(config, key=jax.random.key(0)))
+        fill = _filler(source, config)
+        model = jax.tree_util.tree_map_with_path(fill, skeleton)
+    return Pretrained(
+        model=model,
+        config=config,
+        tokenizer=load_tokenizer(directory),
+        chat_template=load_chat_template(directory),
+        generation=_read_generation(directory, config),
+        directory=directory,
+    )
+
+
+def _filler(source: Source, config: ModelConfig) -> Callable[..., jax.Array]:
+    slots = _slots(config)
+    default = SingleDeviceSharding(jax.local_devices()[0])
+
+    def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        slot = slots[_leaf_name(path)]
+        sharding = leaf.sharding if parallel.has_mesh() else default
+        return _place(source, slot, leaf, sharding)
+
+    return fill
+
+
+def _place(
+    source: Source, slot: _Slot, leaf: jax.ShapeDtypeStruct, sharding: Sharding
+) -> jax.Array:
+    """Read each different shard once and put it on the devices that hold it."""
+    devices_of: dict[tuple, list[jax.Device]] = {}
+    indices: dict[tuple, Index] = {}
+    for device, index in sharding.addressable_devices_indices_map(leaf.shape).items():
+        assert index is not None
+        full = tuple(slice(*s.indices(n)) for s, n in zip(index, leaf.shape, strict=True))
+        key = tuple((s.start, s.stop) for s in full)
+        devices_of.setdefault(key, []).append(device)
+        indices[key] = full
+    shards: dict[jax.Device, jax.Array] = {}
+    for key, devices in devices_of.items():
+        value = _read(source, slot, indices[key]).astype(leaf.dtype, copy=False)
+        for device in devices:
+            shards[device] = jax.device_put(value, device)
+        # Wait, so that the host's copy is gone before the next shard is read.
+        jax.block_until_ready([shards[device] for device in devices])
+    ordered = [shards[d] for d in sharding.addressable_devices_indices_map(leaf.shape)]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, ordered)
+
+
+def _read(source: Source, slot: _Slot, index: Index) -> np.ndarray:
+    if not slot.is_stacked:
+        return np.ascontiguousarray(source.read(slot.names[0], index))
+    layers, inner = slot.names[index[0]], index[1:]
+    shape = [part.stop - part.start for part in inner]
+    out = np.empty([len(layers), *shape], source.dtype(layers[0]))
+    for row, name in zip(out, layers, strict=True):
+        row[...] = source.read(name, inner)
+    return out
+
+
+def _leaf_name(path: tuple[Any, ...]) -> str:
+    name = jax.tree_util.keystr(path, simple=True, separator=".")
+    return name.removesuffix(".value")
+
+
+def _slots(config: ModelConfig) -> dict[str, _Slot]:
+    """Return, for the name of each array of the model, the parameters it holds."""
+    pattern = layer_pattern(config.text)
+    found: dict[str, list[str]] = {}
+    stacked: set[str] = set()
+    for name, parameter in parameters(config).items():
+        stem, is_layer, rest = parameter.weight.name.partition(".{}.")
+        if not is_layer:
+            leaf = name
+        elif stem == "vision.layers":
+            leaf = f"{stem}.{rest}"
+            stacked.add(leaf)
+        else:
+            assert parameter.layer is not None
+            place, group = pattern.name(parameter.layer)
+            leaf = f"decoder.{place}.{rest}"
+            if group is not None:
+                stacked.add(leaf)
+        found.setdefault(leaf, []).append(name)
+    return {leaf: _Slot(tuple(names), leaf in stacked) for leaf, names in found.items()}
+
+
+def _read_generation(directory: pathlib.Path, config: ModelConfig) -> GenerationDefaults:
+    """Read generation_config.json; without `do_sample` its temperature does not apply."""
+    path = directory / GENERATION
+    if not path.is_file():
+        return GenerationDefaults(stop_ids=config.eos_ids)
+    values = Section(load_json(path), str(path))
+    stop = values.get("eos_token_id", list(config.eos_ids))
+    stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
+    if not values.flag("do_sample", default=False):
+        return GenerationDefaults(stop_ids=stop_ids)
+    return GenerationDefaults(
+        temperature=values.number("temperature", 1.0),
+        top_p=values.number("top_p", 1.0),
+        top_k=values.integer("top_k", None) or None,
+        stop_ids=stop_ids,
+    )
+
+
+class ModelSource:
+    """The parameters of a model in memory, for the writers."""
+
+    def __init__(self, model: Llama4) -> None:
+        self.config = model.config
+        leaves = jax.tree_util.tree_flatten_with_path(model)[0]
+        arrays = {_leaf_name(path): leaf for path, leaf in leaves}
+        self._places: dict[str, tuple[jax.Array, int | None]] = {}
+        for leaf, slot in _slots(model.config).items():
+            for row, name in enumerate(slot.names):
+                self._places[name] = (arrays[leaf], row if slot.is_stacked else None)
+
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(self._places[name][0].dtype)
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        """Return one slice, put together from the shards that hold parts of it."""
+        array, row = self._places[name]
+        wanted = index if row is None else (slice(row, row + 1), *index)
+        out = np.empty([part.stop - part.start for part in wanted], array.dtype)
+        for piece in array.addressable_shards:
+            begin = [part.start or 0 for part in piece.index]
+            held = zip(wanted, begin, piece.data.shape, strict=True)
+            spans = [(max(w.start, b), min(w.stop, b + n)) for w, b, n in held]
+            if any(low >= high for low, high in spans) or piece.replica_id:
+                continue
+            inside = tuple(slice(lo - b, hi - b) for (lo, hi), b in zip(spans, begin, strict=True))
+            target = tuple(
+                slice(lo - w.start, hi - w.start) for (lo, hi), w in zip(spans, wanted, strict=True)
+            )
+            out[target] = np.asarray(piece.data)[inside]
+        return out if row is None else out[0]
+
+
+def save_pretrained(
+    model: Pretrained | Llama4,
+    directory: str | pathlib.Path,
+    *,
+    format: Format = "hf",
+    dtype: DType | None = None,
+    model_parallel: int | None = None,
+    progress: Progress = no_progress,
+) -> None:
+    """Write a model as a checkpoint that `from_pretrained` and the layout's own readers load.
+
+    Args:
+      model: a model, or what `from_pretrained` returned, whose tokenizer files are then copied.
+      directory: does not exist yet or is empty; it appears only when it is complete.
+      format: "hf", "meta" or "orbax".
+      dtype: precision to write; None keeps the model's.
+      model_parallel: number of files of a Meta checkpoint.
+      progress: told of the bytes written.
+
+    Raises:
+      ValueError: the layout cannot express the model, the directory is in use or the disk full.
+    """
+    is_pretrained = isinstance(model, Pretrained)
+    source = ModelSource(model.model if is_pretrained else model)
+    if dtype is not None:
+        source.config = dataclasses.replace(source.config, dtype=dtype)
+    origin = model.directory if is_pretrained else None
+    files = {} if origin is None else carried_files(origin)
+    plan = make_plan(source, format, dtype=dtype, model_parallel=model_parallel)
+    plan = with_generation(plan, source.config, has_one=GENERATION in files)
+    write_checkpoint(plan, pathlib.Path(directory), files=files, progress=progress)

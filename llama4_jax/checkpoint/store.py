@@ -1,0 +1,218 @@
+"""The native store: a directory of Orbax checkpoints, one per layer, beside our own config.
+
+    llama4_jax.json     the config, and which parameters each item holds with shape and dtype
+    params/embed        one Orbax item per layer or part of the model, arrays by canonical name
+    params/layers.0     ...
+    params/layers.0.ffn.experts.w_gate_EDF    a large parameter is an item of its own
+
+One item is written at a time, so the memory to write a model is that of its largest parameter.
+Arrays are stored as zarr in chunks of at most 64 MiB, which lets a reader fetch slices.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import orbax.checkpoint as ocp
+import tensorstore
+
+from llama4_jax.checkpoint.sink import Advance, Plan, Unit
+from llama4_jax.checkpoint.source import Index, Source, np_dtype
+from llama4_jax.checkpoint.verify import check_tensors
+from llama4_jax.checkpoint.weight_map import Parameter, parameters
+from llama4_jax.config import ModelConfig, RopeScaling, Temperature, TextConfig, VisionConfig
+from llama4_jax.config.json_section import load_json
+
+CONFIG = "llama4_jax.json"
+_FORMAT = 1
+_PARAMS = "params"
+_CHUNK_BYTES = 64 << 20
+_ITEM_BYTES = 512 << 20
+"""Parameters of a layer share an item up to this size."""
+
+
+def is_store(directory: pathlib.Path) -> bool:
+    """Return whether `directory` looks like a native store."""
+    return (directory / CONFIG).is_file() and (directory / _PARAMS).is_dir()
+
+
+def config_to_json(config: ModelConfig) -> dict[str, Any]:
+    """Return the config as JSON values."""
+    return dataclasses.asdict(config)
+
+
+def config_from_json(values: Mapping[str, Any], where: str) -> ModelConfig:
+    """Rebuild a config from `config_to_json`.
+
+    Raises:
+      ValueError: a field is missing, unknown or impossible.
+    """
+    try:
+        text: dict[str, Any] = {
+            k: tuple(v) if isinstance(v, list) else v for k, v in values["text"].items()
+        }
+        if text["rope_scaling"] is not None:
+            text["rope_scaling"] = RopeScaling(**text["rope_scaling"])
+        if text["temperature"] is not None:
+            text["temperature"] = Temperature(**text["temperature"])
+        vision = values["vision"]
+        fields: dict[str, Any] = {
+            **values,
+            "text": TextConfig(**text),
+            "vision": None if vision is None else VisionConfig(**vision),
+            "eos_ids": tuple(values["eos_ids"]),
+        }
+        return ModelConfig(**fields)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{where} holds a config of another version: {error}") from error
+
+
+class StoreSource:
+    """Parameters read slice by slice from a native store."""
+
+    def __init__(self, config: ModelConfig, arrays: Mapping[str, pathlib.Path]) -> None:
+        self.config = config
+        self._arrays = arrays
+        self._dtypes: dict[str, np.dtype] = {}
+
+    def dtype(self, name: str) -> np.dtype:
+        if name not in self._dtypes:
+            self._dtypes[name] = np_dtype(_zarr_metadata(self._arrays[name])["dtype"].strip("<|"))
+        return self._dtypes[name]
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        kvstore = {"driver": "file", "path": str(self._arrays[name])}
+        spec = {"driver": "zarr", "kvstore": kvstore}
+        array = tensorstore.open(spec, open=True, read=True).result()
+        return np.asarray(array[index].read().result())
+
+
+def open_store(directory: pathlib.Path) -> StoreSource:
+    """Open a native store; only its descriptions of arrays are read.
+
+    Raises:
+      ValueError: the config is of another version, or arrays are missing, misshapen, unexpected or
+        lack chunks.
+    """
+    contents = load_json(directory / CONFIG)
+    if contents.get("format") != _FORMAT:
+        raise ValueError(
+            f"{directory / CONFIG} has format {contents.get('format')!r}; this version reads "
+            f"format {_FORMAT}"
+        )
+    config = config_from_json(contents["config"], str(directory / CONFIG))
+    arrays = {
+        name: directory / _PARAMS / item / name
+        for item, names in contents["items"].items()
+        for name in names
+    }
+    found = {
+        name: tuple(_zarr_metadata(path)["shape"])
+        for name, path in arrays.items()
+        if (path / ".zarray").is_file()
+    }
+    expected = {name: parameter.shape for name, parameter in parameters(config).items()}
+    check_tensors(str(directory), expected, found)
+    for name, path in arrays.items():
+        _check_chunks(name, path)
+    return StoreSource(config, arrays)
+
+
+def _zarr_metadata(path: pathlib.Path) -> dict[str, Any]:
+    return load_json(path / ".zarray")
+
+
+def _check_chunks(name: str, path: pathlib.Path) -> None:
+    """Refuse an array with an absent chunk: zarr would read it as whatever memory holds."""
+    metadata = _zarr_metadata(path)
+    pairs = zip(metadata["shape"], metadata["chunks"], strict=True)
+    counts = [range(math.ceil(size / chunk)) for size, chunk in pairs]
+    for position in itertools.product(*counts):
+        chunk = path / ".".join(map(str, position))
+        if not chunk.is_file():
+            raise ValueError(
+                f"{path.parent} is incomplete: chunk {chunk.name} of {name} is missing"
+            )
+
+
+def plan_store(source: Source, dtype: np.dtype | None) -> Plan:
+    """Plan the items of a native store; nothing is read or written yet."""
+    items = _group(source, dtype)
+    described = {
+        item: {
+            p.name: {"shape": list(p.shape), "dtype": (dtype or source.dtype(p.name)).name}
+            for p in members
+        }
+        for item, members in items.items()
+    }
+    contents = {
+        "format": _FORMAT,
+        "config": config_to_json(source.config),
+        "items": described,
+    }
+    units = [_unit(source, item, members, dtype) for item, members in items.items()]
+    text = json.dumps(contents, indent=1) + "\n"
+    return Plan(kind="orbax", units=tuple(units), texts={CONFIG: text})
+
+
+def _group(source: Source, dtype: np.dtype | None) -> dict[str, list[Parameter]]:
+    """Return the parameters of each item: a layer's, save those that are items of their own."""
+    items: dict[str, list[Parameter]] = {}
+    filled: dict[str, int] = {}
+    for parameter in parameters(source.config).values():
+        stem, is_layer, _ = parameter.weight.name.partition(".{}")
+        group = f"{stem}.{parameter.layer}" if is_layer else stem.partition(".")[0]
+        num_bytes = parameter.size * (dtype or source.dtype(parameter.name)).itemsize
+        if filled.get(group, 0) + num_bytes > _ITEM_BYTES:
+            group = parameter.name
+        filled[group] = filled.get(group, 0) + num_bytes
+        items.setdefault(group, []).append(parameter)
+    return items
+
+
+def _unit(source: Source, item: str, members: list[Parameter], dtype: np.dtype | None) -> Unit:
+    path = f"{_PARAMS}/{item}"
+
+    def write(directory: pathlib.Path, advance: Advance) -> None:
+        shutil.rmtree(directory / path, ignore_errors=True)
+        values = {}
+        for parameter in members:
+            value = source.read(parameter.name, tuple(slice(0, n) for n in parameter.shape))
+            wanted = dtype or source.dtype(parameter.name)
+            values[parameter.name] = np.ascontiguousarray(value.astype(wanted, copy=False))
+        _save(directory / path, values)
+        advance(sum(value.nbytes for value in values.values()))
+
+    num_bytes = sum(p.size * (dtype or source.dtype(p.name)).itemsize for p in members)
+    return Unit(name=path, paths=(path,), num_bytes=num_bytes, write=write)
+
+
+def _save(path: pathlib.Path, values: Mapping[str, np.ndarray]) -> None:
+    options = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in values}
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    with _without_merge_warning(), ocp.Checkpointer(handler) as checkpointer:
+        arguments = ocp.args.PyTreeSave(item=dict(values), save_args=options)
+        checkpointer.save(path.absolute(), args=arguments)
+
+
+@contextlib.contextmanager
+def _without_merge_warning() -> Iterator[None]:
+    """Silence Orbax's warning that plain zarr arrays were not merged into one database."""
+
+    def keep(record: logging.LogRecord) -> bool:
+        return "Skipping merge of OCDBT" not in record.getMessage()
+
+    logger = logging.getLogger("absl")
+    logger.addFilter(keep)
+    try:
+        yield
+    finally:
+        logger.removeFilter(keep)

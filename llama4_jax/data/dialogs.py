@@ -34,6 +34,9 @@ QUESTIONS = (
 QUESTIONS_ON_TWO = ("Which digits are these?", "What digits are these?", "Read both digits.")
 QUESTIONS_ON_ANOTHER = ("And this one?", "And which digit is this?", "Now this one.")
 
+# Pictures in the longest drawn dialog.
+MOST_PICTURES = 2
+
 # An answer is two tokens in a dialog of about fifty, so each counts for this many tokens of code.
 ANSWER_WEIGHT = 5.0
 

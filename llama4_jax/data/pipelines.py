@@ -78,6 +78,8 @@ def code_examples(reader: Reader) -> grain.MapDataset[Example]:
 def digit_examples(reader: Reader) -> grain.MapDataset[Example]:
     """Return dialogs on handwritten digits; only the answers count.
 
+    A drawn dialog that is too long for a row is replaced by the plain one on its scan.
+
     Raises:
         ValueError: the model has no vision encoder.
         ImportError: scikit-learn is not installed.
@@ -87,12 +89,16 @@ def digit_examples(reader: Reader) -> grain.MapDataset[Example]:
     encoder = digit_encoder(
         reader.tokenizer, reader.model, answer_weight=dialogs.ANSWER_WEIGHT if is_train else 1.0
     )
+
+    def plain(place: int) -> Example:
+        return encoder.encode([dialogs.plain_turn(scans, place)])
+
+    def drawn(place: int, rng: np.random.Generator) -> Example:
+        example = encoder.encode(dialogs.draw_turns(scans, place, rng))
+        return example if example.num_slots <= reader.row_length else plain(place)
+
     places = _in_order(reader, range(len(scans)))
-    if not is_train:
-        return places.map(lambda place: encoder.encode([dialogs.plain_turn(scans, place)]))
-    return places.random_map(
-        lambda place, rng: encoder.encode(dialogs.draw_turns(scans, place, rng))
-    )
+    return places.random_map(drawn) if is_train else places.map(plain)
 
 
 def _in_order(reader: Reader, items: Any) -> grain.MapDataset:
@@ -169,9 +175,10 @@ def train_batches(
             for name, share in run.mixture
         ]
     )
-    slots = run.batch_size * run.row_length
-    tiles = math.ceil(TILE_ROOM * mixture.tiles_per_slot * slots / run.batch_size)
-    shape = _batch_shape(run, num_tiles=tiles * run.batch_size)
+    expected = TILE_ROOM * mixture.tiles_per_slot * run.batch_size * run.row_length
+    least = dialogs.MOST_PICTURES * (run.model.max_tiles + 1) if expected else 0
+    tiles_per_row = math.ceil(max(expected, least) / run.batch_size)
+    shape = _batch_shape(run, num_tiles=tiles_per_row * run.batch_size)
     return PackedBatches(_to_stream(mixture.examples), shape)
 
 

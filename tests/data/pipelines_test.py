@@ -173,6 +173,19 @@ def test_unknown_sources_and_blind_models_are_refused(code_root):
     assert "tiles_NCHW" not in next(iter(pipelines.train_batches(run, TOKENIZER, code_root)))
 
 
+@pytest.mark.parametrize("batch_size, row_length", [(1, 64), (2, 128), (1, 300)])
+def test_short_rows_and_small_batches_hold_every_dialog(batch_size, row_length):
+    run = make_run(mixture=(("digits", 1.0),), batch_size=batch_size, row_length=row_length)
+    for batch in islice(pipelines.train_batches(run, TOKENIZER), 40):
+        assert (batch["targets_BT"] == EOT).any()
+
+
+def test_a_row_too_short_for_any_dialog_is_refused():
+    run = make_run(mixture=(("digits", 1.0),), row_length=20)
+    with pytest.raises(ValueError, match=r"slots and may not be cut, but row_length is 20"):
+        next(iter(pipelines.train_batches(run, TOKENIZER)))
+
+
 @pytest.mark.parametrize("most", [40, 200, 1000])
 def test_pieces_of_code_join_to_the_text_and_keep_their_size(most):
     text = pathlib.Path(pipelines.__file__).read_text()

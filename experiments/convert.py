@@ -1,0 +1,87 @@
+"""Convert a checkpoint between Hugging Face, Meta and native layouts.
+
+    python -m experiments.convert --source=DIR --target=DIR --to=hf|meta|orbax [--dtype=bfloat16]
+
+The source's layout is recognised. Every tensor's name and shape is checked before work starts;
+values keep every bit unless --dtype asks for another precision. Memory stays under three times the
+largest tensor plus 1.5 GiB; the target appears only when it is complete, and running an interrupted
+conversion again continues it. The last line says `wrote hf checkpoint TARGET from meta SOURCE`.
+"""
+
+import contextlib
+import pathlib
+import sys
+from collections.abc import Iterator
+
+from absl import flags
+from tqdm import tqdm
+
+from experiments.flags import FlagError, launch
+from llama4_jax.checkpoint import FORMATS, convert, find_format
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define this command's flags."""
+    flags.DEFINE_string("source", None, "Folder of the checkpoint to read.", flag_values=values)
+    flags.DEFINE_string(
+        "target", None, "Folder to write; it must not exist yet or be empty.", flag_values=values
+    )
+    flags.DEFINE_enum(
+        "to", None, list(FORMATS), "Layout to write.", flag_values=values
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "dtype", None, ["bfloat16", "float32"],
+        "Precision to write. Default: each tensor keeps its own; FP8 becomes the config's.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "model_parallel", None,
+        "Number of consolidated.*.pth files, with --to=meta only. Default: 8, or the largest power "
+        "of two that divides the model.",
+        lower_bound=1, flag_values=values,
+    )  # fmt: skip
+
+
+def check_flags(values: flags.FlagValues) -> None:
+    """Refuse flags that are missing or contradict each other.
+
+    Raises:
+      FlagError: names the flag and the remedy.
+    """
+    for name in ("source", "target", "to"):
+        if not values[name].value:
+            raise FlagError(f"--{name} is needed; --helpshort describes it.")
+    if values.model_parallel is not None and values.to != "meta":
+        raise FlagError(f"--model_parallel is for --to=meta, not for --to={values.to}.")
+    source, target = pathlib.Path(values.source), pathlib.Path(values.target)
+    if not source.is_dir():
+        what = "is a file, not a folder" if source.exists() else "does not exist"
+        raise FlagError(f"--source={source} {what}.")
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FlagError(f"--target={target} already exists; name a new folder or remove it first.")
+
+
+@contextlib.contextmanager
+def show_progress(num_bytes: int) -> Iterator:
+    """Draw a bar on a terminal; stay silent anywhere else."""
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
+        yield bar.update
+
+
+def main(values: flags.FlagValues) -> None:
+    """Convert as the flags say."""
+    check_flags(values)
+    kind = find_format(pathlib.Path(values.source))
+    convert(
+        values.source,
+        values.target,
+        to=values.to,
+        dtype=values.dtype,
+        model_parallel=values.model_parallel,
+        progress=show_progress,
+    )
+    print(f"wrote {values.to} checkpoint {values.target} from {kind} {values.source}")
+
+
+if __name__ == "__main__":
+    launch(define_flags, main)

@@ -6,6 +6,7 @@ when other items come or go, on every machine and in every order.
 
 import dataclasses
 import hashlib
+import importlib
 import pathlib
 import sysconfig
 from typing import Literal
@@ -105,7 +106,8 @@ def read_digits(split: Split) -> DigitScans:
         ImportError: scikit-learn, a development dependency, is not installed.
     """
     try:
-        from sklearn import datasets
+        # By name: the library runs without scikit-learn, and only this source asks for it.
+        datasets = importlib.import_module("sklearn.datasets")
     except ImportError as error:
         raise ImportError(
             "the handwritten digits come with scikit-learn; install it with pip install "

@@ -68,6 +68,7 @@ def test_digits_are_1797_scans_of_all_ten_digits_in_two_parts():
 
 
 def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "sklearn", None)
+    for name in ("sklearn", "sklearn.datasets"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="pip install scikit-learn"):
         sources.read_digits("train")

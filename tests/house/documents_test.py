@@ -27,6 +27,14 @@ def requirement_names(lines: list[str]) -> set[str]:
     return {re.match(r"[\w.-]+", line)[0] for line in lines if line and not line.startswith("#")}
 
 
+def test_the_quick_start_runs(monkeypatch, capsys):
+    (program,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
+    assert len(program.splitlines()) <= 6
+    monkeypatch.chdir(tree.ROOT)
+    exec(compile(program, "README.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_experiment_named_exists(document):
     for name in re.findall(r"python -m experiments\.(\w+)", read(document)):

@@ -151,6 +151,14 @@ def test_layout_has_the_documented_length(rows, cols, length):
     assert len(layout_tokens(rows, cols, 144, IDS)) == length
 
 
+def test_all_fifty_layouts_equal_the_references():
+    letter = {80: "s", 81: "e", 90: "i", 92: "p", 84: "x", 85: "y"}
+    assert len(RECORD["layouts"]) == 50
+    for rows, cols, expected in RECORD["layouts"]:
+        tokens = layout_tokens(rows, cols, 1, IDS)
+        assert "".join(letter[token] for token in tokens) == expected
+
+
 def test_several_pictures_fill_exactly_their_patch_tokens():
     config = vision(32)
     frames = [preprocess(picture(*size), config, 4) for size in ((8, 8), (64, 40), (40, 20))]

@@ -15,6 +15,7 @@ import importlib.metadata
 import json
 import pathlib
 import sys
+import types
 
 import numpy as np
 import torch
@@ -97,6 +98,37 @@ def canvas_table():
     return table
 
 
+def layout_table():
+    """Return [[rows, cols, layout], ...] of both references with one patch token a tile.
+
+    A layout spells the tokens as letters: start, image, patch, x and y separator, end.
+    """
+    from llama_models.llama4 import chat_format
+    from transformers.models.llama4.processing_llama4 import Llama4Processor
+
+    names = ("image_start", "image", "patch", "tile_x_separator", "tile_y_separator", "image_end")
+    letters = dict(zip((f"<|{name}|>" for name in names), "sipxye", strict=True))
+    side = types.SimpleNamespace(height=2, width=2)
+    format_ = types.SimpleNamespace(
+        vision_args=types.SimpleNamespace(patch_size=side, pixel_shuffle_ratio=1.0),
+        tokenizer=types.SimpleNamespace(special_tokens=letters),
+    )
+    table = []
+    for rows, cols in ((r, c) for r in range(1, 17) for c in range(1, 17) if r * c <= 16):
+        count = rows * cols + (rows * cols > 1)
+        image = types.SimpleNamespace(
+            image_tiles=torch.zeros(count, 3, 2, 2), aspect_ratio=(rows, cols)
+        )
+        meta = "".join(chat_format.ChatFormat._encode_image(format_, image))
+        face = Llama4Processor._prompt_split_image(None, (rows, cols), 1)
+        for name, letter in letters.items():
+            face = face.replace(name, letter)
+        if meta != face:
+            raise SystemExit(f"the references lay {rows} x {cols} tiles out differently")
+        table.append([rows, cols, meta])
+    return table
+
+
 def main(folder):
     """Compare both references on every case and write the golden files."""
     import_torchvision()
@@ -128,7 +160,11 @@ def main(folder):
     packages = ("torch", "torchvision", "transformers", "llama_models", "pillow", "numpy")
     versions = {name: importlib.metadata.version(name) for name in packages}
     parts = {"versions": json.dumps(versions)}
-    for name, rows in (("cases", records), ("canvases", canvas_table())):
+    for name, rows in (
+        ("cases", records),
+        ("canvases", canvas_table()),
+        ("layouts", layout_table()),
+    ):
         parts[name] = "[\n  " + ",\n  ".join(json.dumps(row) for row in rows) + "\n]"
     text = ",\n".join(f'"{name}": {part}' for name, part in parts.items())
     (folder / "images.json").write_text("{\n" + text + "\n}\n")

@@ -158,7 +158,9 @@ def _with_tools(
         lines = "\n".join(json.dumps(f, ensure_ascii=False) for f in functions)
         gap = "\n\n" if len(content) > bool(built_in) else ""
         content = [*content, f"{gap}{tool_instructions(form)}\n\n{lines}"]
-    return [Message("system", tuple(content)), *messages[has_system:]]
+    texts = [part for part in content if isinstance(part, str)]
+    whole = "".join(texts) if len(texts) == len(content) else tuple(content)
+    return [Message("system", whole), *messages[has_system:]]
 
 
 def _environment(built_in: Sequence[str]) -> str:

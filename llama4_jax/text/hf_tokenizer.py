@@ -107,7 +107,7 @@ def _named_tokens(folder: pathlib.Path, special: Mapping[str, int]) -> dict[str,
 
 def _token_bytes(tokenizer: tokenizers.Tokenizer, added: Mapping[int, str]) -> list[bytes | None]:
     """List the bytes of every id; holes in the numbering stay None."""
-    byte_of = _bytes_by_character()
+    byte_of = bytes_by_character()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     table: list[bytes | None] = [None] * (1 + max(vocabulary.values()))
     for spelling, token_id in vocabulary.items():
@@ -118,7 +118,7 @@ def _token_bytes(tokenizer: tokenizers.Tokenizer, added: Mapping[int, str]) -> l
     return table
 
 
-def _bytes_by_character() -> dict[str, int]:
+def bytes_by_character() -> dict[str, int]:
     """Invert the byte-level alphabet: a printable Latin-1 byte is itself, others start at 256."""
     printable = {*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)}
     others = (b for b in range(256) if b not in printable)

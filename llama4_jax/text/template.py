@@ -23,7 +23,7 @@ from typing import Any
 import jinja2
 
 from llama4_jax.text import special_tokens as names
-from llama4_jax.text.jinja_sandbox import sandbox
+from llama4_jax.text.jinja_sandbox import compile_template
 from llama4_jax.text.messages import (
     Image,
     ImageRuns,
@@ -36,6 +36,17 @@ from llama4_jax.text.tokenizer import Tokenizer
 
 _PRIVATE = range(0xF0000, 0x10FFFE)
 """Planes 15 and 16, the private-use ones: no text of meaning has these characters."""
+
+_TEMPLATE_ERRORS = (
+    jinja2.TemplateError,
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
+"""What a program in Jinja may die of."""
 
 
 class ChatTemplate:
@@ -52,8 +63,7 @@ class ChatTemplate:
     def __init__(self, source: str, variables: Mapping[str, Any] | None = None) -> None:
         self.source = source
         self.variables = dict(variables or {})
-        self._environment = sandbox()
-        self._compile(source)
+        compile_template(source)
 
     def text(
         self,
@@ -102,13 +112,14 @@ class ChatTemplate:
         messages = list(messages)
         spellings = tuple(tokenizer.special_tokens)
         data = self._data(messages, tools, add_generation_prompt, variables)
-        marks = _Marks(spellings, [self.source, data])
+        marks = self._marks(spellings, data)
         rendered = self._run(
             marks.put_into(self.source),
             {**data, **marks.put_into_each(self.variables), **variables},
         )
         pieces = marks.split(rendered)
-        if any(name in piece for mark, piece in pieces if not mark for name in spellings):
+        texts = [piece for is_special, piece in pieces if not is_special]
+        if not allow_special and any(name in text for text in texts for name in spellings):
             self._refuse_assembled(data, spellings)
         runs, images = ImageRuns(image_tokens), iter(images_of(messages))
         ids: list[int] = []
@@ -139,19 +150,16 @@ class ChatTemplate:
             **variables,
         }
 
-    def _compile(self, source: str) -> jinja2.Template:
-        try:
-            return self._environment.from_string(source)
-        except jinja2.TemplateSyntaxError as error:
-            raise ValueError(
-                f"The chat template is not Jinja: {error.message} (line {error.lineno})."
-            ) from error
+    def _marks(self, spellings: Sequence[str], data: Any) -> "_Marks":
+        """Choose marks for the special tokens that the template itself writes."""
+        own = [self.source, *(v for v in self.variables.values() if isinstance(v, str))]
+        return _Marks([n for n in spellings if any(n in text for text in own)], [own, data])
 
     def _run(self, source: str, data: Mapping[str, Any]) -> str:
-        template = self._compile(source)
+        template = compile_template(source)
         try:
             return template.render(data)
-        except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError) as error:
+        except _TEMPLATE_ERRORS as error:
             raise ValueError(f"The chat template does not render this dialogue: {error}") from error
 
     def _refuse_assembled(self, data: Mapping[str, Any], spellings: Sequence[str]) -> None:
@@ -162,7 +170,7 @@ class ChatTemplate:
         first = {spelling[0] for spelling in spellings}
         settings = {key: data[key] for key in self.variables if key in data}
         harmless = {**_without(data, first), **settings}
-        text = self._run(_Marks(spellings, [self.source, data]).put_into(self.source), harmless)
+        text = self._run(self._marks(spellings, data).put_into(self.source), harmless)
         for value in settings.values():
             text = text.replace(value, "") if isinstance(value, str) and value else text
         found = next((name for name in spellings if name in text), None)
@@ -178,7 +186,7 @@ class _Marks:
     """Private-use characters that stand for special tokens.
 
     Args:
-        spellings: The special tokens.
+        spellings: The special tokens to stand for.
         taken: Strings, and mappings and lists of them, whose characters are not to be used.
     """
 

@@ -1,0 +1,243 @@
+"""Tool calls are written as Meta's code writes them, and every call is read back."""
+
+import random
+
+import pytest
+from llama_models.datatypes import ToolCall as MetaToolCall
+from llama_models.datatypes import ToolPromptFormat
+from llama_models.llama3.tool_utils import ToolUtils
+
+from llama4_jax.text import Message, ToolCall, load_tokenizer, parse, render
+from llama4_jax.text.tool_call_reader import find_calls
+from llama4_jax.text.tool_calls import Code, write_calls
+from tests.text.reference import NANO
+
+FORMS = ("json", "function_tag", "python_list")
+
+# Values that Meta's code writes so that they can be read again.
+SIMPLE_CALLS = [
+    ("get_weather", {"location": "San Francisco", "units": "metric"}),
+    ("initialize", {}),
+    ("calculate_volume", {"radius": 5.2, "height": 10}),
+    ("process", {"name": "sample", "value": -42, "active": True, "missing": None}),
+    ("convert", {"values": [100, 101.5, "x", False]}),
+    ("search", {"text": "naïve 你好"}),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("name", "arguments"), SIMPLE_CALLS)
+def test_a_simple_call_is_written_as_metas_code_writes_it(form, name, arguments):
+    call = MetaToolCall(call_id="", tool_name=name, arguments=arguments)
+    want = ToolUtils.encode_tool_call(call, ToolPromptFormat(form))
+    assert write_calls([ToolCall(name, arguments)], form) == [want]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", ["brave_search", "wolfram_alpha", "photogen"])
+def test_a_search_is_written_as_metas_code_writes_it(form, name):
+    call = MetaToolCall(call_id="", tool_name=name, arguments={"query": "gold price"})
+    want = ToolUtils.encode_tool_call(call, ToolPromptFormat(form))
+    assert write_calls([ToolCall(name, {"query": "gold price"})], form) == [want]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_code_is_marked_as_code(form):
+    assert write_calls([ToolCall("code_interpreter", {"code": "1+1"})], form) == [Code("1+1")]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("name", "arguments"), SIMPLE_CALLS)
+def test_a_simple_call_is_read_as_metas_code_reads_it(form, name, arguments):
+    (text,) = write_calls([ToolCall(name, arguments)], form)
+    (call,) = find_calls(text).calls
+    assert (call.name, call.arguments) == ToolUtils.maybe_extract_custom_tool_call(text)
+
+
+# ------------------------------------------------- the cases of Meta's own tests of tool calls
+
+BOILING = ("get_boiling_point", {"liquid_name": "water", "celcius": True})
+MELTING = ("get_melting_point", {"substance": "ice", "kelvin": False})
+READ = {
+    '<function=getWeather>{"location":"New York","date":"2023-08-05"}': [
+        ("getWeather", {"location": "New York", "date": "2023-08-05"})
+    ],
+    '[get_boiling_point(liquid_name="water", celcius=True)]': [BOILING],
+    '[get_boiling_point(liquid_name="water", celcius=True), '
+    'get_melting_point(substance="ice", kelvin=False)]': [BOILING, MELTING],
+    '[get_boiling_point(liquid_name="water", celcius=True, precise=False)]': [
+        ("get_boiling_point", {"liquid_name": "water", "celcius": True, "precise": False})
+    ],
+    "[calculate_volume(radius=5.2, height=10)]": [
+        ("calculate_volume", {"radius": 5.2, "height": 10})
+    ],
+    '[process_data(name="sample", value=42, active=True, ratio=3.14)]': [
+        ("process_data", {"name": "sample", "value": 42, "active": True, "ratio": 3.14})
+    ],
+    "[initialize()]": [("initialize", {})],
+    '[analyze_text(content="Hello, world!", language="en")]': [
+        ("analyze_text", {"content": "Hello, world!", "language": "en"})
+    ],
+    '[get_boiling_point(liquid={"name":"water", "color":"translucent"}), '
+    'convert_temperature(value=[100, 101], from_unit="C", to_unit="F")]': [
+        ("get_boiling_point", {"liquid": {"name": "water", "color": "translucent"}}),
+        ("convert_temperature", {"value": [100, 101], "from_unit": "C", "to_unit": "F"}),
+    ],
+}
+NO_CALLS = [
+    "[]",
+    '[get_boiling_point(liquid_name="water"), 42]',
+    '[get_boiling_point("water", True)]',
+    '[[get_boiling_point(liquid_name="water")]]',
+    '{"func": get_boiling_point(liquid_name="water")}',
+    '[get_boiling_point(liquid_name="water", celcius=True',
+    'get_boiling_point(liquid_name="water")',
+    '[(get_boiling_point(liquid_name="water"),)]',
+]
+
+
+@pytest.mark.parametrize(("text", "calls"), READ.items())
+def test_all_calls_of_a_text_are_read(text, calls):
+    found = find_calls(text)
+    assert [(call.name, call.arguments) for call in found.calls] == calls
+    assert found.text == ""
+
+
+@pytest.mark.parametrize("text", NO_CALLS)
+def test_what_is_no_list_of_calls_stays_text(text):
+    assert find_calls(text) == ((), text)
+
+
+# ---------------------------------------------------------------------------- what else is read
+
+MORE = {
+    '{"type": "function", "name": "f", "parameters": {"x": 1}}': [("f", {"x": 1})],
+    '{"name": "f", "parameters": {}}{"name": "g", "parameters": {"y": null}}': [
+        ("f", {}),
+        ("g", {"y": None}),
+    ],
+    '{"name": "f", "arguments": {"x": 1}};\n{"name": "g", "arguments": {}}': [
+        ("f", {"x": 1}),
+        ("g", {}),
+    ],
+    '[{"name": "f", "parameters": {}}, {"name": "g", "parameters": {}}]': [("f", {}), ("g", {})],
+    '<function=f>{"a": {"b": "}"}}</function><function=g>{}</function>': [
+        ("f", {"a": {"b": "}"}}),
+        ("g", {}),
+    ],
+    "<function=f>{'a': 'it is', 'b': None}</function>": [("f", {"a": "it is", "b": None})],
+    'brave_search.call(query="a \\"b\\" c")': [("brave_search", {"query": 'a "b" c'})],
+    'brave_search.call(query="C:\\dir")': [("brave_search", {"query": "C:\\dir"})],
+    '[brave_search.call(query="x"), f(y=1)]': [("brave_search", {"query": "x"}), ("f", {"y": 1})],
+    "[a.b(x=-1.5, y=(1, 2), z=true, w=null)]": [
+        ("a.b", {"x": -1.5, "y": [1, 2], "z": True, "w": None})
+    ],
+    "  [f(x='single', y=\"]\")]\n": [("f", {"x": "single", "y": "]"})],
+    '{"name": "brave_search", "parameters": {"q": "x"}}': [("brave_search", {"query": "x"})],
+}
+
+
+@pytest.mark.parametrize(("text", "calls"), MORE.items())
+def test_other_spellings_are_read_too(text, calls):
+    found = find_calls(text)
+    assert [(call.name, call.arguments) for call in found.calls] == calls
+    assert found.text == ""
+
+
+def test_calls_are_numbered():
+    assert [c.call_id for c in find_calls("[f(), g()]").calls] == ["call_0", "call_1"]
+
+
+def test_text_around_tags_and_searches_is_kept():
+    found = find_calls('Sure.\n<function=f>{}</function>\nbrave_search.call(query="x")\nDone.')
+    assert [call.name for call in found.calls] == ["f", "brave_search"]
+    assert found.text == "Sure.\n\n\nDone."
+
+
+DANGEROUS = [
+    "[__import__('os').system(command='x')]",
+    "[f(x=__import__('os'))]",
+    "[f(x=open('a'))]",
+    "[f(x=1+1)]",
+    "[f(x='a' * 9999999999)]",
+    "[f(x=[i for i in ()])]",
+    "[f(x=lambda: 1)]",
+    "[f(x=f'{1}')]",
+    "[f(x=b'bytes')]",
+    "[f(x={1, 2})]",
+    "[f(x=1e999)]",
+    "[f(**g)]",
+    "[" * 500 + "]" * 500,
+    "[f(x=" + "[" * 5000 + "]" * 5000 + ")]",
+    '{"name": "f", "parameters": ' + '{"a":' * 100_000,
+    "[f(x='\\d')]\0",
+    'Write `brave_search.call(query="x")` to search.',
+    'The answer is {"name": "f", "parameters": {}} in JSON.',
+    '{"name": "Ada", "age": 36}',
+]
+
+
+@pytest.mark.parametrize("text", DANGEROUS)
+def test_anything_but_literals_is_text_and_nothing_runs(text):
+    assert find_calls(text) == ((), text)
+
+
+# ----------------------------------------------------------------------------------- round trips
+
+
+def _value(random_, depth=0):
+    kinds = [None, True, False, random_.randint(-9, 9), random_.random(), _text(random_)]
+    if depth < 3:
+        kinds.append([_value(random_, depth + 1) for _ in range(random_.randint(0, 3))])
+        kinds.append({_text(random_): _value(random_, depth + 1) for _ in range(2)})
+    return random_.choice(kinds)
+
+
+def _text(random_):
+    alphabet = "ab \"'\\\n\t{}[]()<>=,;:#é🙂\u2028|/"
+    return "".join(random_.choice(alphabet) for _ in range(random_.randint(0, 12)))
+
+
+def _calls(random_):
+    names = ("f", "get_weather", "a.b")
+    keys = ("x", "y_1", "from", "class", "query")
+    calls = []
+    for _ in range(random_.randint(1, 4)):
+        arguments = {k: _value(random_) for k in random_.sample(keys, random_.randint(0, 4))}
+        calls.append(ToolCall(random_.choice(names), arguments))
+    calls.insert(
+        random_.randrange(len(calls) + 1), ToolCall("brave_search", {"query": _text(random_)})
+    )
+    code = f"print(1)\n{_text(random_)}"
+    calls.insert(random_.randrange(len(calls) + 1), ToolCall("code_interpreter", {"code": code}))
+    return calls
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_whatever_calls_are_rendered_the_same_are_parsed(form):
+    tokenizer, random_ = load_tokenizer(NANO), random.Random(8)
+    for _ in range(150):
+        calls = _calls(random_)
+        message = Message("assistant", "", calls)
+        ids = render([message], tokenizer, tool_format=form, add_generation_prompt=False)[1:]
+        for reply in (parse(ids, tokenizer), parse(tokenizer.decode(ids))):
+            assert [(c.name, c.arguments) for c in reply.tool_calls] == [
+                (c.name, c.arguments) for c in calls
+            ]
+            assert reply.content == ""
+            assert reply.stop_reason == "end_of_message"
+
+
+@pytest.mark.parametrize(
+    ("call", "form", "message"),
+    [
+        (ToolCall("get-weather"), "python_list", "cannot say the name 'get-weather'"),
+        (ToolCall("a b"), "function_tag", "cannot say the name 'a b'"),
+        (ToolCall("f", {"x": {1}}), "python_list", "must be a JSON value"),
+        (ToolCall("f", {"x": float("nan")}), "python_list", "must be a JSON value"),
+        (ToolCall("f"), "xml", "must be json, function_tag or python_list"),
+    ],
+)
+def test_what_a_form_cannot_say_is_refused(call, form, message):
+    with pytest.raises(ValueError, match=message):
+        write_calls([call], form)

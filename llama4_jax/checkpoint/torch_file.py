@@ -72,6 +72,8 @@ class _Marker(NamedTuple):
     def __call__(self, *args: Any) -> Any:
         if self.name == "_rebuild_parameter":
             return args[0]
+        if self.name == "encode":  # how old pickles spell bytes
+            return str(args[0]).encode("latin1")
         storage, offset, shape, strides = args[:4]
         if self.dtype is not None or not isinstance(storage, _Storage):
             raise pickle.UnpicklingError(f"{self.name} is called with {args!r}")
@@ -87,6 +89,7 @@ def _allowed() -> dict[tuple[str, str], object]:
         ("collections", "OrderedDict"): collections.OrderedDict,
         ("_io", "BytesIO"): io.BytesIO,
         ("io", "BytesIO"): io.BytesIO,
+        ("_codecs", "encode"): _Marker("encode"),
     }
     for name in _FUNCTIONS:
         allowed["torch._utils", name] = _Marker(name)

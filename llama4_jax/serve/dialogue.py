@@ -1,0 +1,75 @@
+"""A dialogue as tokens: the checkpoint's own chat template if it has one, else our chat format."""
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from llama4_jax.checkpoint import Pretrained
+from llama4_jax.text import Image, Message, message_from_dict, render
+
+
+def dialogue_tokens(
+    pretrained: Pretrained, messages: Sequence[Message], runs: Sequence[list[int]]
+) -> list[int]:
+    """Return the tokens of a dialogue, up to where the assistant answers.
+
+    Args:
+      pretrained: its tokenizer encodes; its chat template, if it has one, sets the form.
+      messages: what was said.
+      runs: the tokens that stand for each image, in order.
+
+    Raises:
+      ValueError: the template refuses the dialogue.
+    """
+    assert pretrained.tokenizer is not None
+    if pretrained.chat_template is not None:
+        return pretrained.chat_template.render(messages, pretrained.tokenizer, image_tokens=runs)
+    return render(messages, pretrained.tokenizer, image_tokens=runs)
+
+
+def place_images(
+    messages: Sequence[Message | Mapping[str, Any]], sources: Sequence[Any]
+) -> list[Message]:
+    """Give every image part of a dialogue its source.
+
+    Parts that name no source take the next of `sources`; if there is no such part, the sources
+    stand before the text of the last user message.
+
+    Raises:
+      ValueError: there are no messages, one is malformed, or parts and sources differ in number.
+    """
+    if isinstance(messages, str | Mapping) or not messages:
+        raise ValueError("messages must be a list of at least one message.")
+    read = [m if isinstance(m, Message) else message_from_dict(m) for m in messages]
+    empty = [part for message in read for part in message.parts if _is_empty(part)]
+    if sources and not empty:
+        return _before_last_user_text(read, sources)
+    if len(empty) != len(sources):
+        raise ValueError(
+            f"the messages have {len(empty)} image parts without a source, but {len(sources)} "
+            "images come with them; give one for each."
+        )
+    rest = iter(sources)
+    return [
+        dataclasses.replace(
+            message,
+            content=[Image(next(rest)) if _is_empty(part) else part for part in message.parts],
+        )
+        if any(map(_is_empty, message.parts))
+        else message
+        for message in read
+    ]
+
+
+def _is_empty(part: str | Image) -> bool:
+    return isinstance(part, Image) and part.source is None
+
+
+def _before_last_user_text(messages: list[Message], sources: Sequence[Any]) -> list[Message]:
+    places = [index for index, message in enumerate(messages) if message.role == "user"]
+    if not places:
+        raise ValueError("images come with messages of which none is from the user.")
+    last = messages[places[-1]]
+    content = [*map(Image, sources), *last.parts]
+    messages[places[-1]] = dataclasses.replace(last, content=content)
+    return messages

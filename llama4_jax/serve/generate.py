@@ -1,0 +1,214 @@
+"""Continue prompts: prefill in pieces, decode several steps per dispatch, stream as tokens come."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama4_jax.checkpoint import Pretrained
+from llama4_jax.model import Cache
+from llama4_jax.serve.batches import group
+from llama4_jax.serve.limits import Limits
+from llama4_jax.serve.pieces import cut
+from llama4_jax.serve.requests import Prompt, Request, read_requests
+from llama4_jax.serve.sampling import Sampling, row_keys
+from llama4_jax.serve.steps import NO_TOKEN, choose_first, choose_more, read_piece
+from llama4_jax.text import StreamDecoder, Tokenizer
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Answer:
+    """What the model said to one request.
+
+    Attributes:
+      tokens: the new ones, the one that stopped it included.
+      text: of the tokens without the one that stopped it; None without a tokenizer.
+      finish_reason: "stop" after a stop token, "length" after `max_new_tokens`.
+    """
+
+    tokens: list[int]
+    text: str | None
+    finish_reason: FinishReason
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NewToken:
+    """One token of one answer, as soon as it is known.
+
+    Attributes:
+      index: of the request in the list.
+      token: its id.
+      text: what it adds to the text so far; "" within a character, at a stop token, and without
+        a tokenizer. The texts of an answer's tokens join to the answer's text.
+    """
+
+    index: int
+    token: int
+    text: str
+
+
+def generate(
+    pretrained: Pretrained,
+    requests: Sequence[Request],
+    *,
+    max_new_tokens: int = 256,
+    sampling: Sampling | None = None,
+    on_token: Callable[[NewToken], None] | None = None,
+    limits: Limits | None = None,
+) -> list[Answer]:
+    """Answer every request; their lengths may differ widely.
+
+    Call it under the mesh that the model was loaded on (`parallel.use_mesh`), or under none. An
+    answer does not depend on the other requests, except that a sampled one depends on its place
+    in the list and that batches of another size round differently.
+
+    Args:
+      pretrained: the model, its tokenizer if it has one, and its generation defaults.
+      requests: what to continue.
+      max_new_tokens: most tokens of one answer.
+      sampling: how tokens are chosen; None takes the checkpoint's defaults.
+      on_token: called with every token in the order it comes; tokens of different requests
+        alternate.
+      limits: how much is done at once.
+
+    Returns:
+      One answer per request, in the order of the requests.
+
+    Raises:
+      ValueError: a request cannot be read, or does not fit the model's positions together with
+        `max_new_tokens`. Nothing has been generated then.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1.")
+    limits = limits or Limits()
+    sampling = sampling or default_sampling(pretrained)
+    prompts = read_requests(pretrained, requests)
+    lengths = [_needed_length(pretrained, prompt, max_new_tokens) for prompt in prompts]
+    transcripts = [_Transcript(pretrained, max_new_tokens) for _ in prompts]
+    for batch in group(lengths, max_rows=limits.rows, max_tokens=limits.cache_tokens):
+        rows = [prompts[index] for index in batch]
+        new = _run_batch(pretrained, rows, max_new_tokens, sampling, limits)
+        for row, token in new:
+            text = transcripts[batch[row]].add(token)
+            if on_token is not None:
+                on_token(NewToken(index=batch[row], token=token, text=text))
+    return [transcript.answer() for transcript in transcripts]
+
+
+def default_sampling(pretrained: Pretrained) -> Sampling:
+    """Return the checkpoint's own way to choose tokens; greedy if it names none."""
+    generation = pretrained.generation
+    return Sampling(
+        temperature=generation.temperature, top_p=generation.top_p, top_k=generation.top_k
+    )
+
+
+def _needed_length(pretrained: Pretrained, prompt: Prompt, max_new_tokens: int) -> int:
+    length, limit = len(prompt.tokens_T), pretrained.config.text.max_positions
+    # The last new token is never read, so it needs no position.
+    if length + max_new_tokens - 1 > limit:
+        raise ValueError(
+            f"request {prompt.index} has {length} prompt tokens, which with {max_new_tokens} new "
+            f"ones exceed the model's {limit} positions; shorten the prompt, or choose "
+            f"max_new_tokens of at most {max(0, limit - length + 1)}."
+        )
+    return length + max_new_tokens
+
+
+def _run_batch(
+    pretrained: Pretrained,
+    prompts: Sequence[Prompt],
+    max_new_tokens: int,
+    sampling: Sampling,
+    limits: Limits,
+) -> Iterator[tuple[int, int]]:
+    """Yield (row, token) in the order the tokens come."""
+    model, stop_ids = pretrained.model, tuple(pretrained.generation.stop_ids)
+    cache, last_BD = _prefill(pretrained, prompts, max_new_tokens, limits)
+    limit_B = np.zeros(len(last_BD), np.int32)  # 0 in rows that only fill the batch up
+    limit_B[: len(prompts)] = max_new_tokens
+    number_B = np.zeros(len(last_BD), np.int32)
+    number_B[: len(prompts)] = [prompt.index for prompt in prompts]
+    keys_B = row_keys(sampling.seed, jnp.asarray(number_B))
+    rule = dataclasses.replace(sampling, seed=0)  # it is in the keys; another is no new program
+    decoding, new_BT = choose_first(
+        model, cache, last_BD, keys_B, limit_B, sampling=rule, stop_ids=stop_ids
+    )
+    made = 0
+    while True:
+        made += new_BT.shape[1]
+        # The next steps are under way on the device while these tokens are read here.
+        ahead = None
+        if made < max_new_tokens:
+            decoding, ahead = choose_more(
+                model, decoding, limit_B, steps=limits.steps, sampling=rule, stop_ids=stop_ids
+            )
+        tokens_TB = np.asarray(new_BT).T
+        for tokens_B in tokens_TB:
+            yield from (
+                (row, int(token)) for row, token in enumerate(tokens_B) if token != NO_TOKEN
+            )
+        if ahead is None or (tokens_TB[-1] == NO_TOKEN).all():
+            return
+        new_BT = ahead
+
+
+def _prefill(
+    pretrained: Pretrained, prompts: Sequence[Prompt], max_new_tokens: int, limits: Limits
+) -> tuple[Cache, jax.Array]:
+    """Read the prompts; return the cache and the hidden state of each one's last token."""
+    model, config = pretrained.model, pretrained.config
+    rows = [prompt.row(config) for prompt in prompts]
+    cache = limits.make_cache(config, [len(row.tokens_T) + max_new_tokens for row in rows])
+    num_rows = cache.lengths_B.shape[0]
+    last_BD = jnp.zeros((num_rows, config.text.embed_dim), config.dtype)
+    lengths_B = np.zeros(num_rows, np.int32)
+    lengths_B[: len(rows)] = [len(row.tokens_T) for row in rows]
+    for piece in cut(
+        rows, num_rows=num_rows, piece_length=limits.piece_length, pad_id=config.pad_id
+    ):
+        place_B = lengths_B - 1 - piece.starts_B
+        ends_B = np.where(place_B < piece.lengths_B, place_B, -1)
+        cache, last_BD = read_piece(
+            model, cache, last_BD, piece.tokens_BT, piece.positions_BT, ends_B, piece.tiles_NCHW
+        )
+    return cache, last_BD
+
+
+class _Transcript:
+    """One answer in the making."""
+
+    def __init__(self, pretrained: Pretrained, max_new_tokens: int):
+        self._stop_ids = set(pretrained.generation.stop_ids)
+        self._limit = max_new_tokens
+        self._decoder = _decoder(pretrained.tokenizer)
+        self._tokens: list[int] = []
+        self._texts: list[str] = []
+
+    def add(self, token: int) -> str:
+        """Append a token; return the text it adds."""
+        self._tokens.append(token)
+        if self._decoder is None:
+            return ""
+        stops = token in self._stop_ids
+        text = "" if stops else self._decoder.push([token])
+        if stops or len(self._tokens) == self._limit:
+            text += self._decoder.finish()
+        self._texts.append(text)
+        return text
+
+    def answer(self) -> Answer:
+        return Answer(
+            tokens=self._tokens,
+            text=None if self._decoder is None else "".join(self._texts),
+            finish_reason="stop" if self._tokens[-1] in self._stop_ids else "length",
+        )
+
+
+def _decoder(tokenizer: Tokenizer | None) -> StreamDecoder | None:
+    return None if tokenizer is None else StreamDecoder(tokenizer)

@@ -1,0 +1,49 @@
+"""How much of a job is done at once: none of it changes a result."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from llama4_jax.config import ModelConfig
+from llama4_jax.model import Cache
+from llama4_jax.serve.pieces import bucket
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Limits:
+    """Sizes that trade memory for speed.
+
+    Attributes:
+      rows: most requests in a batch.
+      cache_tokens: most tokens a batch's cache holds, all rows together; a longer request is
+        served alone.
+      piece_length: tokens of each request read per step, a power of two.
+      steps: tokens chosen per dispatch; text streams in lumps of as many tokens.
+    """
+
+    rows: int = 8
+    cache_tokens: int = 1 << 17
+    piece_length: int = 512
+    steps: int = 8
+
+    def __post_init__(self):
+        for name in ("rows", "cache_tokens", "piece_length", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
+        if self.piece_length & (self.piece_length - 1):
+            raise ValueError(
+                f"piece_length ({self.piece_length}) must be a power of two; "
+                f"choose {bucket(self.piece_length)}."
+            )
+
+    def make_cache(self, config: ModelConfig, lengths: Sequence[int]) -> Cache:
+        """Make an empty cache for rows of these lengths, its sizes rounded up to powers of two.
+
+        Rounding keeps the number of compiled programs small; a whole number of rows also lets
+        the data axis of a mesh divide them.
+        """
+        return Cache.create(
+            config.text,
+            batch_size=bucket(len(lengths)),
+            max_length=min(bucket(max(lengths), floor=64), config.text.max_positions),
+            dtype=config.dtype,
+        )

@@ -1,0 +1,177 @@
+"""What a caller asks, as the tokens and tiles that the model reads."""
+
+import dataclasses
+import operator
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from llama4_jax.checkpoint import Pretrained
+from llama4_jax.config import ModelConfig, VisionConfig
+from llama4_jax.data import (
+    Canvas,
+    ImageTokenIds,
+    choose_canvas,
+    layout_tokens,
+    load_image,
+    preprocess,
+    stack_tiles,
+)
+from llama4_jax.serve.dialogue import dialogue_tokens, place_images
+from llama4_jax.serve.pieces import Row
+from llama4_jax.text import Message, Tokenizer, images_of
+
+ImageSource = str | pathlib.Path | bytes | Image.Image
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One thing to read: exactly one of prompt, messages and tokens, and the images in it.
+
+    Attributes:
+      prompt: plain text. Images stand before it, after the begin-of-text token.
+      messages: a dialogue, each message a Message or a mapping with `role` and `content`. Each
+        image part of a content that does not name its own source takes the next of `images`;
+        without any such part they stand before the text of the last user message.
+      tokens: ids, read as they are. Images fill the patch tokens already among them, in order.
+      images: paths, bytes of picture files, or pictures.
+    """
+
+    prompt: str | None = None
+    messages: Sequence[Message | Mapping[str, Any]] | None = None
+    tokens: Sequence[int] | None = None
+    images: Sequence[ImageSource] = ()
+
+    def __post_init__(self):
+        names = ("prompt", "messages", "tokens")
+        given = [name for name in names if getattr(self, name) is not None]
+        if len(given) != 1:
+            found = " and ".join(given) or "none of them"
+            raise ValueError(f"a request has one of prompt, messages and tokens; found {found}.")
+        if self.prompt is not None and not isinstance(self.prompt, str):
+            raise ValueError(f"prompt must be a text, not {type(self.prompt).__name__}.")
+        if isinstance(self.images, str | bytes | pathlib.Path | Image.Image):
+            raise ValueError("images must be a list, even of one image.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Prompt:
+    """A request whose tokens are known; its pictures are decoded again when their turn comes.
+
+    Attributes:
+      index: of the request in the list.
+      tokens_T: int32 [T], at least one.
+      images: fill the patch tokens in order.
+    """
+
+    index: int
+    tokens_T: np.ndarray
+    images: Sequence[ImageSource]
+
+    def row(self, config: ModelConfig) -> Row:
+        """Return the tokens together with the tiles of their images."""
+        spans_N2, tiles_NCHW = np.zeros((0, 2), np.int64), np.zeros((0, 0, 0, 0), np.float32)
+        if self.images:
+            vision = _vision(config)
+            slots = np.flatnonzero(self.tokens_T == config.patch_id)
+            spans_N2 = slots.reshape(-1, vision.tokens_per_tile)[:, [0, -1]]
+            tiles_NCHW = stack_tiles(
+                [preprocess(_load(image), vision, config.max_tiles) for image in self.images],
+                vision,
+            )
+        return Row(tokens_T=self.tokens_T, tiles_NCHW=tiles_NCHW, tile_spans_N2=spans_N2)
+
+
+def read_requests(pretrained: Pretrained, requests: Sequence[Request]) -> list[Prompt]:
+    """Turn requests into tokens, and check everything about them that can be checked.
+
+    Raises:
+      ValueError: for the first request that cannot be read; the message begins with its number,
+        counted from 0.
+    """
+    prompts = []
+    for index, request in enumerate(requests):
+        try:
+            tokens, images = _read(pretrained, request)
+        except ValueError as error:
+            raise ValueError(f"request {index}: {error}") from error
+        tokens_T = np.asarray(tokens, np.int32)
+        prompts.append(Prompt(index=index, tokens_T=tokens_T, images=images))
+    return prompts
+
+
+def _read(pretrained: Pretrained, request: Request) -> tuple[list[int], Sequence[ImageSource]]:
+    """Return the tokens of a request and the images that fill its patch tokens, in order."""
+    config, tokenizer = pretrained.config, pretrained.tokenizer
+    if request.tokens is not None:
+        tokens = _check_ids(request.tokens, config.text.vocab_size)
+        if request.images or config.vision is not None:
+            _check_patches(config, tokens, request.images)
+        return tokens, request.images
+    if tokenizer is None:
+        raise ValueError("the checkpoint has no tokenizer; give the request as tokens.")
+    if request.messages is not None:
+        messages = place_images(request.messages, request.images)
+        images = [image.source for image in images_of(messages)]
+        runs = _image_runs(config, tokenizer, images)
+        return dialogue_tokens(pretrained, messages, runs), images
+    runs = _image_runs(config, tokenizer, request.images)
+    text = tokenizer.encode(request.prompt or "")
+    return [config.bos_id, *(token for run in runs for token in run), *text], request.images
+
+
+def _check_ids(tokens: Sequence[int], vocab_size: int) -> list[int]:
+    try:
+        ids = [operator.index(token) for token in tokens]
+    except TypeError as error:
+        raise ValueError(f"tokens must be a list of whole numbers ({error}).") from error
+    if not ids:
+        raise ValueError("tokens is empty; give at least one, such as the begin-of-text token.")
+    for place, token in enumerate(ids):
+        if not 0 <= token < vocab_size:
+            raise ValueError(f"token {place} ({token}) must lie in 0..{vocab_size - 1}.")
+    return ids
+
+
+def _vision(config: ModelConfig) -> VisionConfig:
+    if config.vision is None:
+        raise ValueError(f"the model {config.name} reads no images; leave them out.")
+    return config.vision
+
+
+def _canvas(config: ModelConfig, image: ImageSource) -> Canvas:
+    """Return the grid of tiles that an image is cut into."""
+    size = _load(image).size
+    return choose_canvas(*size, tile=_vision(config).image_size, max_tiles=config.max_tiles)
+
+
+def _image_runs(
+    config: ModelConfig, tokenizer: Tokenizer, images: Sequence[ImageSource]
+) -> list[list[int]]:
+    """Return the run of tokens that stands for each image."""
+    if not images:
+        return []
+    ids, per_tile = ImageTokenIds.from_tokenizer(tokenizer), _vision(config).tokens_per_tile
+    canvases = [_canvas(config, image) for image in images]
+    return [layout_tokens(canvas.rows, canvas.cols, per_tile, ids) for canvas in canvases]
+
+
+def _check_patches(config: ModelConfig, tokens: list[int], images: Sequence[ImageSource]) -> None:
+    """Refuse patch tokens that the images do not fill exactly."""
+    per_tile = _vision(config).tokens_per_tile
+    grids = [canvas.rows * canvas.cols for canvas in (_canvas(config, image) for image in images)]
+    filled = sum(grid + 1 if grid > 1 else 1 for grid in grids) * per_tile  # +1: the global tile
+    found = sum(token == config.patch_id for token in tokens)
+    if found != filled:
+        raise ValueError(
+            f"the {len(images)} images of the request fill {filled} patch tokens, but {found} of "
+            f"its tokens are one (id {config.patch_id}); give each image its own, {per_tile} for "
+            "every tile."
+        )
+
+
+def _load(image: ImageSource) -> Image.Image:
+    return image if isinstance(image, Image.Image) else load_image(image)

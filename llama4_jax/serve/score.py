@@ -1,0 +1,165 @@
+"""Score texts: the log probability of every token given those before it."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama4_jax import parallel
+from llama4_jax.checkpoint import Pretrained
+from llama4_jax.model import Cache, Llama4
+from llama4_jax.serve.batches import group
+from llama4_jax.serve.limits import Limits
+from llama4_jax.serve.pieces import cut
+from llama4_jax.serve.requests import Prompt, Request, read_requests
+
+LOGITS = 1 << 26  # most logits of a batch that exist at once: 256 MiB in float32
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """How likely a text is.
+
+    Attributes:
+      tokens: of the text, the begin-of-text token and images included.
+      logprobs: natural logarithm of each token's probability given all before it; the first
+        token, given nothing, has none, so there is one fewer than tokens.
+      nll: minus the sum of `logprobs`.
+    """
+
+    tokens: list[int]
+    logprobs: list[float]
+    nll: float
+
+
+def score(
+    pretrained: Pretrained, requests: Sequence[Request], *, limits: Limits | None = None
+) -> list[Score]:
+    """Score every request; their lengths may differ widely.
+
+    Long texts are read in pieces through the cache and logits are made for a few tokens at a
+    time, so memory grows with the cache only. Call it under the mesh that the model was loaded
+    on (`parallel.use_mesh`), or under none.
+
+    Args:
+      pretrained: the model, and its tokenizer if it has one.
+      requests: what to score.
+      limits: how much is done at once.
+
+    Returns:
+      One score per request, in the order of the requests.
+
+    Raises:
+      ValueError: a request cannot be read or is longer than the model's positions. Nothing has
+        been scored then.
+    """
+    limits = limits or Limits()
+    prompts = read_requests(pretrained, requests)
+    lengths = [_checked_length(pretrained, prompt) for prompt in prompts]
+    scores: dict[int, Score] = {}
+    for batch in group(lengths, max_rows=limits.rows, max_tokens=limits.cache_tokens):
+        logprobs = _score_batch(pretrained, [prompts[index] for index in batch], limits)
+        for index, logprobs_T in zip(batch, logprobs, strict=True):
+            values = logprobs_T.tolist()
+            tokens = prompts[index].tokens_T.tolist()
+            scores[index] = Score(tokens=tokens, logprobs=values, nll=-math.fsum(values))
+    return [scores[index] for index in range(len(prompts))]
+
+
+def _checked_length(pretrained: Pretrained, prompt: Prompt) -> int:
+    length, limit = len(prompt.tokens_T), pretrained.config.text.max_positions
+    if length > limit:
+        raise ValueError(
+            f"request {prompt.index} has {length} tokens, more than the model's {limit} "
+            "positions; divide it."
+        )
+    return length
+
+
+def _score_batch(
+    pretrained: Pretrained, prompts: Sequence[Prompt], limits: Limits
+) -> list[np.ndarray]:
+    """Return the float32 log probabilities of every prompt's tokens after the first."""
+    model, config = pretrained.model, pretrained.config
+    cache = limits.make_cache(config, [len(prompt.tokens_T) for prompt in prompts])
+    num_rows = cache.lengths_B.shape[0]
+    rows = [prompt.row(config) for prompt in prompts]
+    found = [np.zeros(len(row.tokens_T), np.float32) for row in rows]
+    for piece in cut(
+        rows, num_rows=num_rows, piece_length=limits.piece_length, pad_id=config.pad_id
+    ):
+        targets_BT = np.zeros_like(piece.tokens_BT)
+        for index, (row, start) in enumerate(zip(rows, piece.starts_B, strict=False)):
+            next_T = row.tokens_T[start + 1 : start + 1 + piece.lengths_B[index]]
+            targets_BT[index, : len(next_T)] = next_T
+        cache, logprobs_BT = score_piece(
+            model,
+            cache,
+            piece.tokens_BT,
+            piece.positions_BT,
+            targets_BT,
+            piece.tiles_NCHW,
+            slices=_num_slices(piece.tokens_BT.shape, config.text.vocab_size),
+        )
+        logprobs_BT = np.asarray(logprobs_BT)
+        for index, start in enumerate(piece.starts_B[: len(rows)]):
+            length = piece.lengths_B[index]
+            found[index][start : start + length] = logprobs_BT[index, :length]
+    return [logprobs_T[:-1] for logprobs_T in found]
+
+
+def _num_slices(shape: tuple[int, ...], vocab_size: int) -> int:
+    """Return into how many slices of T the logits of a piece are divided, a power of two."""
+    slices = 1
+    while slices < shape[1] and math.prod(shape) * vocab_size > LOGITS * slices:
+        slices *= 2
+    return slices
+
+
+@functools.partial(jax.jit, static_argnames=("slices",), donate_argnames=("cache",))
+def score_piece(
+    model: Llama4,
+    cache: Cache,
+    tokens_BT,
+    positions_BT,
+    targets_BT,
+    tiles_NCHW=None,
+    *,
+    slices: int,
+) -> tuple[Cache, jax.Array]:
+    """Append one piece of every text to the cache and score the token after each of its tokens.
+
+    Args:
+      model: reads it.
+      cache: of what was read before; donated.
+      tokens_BT: int32 [B, T].
+      positions_BT: int32 [B, T], -1 at padding.
+      targets_BT: int32 [B, T], the token after each.
+      tiles_NCHW: of the patch tokens in this piece.
+      slices: of T, for which logits are made one after another; divides T.
+
+    Returns:
+      The cache, and float32 [B, T]: the log probability of each target.
+    """
+    hidden = model.encode(tokens_BT, tiles_NCHW, positions_BT=positions_BT, cache=cache)
+    assert hidden.cache is not None
+    # A slice holds tokens of every row, so no mesh axis may divide T here.
+    x_BTD = parallel.shard(hidden.x_BTD, ("batch", None, "embed"))
+
+    def score_slice(slice_):
+        x_BTD, targets_BT = slice_
+        logits_BTV = model.unembed(x_BTD)
+        with jax.named_scope("target_logprob"):
+            is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
+            target_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(axis=-1)
+            return target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
+
+    def split(x):
+        return x.reshape(x.shape[0], slices, -1, *x.shape[2:]).swapaxes(0, 1)
+
+    logprobs = jax.lax.map(score_slice, (split(x_BTD), split(targets_BT)))
+    return hidden.cache, logprobs.swapaxes(0, 1).reshape(targets_BT.shape)

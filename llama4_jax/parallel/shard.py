@@ -49,8 +49,8 @@ def abstract(build: Callable[..., Any], *args: Any) -> Any:
     mesh = jax.sharding.get_mesh()
 
     def concrete(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        sharding = NamedSharding(mesh, leaf.sharding.spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        spec = leaf.sharding.spec if leaf.sharding else P()  # a constant has no layout of its own
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec))
 
     return jax.tree.map(concrete, shapes)
 

@@ -51,14 +51,15 @@ class Message:
 
     Attributes:
         role: Who speaks. "tool" and "ipython" both mean the result of a tool.
-        content: A text, or texts and images in order. Rendered as it is, never trimmed.
+        content: A text, or texts and images in order. Rendered as it is, never trimmed. The
+            result of a tool may be a JSON object; templates tell it from its text.
         tool_calls: What the assistant calls.
         context: Retrieved text that follows a user's content after an empty line.
         stop_reason: Why an assistant's message ended; None when unknown.
     """
 
     role: Role
-    content: str | Sequence[str | Image] = ""
+    content: str | Sequence[str | Image] | Mapping[str, Any] = ""
     tool_calls: Sequence[ToolCall] = ()
     context: str | None = None
     stop_reason: StopReason | None = None
@@ -74,14 +75,19 @@ class Message:
             raise ValueError(f"Only the assistant has tool_calls, not the role {self.role!r}.")
         if self.context is not None and self.role != "user":
             raise ValueError(f"Only the user has a context, not the role {self.role!r}.")
-        if not isinstance(self.content, str):
+        if isinstance(self.content, Mapping):
+            if not self.is_tool_result:
+                raise ValueError(f"Only a tool's result is an object, not the {self.role}'s words.")
+        elif not isinstance(self.content, str):
             for part in self.content:
                 if not isinstance(part, str | Image):
                     raise ValueError(f"A part of content is a str or an Image, not {part!r}.")
 
     @property
     def parts(self) -> tuple[str | Image, ...]:
-        """The content as parts; a plain text is one part."""
+        """The content as parts; a plain text is one part, and so is an object as JSON."""
+        if isinstance(self.content, Mapping):
+            return (json.dumps(self.content, ensure_ascii=False),)
         return (self.content,) if isinstance(self.content, str) else tuple(self.content)
 
     @property
@@ -157,9 +163,9 @@ def message_from_dict(value: Mapping[str, Any]) -> Message:
     role, content = value["role"], value.get("content")
     if content is None:
         content = ""
-    elif role in ("tool", "ipython") and not (isinstance(content, str) or _are_parts(content)):
+    elif role in ("tool", "ipython") and not _is_content(content):
         content = json.dumps(content, ensure_ascii=False)
-    elif not isinstance(content, str):
+    elif not isinstance(content, str | Mapping):
         content = _parts_from_json(content)
     return Message(
         role=role,
@@ -175,9 +181,12 @@ def message_to_dict(message: Message) -> dict[str, Any]:
     parts = message.parts
     if message.context is not None:
         parts = (*parts, f"\n\n{message.context}")
-    texts = [part for part in parts if isinstance(part, str)]
-    is_text = isinstance(message.content, str)
-    content = "".join(texts) if is_text else [_part_to_json(part) for part in parts]
+    if isinstance(message.content, str):
+        content: Any = "".join(part for part in parts if isinstance(part, str))
+    elif isinstance(message.content, Mapping):
+        content = message.content
+    else:
+        content = [_part_to_json(part) for part in parts]
     result = {"role": message.role, "content": content}
     if message.tool_calls:
         result["tool_calls"] = [
@@ -187,10 +196,14 @@ def message_to_dict(message: Message) -> dict[str, Any]:
     return result
 
 
-def _are_parts(content: Any) -> bool:
-    return isinstance(content, list) and all(
-        isinstance(part, Mapping) and part.get("type") in ("text", "image", "image_url")
-        for part in content
+def _is_content(value: Any) -> bool:
+    """Say whether the result of a tool is content already, and not JSON to be written out."""
+    return isinstance(value, str | Mapping) or (
+        isinstance(value, list)
+        and all(
+            isinstance(part, Mapping) and part.get("type") in ("text", "image", "image_url")
+            for part in value
+        )
     )
 
 

@@ -21,7 +21,7 @@ _TAG = re.compile(r"<function=([^<>{}\s]+)>\s*(?=\{)")
 _TAG_END = re.compile(r"\s*</function>")
 _SEPARATORS = re.compile(r"[\s;,]*")
 _BRACKETS_AND_TEXTS = re.compile(
-    r"""[\[({]|[\])}]|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'""", re.DOTALL
+    r"""[\[({]|[\])}]|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|["']""", re.DOTALL
 )
 _WORDS = {"true": True, "false": False, "null": None}
 
@@ -186,6 +186,8 @@ def _closing(text: str, position: int) -> int:
             depth += 1
         elif match[0] in ("]", ")", "}"):
             depth -= 1
+        elif match[0] in ("'", '"'):  # a text that never ends
+            return 0
         if depth > _MAX_DEPTH:
             return 0
         if depth == 0:

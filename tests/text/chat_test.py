@@ -206,6 +206,11 @@ def test_ids_need_their_tokenizer():
 # ------------------------------------------------------------------------------------------ images
 
 
+def test_a_tools_object_is_written_as_json():
+    as_object = render([Message("tool", {"sky": "blau é"})], tokenizer_model())
+    assert as_object == render([Message("tool", '{"sky": "blau é"}')], tokenizer_model())
+
+
 def _runs(*runs):
     return [[200_080, *run, 200_081] for run in runs]
 

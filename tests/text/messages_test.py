@@ -12,6 +12,7 @@ from llama4_jax.text import Image, Message, ToolCall, images_of, message_from_di
         ({"role": "user", "tool_calls": (ToolCall("f"),)}, "Only the assistant has tool_calls"),
         ({"role": "assistant", "context": "x"}, "Only the user has a context"),
         ({"role": "user", "content": (1,)}, "a str or an Image, not 1"),
+        ({"role": "user", "content": {"a": 1}}, "Only a tool's result is an object"),
         ({"role": "assistant", "stop_reason": "eot"}, "stop_reason must be one of"),
     ],
 )
@@ -58,7 +59,9 @@ def test_tool_calls_read_from_json_with_arguments_as_object_or_text():
 
 
 def test_the_result_of_a_tool_may_be_any_json():
-    assert message_from_dict({"role": "tool", "content": {"a": "é"}}).content == '{"a": "é"}'
+    message = message_from_dict({"role": "tool", "content": {"a": "é"}})
+    assert message.parts == ('{"a": "é"}',)
+    assert message_to_dict(message)["content"] == {"a": "é"}
     assert message_from_dict({"role": "tool", "content": [1, 2]}).content == "[1, 2]"
     parts = [{"type": "text", "text": "t"}]
     assert message_from_dict({"role": "tool", "content": parts}).content == ("t",)

@@ -171,6 +171,8 @@ DANGEROUS = [
     "[f(x=" + "[" * 5000 + "]" * 5000 + ")]",
     '{"name": "f", "parameters": ' + '{"a":' * 100_000,
     "[f(x='\\d')]\0",
+    '["' + '\\"' * 100_000,
+    '["' * 50_000,
     'Write `brave_search.call(query="x")` to search.',
     'The answer is {"name": "f", "parameters": {}} in JSON.',
     '{"name": "Ada", "age": 36}',

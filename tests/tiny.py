@@ -13,7 +13,7 @@ CHUNK = 8
 
 
 def scout_like(**changes: Any) -> ModelConfig:
-    """Five layers (a group of four and a tail of one), all mixtures, qk-norm; `changes` to the text."""
+    """Five layers (a group of four and a tail of one), all mixtures, qk-norm."""
     text = TextConfig(
         vocab_size=64,
         embed_dim=32,

@@ -83,7 +83,7 @@ def behemoth_preview() -> ModelConfig:
 
 
 def nano() -> ModelConfig:
-    """The member that ships: 3.8M parameters with every feature of its big sisters, chunk 64.
+    """The member that ships: 3.6M parameters with every feature of its big sisters, chunk 64.
 
     Its small tokenizer carries Llama 4's special tokens at the top of a vocabulary of 2048.
     """
@@ -95,7 +95,7 @@ def nano() -> ModelConfig:
         num_kv_heads=2,
         head_dim=32,
         mlp_dim=512,
-        expert_dim=176,
+        expert_dim=160,
         num_experts=4,
         moe_layers=every(1, 8),
         nope_layers=every(4, 8),

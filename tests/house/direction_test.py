@@ -29,8 +29,7 @@ def test_every_package_of_the_library_has_its_line_in_the_contract():
     (contract,) = CONTRACT["contracts"]
     named = " ".join(contract["layers"]).replace("(", " ").replace(")", " ").split()
     packages = {
-        f"{tree.LIBRARY}.{path.parent.name}"
-        for path in (tree.ROOT / tree.LIBRARY).glob("*/*.py")
+        f"{tree.LIBRARY}.{path.parent.name}" for path in (tree.ROOT / tree.LIBRARY).glob("*/*.py")
     }
     assert packages <= set(named), f"not in the contract: {sorted(packages - set(named))}"
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama4_jax.parallel.axes import Axes
-from llama4_jax.parallel.shard import shard, shard_weight
+from llama4_jax.parallel.shard import mesh_axes, shard, shard_weight
 
 
 def normal(
@@ -21,11 +21,18 @@ def constant(value: float, shape: tuple[int, ...], axes: Axes, *, dtype: str) ->
     return nnx.Param(shard_weight(jnp.full(shape, value, dtype), axes), axes=axes)
 
 
-def weight(param: nnx.Param, dtype: jnp.dtype) -> jax.Array:
+def weight(param: nnx.Param, dtype: jnp.dtype, *, is_stacked: bool = False) -> jax.Array:
     """Return a parameter ready to compute with: cast, and gathered along its embed dimension.
 
     The gather is what makes fsdp: at rest a weight is divided along `weight_embed`, in use it is
-    not, and its gradient flows back through the gather as a reduce-scatter.
+    not, and its gradient flows back through the gather as a reduce-scatter. A stacked parameter has
+    a leading axis of layer groups.
     """
     axes = tuple(None if a == "weight_embed" else a for a in param.get_metadata("axes"))
-    return shard(param[...].astype(dtype), axes)
+    return shard(param[...].astype(dtype), (None, *axes) if is_stacked else axes)
+
+
+def is_ready(param: nnx.Param, dtype: jnp.dtype) -> bool:
+    """Is a parameter at rest what `weight` returns, so that using it costs nothing?"""
+    is_whole = not mesh_axes("weight_embed") or "weight_embed" not in param.get_metadata("axes")
+    return is_whole and param[...].dtype == dtype

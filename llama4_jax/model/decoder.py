@@ -1,4 +1,4 @@
-"""The decoder stack: a scan over groups of layers, so compile time does not grow with depth."""
+"""The decoder: one layer, and a scan over groups of them, so compile time ignores depth."""
 
 from typing import NamedTuple
 
@@ -7,10 +7,40 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama4_jax.config.model import TextConfig
-from llama4_jax.config.pattern import layer_pattern
-from llama4_jax.layers.attention import CacheView, LayerCache, Positions
-from llama4_jax.model.block import Block
+from llama4_jax.config.pattern import LayerKind, layer_pattern
+from llama4_jax.layers.attention import Attention, CacheView, LayerCache, Positions
+from llama4_jax.layers.feed_forward import MLP, MoE
+from llama4_jax.layers.norm import RMSNorm
 from llama4_jax.model.cache import Cache
+
+
+class Block(nnx.Module):
+    """h = x + attention(norm(x)); y = h + ffn(norm(h))."""
+
+    def __init__(self, config: TextConfig, kind: LayerKind, *, key: jax.Array, dtype: str):
+        D, eps = config.embed_dim, config.norm_eps
+        attention_key, ffn_key = jax.random.split(key)
+        self.attention_norm = RMSNorm(D, eps=eps, dtype=dtype)
+        self.attention = Attention(config, is_nope=kind.is_nope, key=attention_key, dtype=dtype)
+        self.ffn_norm = RMSNorm(D, eps=eps, dtype=dtype)
+        if kind.is_moe:
+            self.ffn: MoE | MLP = MoE(config, key=ffn_key, dtype=dtype)
+        else:
+            self.ffn = MLP(
+                D, config.mlp_dim, num_layers=config.num_layers, key=ffn_key, dtype=dtype
+            )
+
+    def __call__(
+        self, x_BTD: jax.Array, at: Positions, cache: CacheView | None
+    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
+        """Returns y_BTD, the layer's new cache, and the router's logits if there is one."""
+        attended_BTD, stored = self.attention(self.attention_norm(x_BTD), at, cache)
+        x_BTD = x_BTD + attended_BTD
+        if isinstance(self.ffn, MoE):
+            y_BTD, router_logits_BTE = self.ffn(self.ffn_norm(x_BTD))
+        else:
+            y_BTD, router_logits_BTE = self.ffn(self.ffn_norm(x_BTD)), None
+        return x_BTD + y_BTD, stored, router_logits_BTE
 
 
 class Group(nnx.Module):

@@ -8,8 +8,10 @@ import pytest
 
 from llama4_jax import parallel
 from llama4_jax.checkpoint import GenerationDefaults
+from llama4_jax.data import preprocess, stack_tiles
 from llama4_jax.model import Llama4
 from llama4_jax.serve import Limits, Request, Sampling, generate
+from llama4_jax.serve.requests import read_requests
 from tests.serve import tiny
 
 # Chunks hold 8 tokens: these prompts end before, at and after chunk edges, one far beyond.
@@ -140,6 +142,23 @@ def test_without_a_tokenizer_tokens_are_served_and_text_is_refused(pretrained, r
     assert answer.text is None
     with pytest.raises(ValueError, match="request 0: the checkpoint has no tokenizer"):
         generate(bare, [Request(prompt="a")], max_new_tokens=4)
+
+
+def test_images_are_read_in_any_row_of_a_batch_and_across_pieces(pretrained):
+    vision, pictures = tiny.config().vision, [tiny.picture(1, wide=True), tiny.picture(0)]
+    requests = [
+        Request(prompt="no picture"),
+        Request(prompt="two", images=pictures),
+        Request(messages=[{"role": "user", "content": "one"}], images=pictures[1:]),
+    ]
+    answers = generate(pretrained, requests, max_new_tokens=4, limits=SMALL)
+    prompts = read_requests(pretrained, requests)
+    for images, prompt, answer in zip([[], pictures, pictures[1:]], prompts, answers, strict=True):
+        tiles = stack_tiles([preprocess(image, vision, 4) for image in images], vision)
+        tokens = prompt.tokens_T.tolist()
+        assert answer.tokens == tiny.greedy(tokens, 4, tiles if images else None)
+    blind = Request(prompt="two", images=[tiny.picture(2, wide=True), tiny.picture(3)])
+    assert answers[1:2] != generate(pretrained, [blind], max_new_tokens=4, limits=SMALL)
 
 
 def test_no_requests_have_no_answers(pretrained):

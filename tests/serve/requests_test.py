@@ -1,0 +1,182 @@
+"""Requests become tokens and tiles in the order of reading; what does not fit is refused."""
+
+import dataclasses
+import io
+
+import numpy as np
+import pytest
+
+from llama4_jax.data import preprocess
+from llama4_jax.serve.requests import Request, read_requests
+from llama4_jax.text import CHAT_TEMPLATE, ChatTemplate, Image, Message
+from tests.serve import tiny
+
+ONE_TILE = [
+    tiny.SPECIAL["<|image_start|>"],
+    tiny.SPECIAL["<|image|>"],
+    *[tiny.PATCH] * tiny.TOKENS_PER_TILE,
+    tiny.SPECIAL["<|image_end|>"],
+]
+TWO_TILES = [
+    tiny.SPECIAL["<|image_start|>"],
+    *[tiny.PATCH] * tiny.TOKENS_PER_TILE,
+    tiny.SPECIAL["<|tile_x_separator|>"],
+    *[tiny.PATCH] * tiny.TOKENS_PER_TILE,
+    tiny.SPECIAL["<|tile_y_separator|>"],
+    tiny.SPECIAL["<|image|>"],
+    *[tiny.PATCH] * tiny.TOKENS_PER_TILE,
+    tiny.SPECIAL["<|image_end|>"],
+]
+
+
+@pytest.fixture
+def pretrained(tmp_path):
+    """The model is left out: reading a request never runs it."""
+    return tiny.pretrained(tmp_path, model=None)
+
+
+def read(pretrained, **request):
+    (prompt,) = read_requests(pretrained, [Request(**request)])
+    return prompt
+
+
+def turn(role, *content):
+    header = [tiny.SPECIAL["<|header_start|>"], *role.encode(), tiny.SPECIAL["<|header_end|>"]]
+    return [*header, *b"\n\n", *content, tiny.EOT]
+
+
+ASK = turn("assistant")[:-1]
+
+
+def test_images_stand_before_the_text_of_a_prompt(pretrained):
+    prompt = read(pretrained, prompt="ab", images=[tiny.picture(0), tiny.picture(1, wide=True)])
+    assert prompt.tokens_T.tolist() == [tiny.BOS, *ONE_TILE, *TWO_TILES, *b"ab"]
+
+
+def test_tiles_come_in_the_order_of_their_patch_tokens(pretrained):
+    pictures = [tiny.picture(0), tiny.picture(1, wide=True)]
+    row = read(pretrained, prompt="ab", images=pictures).row(pretrained.config)
+    vision = pretrained.config.vision
+    tiles = np.concatenate([preprocess(p, vision, 4).tiles_NCHW for p in pictures])
+    np.testing.assert_array_equal(row.tiles_NCHW, tiles)
+    assert row.tile_spans_N2.tolist() == [[3, 6], [9, 12], [14, 17], [20, 23]]
+    assert all(row.tokens_T[first] == tiny.PATCH for first, _ in row.tile_spans_N2)
+
+
+def test_an_image_is_a_path_bytes_or_a_picture(pretrained, tmp_path):
+    picture, path, file = tiny.picture(0), tmp_path / "a.png", io.BytesIO()
+    picture.save(path)
+    picture.save(file, format="png")
+    rows = [
+        read(pretrained, prompt="a", images=[image]).row(pretrained.config)
+        for image in (picture, path, str(path), file.getvalue())
+    ]
+    for row in rows[1:]:
+        np.testing.assert_array_equal(row.tiles_NCHW, rows[0].tiles_NCHW)
+
+
+def test_a_dialogue_ends_where_the_assistant_answers(pretrained):
+    messages = [{"role": "user", "content": "q"}, Message("assistant", "A"), Message("user", "m")]
+    wanted = [tiny.BOS, *turn("user", *b"q"), *turn("assistant", *b"A"), *turn("user", *b"m"), *ASK]
+    assert read(pretrained, messages=messages).tokens_T.tolist() == wanted
+
+
+def test_image_parts_take_the_images_in_order(pretrained):
+    small, wide = tiny.picture(0), tiny.picture(1, wide=True)
+    parts = [{"type": "text", "text": "x"}, {"type": "image"}, {"type": "image"}]
+    prompt = read(pretrained, messages=[{"role": "user", "content": parts}], images=[wide, small])
+    assert prompt.tokens_T.tolist() == [
+        tiny.BOS,
+        *turn("user", *b"x", *TWO_TILES, *ONE_TILE),
+        *ASK,
+    ]
+    assert list(prompt.images) == [wide, small]
+
+
+def test_an_image_part_with_a_source_of_its_own_takes_none(pretrained):
+    own, given = tiny.picture(0), tiny.picture(1)
+    messages = [Message("user", [Image(own), "and", Image()])]
+    assert list(read(pretrained, messages=messages, images=[given]).images) == [own, given]
+
+
+def test_images_without_a_part_stand_before_the_last_user_message(pretrained):
+    messages = [Message("user", "a"), Message("assistant", "b"), Message("user", "c")]
+    prompt = read(pretrained, messages=messages, images=[tiny.picture(0)])
+    assert prompt.tokens_T.tolist() == [
+        tiny.BOS,
+        *turn("user", *b"a"),
+        *turn("assistant", *b"b"),
+        *turn("user", *ONE_TILE, *b"c"),
+        *ASK,
+    ]
+
+
+def test_the_checkpoint_s_own_chat_template_is_used(pretrained):
+    source = "{{ bos_token }}{% for m in messages %}[{{ m.content }}]{% endfor %}<|eot|>"
+    template = ChatTemplate(source, {"bos_token": "<|begin_of_text|>"})
+    own = dataclasses.replace(pretrained, chat_template=template)
+    prompt = read(own, messages=[Message("user", "a<|eot|>")])
+    assert prompt.tokens_T.tolist() == [tiny.BOS, *b"[a<|eot|>]", tiny.EOT]
+
+
+def test_a_template_puts_images_where_it_writes_them(pretrained):
+    template = ChatTemplate(CHAT_TEMPLATE, {"bos_token": "<|begin_of_text|>"})
+    own = dataclasses.replace(pretrained, chat_template=template)
+    request = {"messages": [Message("user", ["x", Image(), "y"])], "images": [tiny.picture(0)]}
+    assert read(own, **request).tokens_T.tolist() == read(pretrained, **request).tokens_T.tolist()
+
+
+@pytest.mark.parametrize(
+    ("request_", "says"),
+    [
+        ({"tokens": []}, "request 0: tokens is empty"),
+        ({"tokens": [0, 352]}, r"request 0: token 1 \(352\) must lie in 0\.\.351"),
+        ({"tokens": [-1]}, r"token 0 \(-1\)"),
+        ({"tokens": [1.5]}, "whole numbers"),
+        ({"tokens": [tiny.PATCH] * 3}, "the 0 images of the request fill 0 patch tokens, but 3"),
+        (
+            {"tokens": [tiny.PATCH] * 5, "images": [tiny.picture(0)]},
+            "the 1 images of the request fill 4 patch tokens, but 5 of",
+        ),
+        ({"prompt": "a", "images": ["absent.png"]}, "request 0: image 'absent.png' cannot be read"),
+        ({"messages": []}, "at least one message"),
+        ({"messages": [{"content": "a"}]}, 'A message is an object with a "role"'),
+        (
+            {"messages": [Message("user", [Image()])], "images": [tiny.picture(0)] * 2},
+            "1 image parts without a source, but 2 images",
+        ),
+        ({"messages": [Message("user", [Image()])]}, "1 image parts without a source, but 0"),
+        (
+            {"messages": [Message("system", "a")], "images": [tiny.picture(0)]},
+            "none is from the user",
+        ),
+    ],
+)
+def test_a_request_that_cannot_be_read_is_refused(pretrained, request_, says):
+    with pytest.raises(ValueError, match=says):
+        read(pretrained, **request_)
+
+
+def test_a_model_without_vision_takes_no_images_and_any_token(pretrained):
+    text_only = dataclasses.replace(
+        pretrained, config=dataclasses.replace(pretrained.config, vision=None)
+    )
+    with pytest.raises(ValueError, match="the model tiny reads no images"):
+        read(text_only, prompt="a", images=[tiny.picture(0)])
+    with pytest.raises(ValueError, match="the model tiny reads no images"):
+        read(text_only, tokens=[1], images=[tiny.picture(0)])
+    assert read(text_only, tokens=[tiny.PATCH]).tokens_T.tolist() == [tiny.PATCH]
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({}, "found none of them"),
+        ({"prompt": "a", "tokens": [1]}, "found prompt and tokens"),
+        ({"prompt": 3}, "prompt must be a text, not int"),
+        ({"prompt": "a", "images": "a.png"}, "images must be a list"),
+    ],
+)
+def test_a_malformed_request_is_refused_at_once(wrong, says):
+    with pytest.raises(ValueError, match=says):
+        Request(**wrong)

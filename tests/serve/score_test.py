@@ -1,0 +1,72 @@
+"""Scores equal the log softmax of the full forward, whatever the pieces, the slices, the mesh."""
+
+import importlib
+
+import jax
+import numpy as np
+import pytest
+
+from llama4_jax.data import preprocess, stack_tiles
+from llama4_jax.serve import Limits, Request, score
+from tests.serve import tiny
+
+LENGTHS = (100, 1, 17, 2, 40)  # chunks hold 8 tokens, pieces 16
+SMALL = Limits(rows=8, piece_length=16)
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return tiny.pretrained(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def requests():
+    return [Request(tokens=tiny.random_tokens(n, n)) for n in LENGTHS]
+
+
+def expected_logprobs(tokens, tiles_NCHW=None):
+    logprobs_TV = np.asarray(jax.nn.log_softmax(tiny.full_logits(tokens, tiles_NCHW)))
+    return logprobs_TV[np.arange(len(tokens) - 1), tokens[1:]]
+
+
+def check(scores, requests):
+    for one, request in zip(scores, requests, strict=True):
+        assert one.tokens == request.tokens
+        # float32 logits of size 10, summed in another order
+        np.testing.assert_allclose(one.logprobs, expected_logprobs(one.tokens), atol=1e-4)
+        np.testing.assert_allclose(one.nll, -np.sum(one.logprobs), rtol=1e-6)
+
+
+def test_logprobs_equal_the_full_forward_in_request_order(pretrained, requests):
+    check(score(pretrained, requests, limits=SMALL), requests)
+
+
+def test_logits_are_made_a_few_tokens_at_a_time(pretrained, requests, monkeypatch):
+    module = importlib.import_module("llama4_jax.serve.score")
+    monkeypatch.setattr(module, "LOGITS", 8 * 2 * tiny.VOCAB)
+    assert module._num_slices((8, 16), tiny.VOCAB) == 8
+    check(score(pretrained, requests, limits=SMALL), requests)
+
+
+def test_a_text_begins_with_the_begin_of_text_token(pretrained):
+    (by_text,) = score(pretrained, [Request(prompt="ab")], limits=SMALL)
+    assert by_text.tokens == [tiny.BOS, *b"ab"]
+    assert len(by_text.logprobs) == 2
+
+
+def test_images_fill_the_patch_tokens_that_are_there(pretrained):
+    pictures = [tiny.picture(0), tiny.picture(1, wide=True)]
+    tokens = tiny.random_tokens(3, 14)
+    tokens += [tiny.PATCH] * 4 + [5] + [tiny.PATCH] * 12 + [6, 7]
+    (one,) = score(pretrained, [Request(tokens=tokens, images=pictures)], limits=SMALL)
+    vision = tiny.config().vision
+    tiles = stack_tiles([preprocess(p, vision, 4) for p in pictures], vision)
+    np.testing.assert_allclose(one.logprobs, expected_logprobs(tokens, tiles), atol=1e-4)
+    swapped = stack_tiles([preprocess(p, vision, 4) for p in pictures[::-1]], vision)
+    assert np.abs(one.logprobs - expected_logprobs(tokens, swapped)).max() > 0.1
+
+
+def test_a_request_longer_than_the_model_s_positions_is_refused(pretrained):
+    long = Request(tokens=tiny.random_tokens(0, tiny.LONGEST + 1))
+    with pytest.raises(ValueError, match="request 1 has 129 tokens, more than the model's 128"):
+        score(pretrained, [Request(prompt="a"), long])

@@ -5,7 +5,7 @@ answers = generate(pretrained, [Request(prompt="def add(a, b):")], max_new_token
 scores = score(pretrained, [Request(prompt="print(1 + 1)")])
 """
 
-from llama4_jax.serve.generate import Answer, NewToken, generate
+from llama4_jax.serve.generate import Answer, NewToken, default_sampling, generate
 from llama4_jax.serve.limits import Limits
 from llama4_jax.serve.requests import Request
 from llama4_jax.serve.sampling import Sampling
@@ -18,6 +18,7 @@ __all__ = [
     "Request",
     "Sampling",
     "Score",
+    "default_sampling",
     "generate",
     "score",
 ]

@@ -10,7 +10,6 @@ import numpy as np
 
 from llama4_jax.checkpoint import Pretrained
 from llama4_jax.model import Cache
-from llama4_jax.serve.batches import group
 from llama4_jax.serve.limits import Limits
 from llama4_jax.serve.pieces import cut
 from llama4_jax.serve.requests import Prompt, Request, read_requests
@@ -59,6 +58,7 @@ def generate(
     max_new_tokens: int = 256,
     sampling: Sampling | None = None,
     on_token: Callable[[NewToken], None] | None = None,
+    on_answer: Callable[[Answer], None] | None = None,
     limits: Limits | None = None,
 ) -> list[Answer]:
     """Answer every request; their lengths may differ widely.
@@ -74,6 +74,8 @@ def generate(
       sampling: how tokens are chosen; None takes the checkpoint's defaults.
       on_token: called with every token in the order it comes; tokens of different requests
         alternate.
+      on_answer: called with every answer in the order of the requests, as soon as it and those
+        before it are complete.
       limits: how much is done at once.
 
     Returns:
@@ -90,14 +92,18 @@ def generate(
     prompts = read_requests(pretrained, requests)
     lengths = [_needed_length(pretrained, prompt, max_new_tokens) for prompt in prompts]
     transcripts = [_Transcript(pretrained, max_new_tokens) for _ in prompts]
-    for batch in group(lengths, max_rows=limits.rows, max_tokens=limits.cache_tokens):
+    answers: list[Answer] = []
+    for batch in limits.batches(lengths):
         rows = [prompts[index] for index in batch]
-        new = _run_batch(pretrained, rows, max_new_tokens, sampling, limits)
-        for row, token in new:
+        for row, token in _run_batch(pretrained, rows, max_new_tokens, sampling, limits):
             text = transcripts[batch[row]].add(token)
             if on_token is not None:
                 on_token(NewToken(index=batch[row], token=token, text=text))
-    return [transcript.answer() for transcript in transcripts]
+        while len(answers) < len(prompts) and transcripts[len(answers)].is_complete:
+            answers.append(transcripts[len(answers)].answer())
+            if on_answer is not None:
+                on_answer(answers[-1])
+    return answers
 
 
 def default_sampling(pretrained: Pretrained) -> Sampling:
@@ -190,14 +196,21 @@ class _Transcript:
         self._tokens: list[int] = []
         self._texts: list[str] = []
 
+    @property
+    def is_stopped(self) -> bool:
+        return self._tokens[-1:] != [] and self._tokens[-1] in self._stop_ids
+
+    @property
+    def is_complete(self) -> bool:
+        return self.is_stopped or len(self._tokens) == self._limit
+
     def add(self, token: int) -> str:
         """Append a token; return the text it adds."""
         self._tokens.append(token)
         if self._decoder is None:
             return ""
-        stops = token in self._stop_ids
-        text = "" if stops else self._decoder.push([token])
-        if stops or len(self._tokens) == self._limit:
+        text = "" if self.is_stopped else self._decoder.push([token])
+        if self.is_complete:
             text += self._decoder.finish()
         self._texts.append(text)
         return text
@@ -206,7 +219,7 @@ class _Transcript:
         return Answer(
             tokens=self._tokens,
             text=None if self._decoder is None else "".join(self._texts),
-            finish_reason="stop" if self._tokens[-1] in self._stop_ids else "length",
+            finish_reason="stop" if self.is_stopped else "length",
         )
 
 

@@ -1,10 +1,11 @@
 """How much of a job is done at once: none of it changes a result."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from llama4_jax.config import ModelConfig
 from llama4_jax.model import Cache
+from llama4_jax.serve.batches import group
 from llama4_jax.serve.pieces import bucket
 
 
@@ -13,6 +14,8 @@ class Limits:
     """Sizes that trade memory for speed.
 
     Attributes:
+      window: requests that are sorted by length together; results are delivered in the order of
+        the requests, window by window.
       rows: most requests in a batch.
       cache_tokens: most tokens a batch's cache holds, all rows together; a longer request is
         served alone.
@@ -20,13 +23,14 @@ class Limits:
       steps: tokens chosen per dispatch; text streams in lumps of as many tokens.
     """
 
+    window: int = 256
     rows: int = 8
     cache_tokens: int = 1 << 17
     piece_length: int = 512
     steps: int = 8
 
     def __post_init__(self):
-        for name in ("rows", "cache_tokens", "piece_length", "steps"):
+        for name in ("window", "rows", "cache_tokens", "piece_length", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
         if self.piece_length & (self.piece_length - 1):
@@ -34,6 +38,10 @@ class Limits:
                 f"piece_length ({self.piece_length}) must be a power of two; "
                 f"choose {bucket(self.piece_length)}."
             )
+
+    def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:
+        """Yield the batches of rows of these lengths, as indices."""
+        return group(lengths, max_rows=self.rows, max_tokens=self.cache_tokens, window=self.window)
 
     def make_cache(self, config: ModelConfig, lengths: Sequence[int]) -> Cache:
         """Make an empty cache for rows of these lengths, its sizes rounded up to powers of two.

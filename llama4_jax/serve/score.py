@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +12,6 @@ import numpy as np
 from llama4_jax import parallel
 from llama4_jax.checkpoint import Pretrained
 from llama4_jax.model import Cache, Llama4
-from llama4_jax.serve.batches import group
 from llama4_jax.serve.limits import Limits
 from llama4_jax.serve.pieces import cut
 from llama4_jax.serve.requests import Prompt, Request, read_requests
@@ -37,7 +36,11 @@ class Score:
 
 
 def score(
-    pretrained: Pretrained, requests: Sequence[Request], *, limits: Limits | None = None
+    pretrained: Pretrained,
+    requests: Sequence[Request],
+    *,
+    on_score: Callable[[Score], None] | None = None,
+    limits: Limits | None = None,
 ) -> list[Score]:
     """Score every request; their lengths may differ widely.
 
@@ -48,6 +51,8 @@ def score(
     Args:
       pretrained: the model, and its tokenizer if it has one.
       requests: what to score.
+      on_score: called with every score in the order of the requests, as soon as it and those
+        before it are complete.
       limits: how much is done at once.
 
     Returns:
@@ -60,14 +65,18 @@ def score(
     limits = limits or Limits()
     prompts = read_requests(pretrained, requests)
     lengths = [_checked_length(pretrained, prompt) for prompt in prompts]
-    scores: dict[int, Score] = {}
-    for batch in group(lengths, max_rows=limits.rows, max_tokens=limits.cache_tokens):
+    found: dict[int, np.ndarray] = {}
+    scores: list[Score] = []
+    for batch in limits.batches(lengths):
         logprobs = _score_batch(pretrained, [prompts[index] for index in batch], limits)
-        for index, logprobs_T in zip(batch, logprobs, strict=True):
-            values = logprobs_T.tolist()
-            tokens = prompts[index].tokens_T.tolist()
-            scores[index] = Score(tokens=tokens, logprobs=values, nll=-math.fsum(values))
-    return [scores[index] for index in range(len(prompts))]
+        found.update(zip(batch, logprobs, strict=True))
+        while len(scores) in found:
+            values = found.pop(len(scores)).tolist()
+            tokens = prompts[len(scores)].tokens_T.tolist()
+            scores.append(Score(tokens=tokens, logprobs=values, nll=-math.fsum(values)))
+            if on_score is not None:
+                on_score(scores[-1])
+    return scores
 
 
 def _checked_length(pretrained: Pretrained, prompt: Prompt) -> int:

@@ -1,6 +1,10 @@
 """Batches hold every row once, similar lengths together, within the bounds."""
 
-from llama4_jax.serve.batches import group
+from llama4_jax.serve.batches import group as group_in_windows
+
+
+def group(lengths, *, window=100, **bounds):
+    return group_in_windows(lengths, window=window, **bounds)
 
 
 def test_every_row_is_in_one_batch_and_neighbours_have_similar_lengths():
@@ -20,3 +24,8 @@ def test_padding_counts_toward_the_bound():
 
 def test_no_rows_make_no_batches():
     assert list(group([], max_rows=8, max_tokens=1000)) == []
+
+
+def test_a_window_is_complete_before_the_next_begins():
+    batches = list(group([9, 8, 7, 1], max_rows=8, max_tokens=1000, window=2))
+    assert batches == [[1, 0], [3, 2]]

@@ -86,6 +86,23 @@ def test_tokens_stream_in_order_and_their_texts_join_to_the_answer(pretrained, r
         assert answer.text == pretrained.tokenizer.decode(answer.tokens)
 
 
+def test_answers_are_delivered_in_request_order_as_soon_as_possible(pretrained, requests, answers):
+    events = []
+    limits = dataclasses.replace(SINGLE, window=2)
+    generate(
+        pretrained,
+        requests,
+        max_new_tokens=4,
+        limits=limits,
+        on_token=lambda new: events.append(new.index),
+        on_answer=lambda answer: events.append(answer.tokens),
+    )
+    first, second, third, fourth = (answer.tokens[:4] for answer in answers)
+    # The shorter of each window runs first; the longer, which comes before it, is awaited.
+    wanted = [1] * 4 + [0] * 4 + [first, second] + [2] * 4 + [third] + [3] * 4 + [fourth]
+    assert events == wanted
+
+
 def test_a_stop_token_ends_its_row_alone_and_stays_out_of_the_text(pretrained, requests, answers):
     stop = answers[0].tokens[5]
     stopped = generate(

@@ -68,6 +68,12 @@ def open_meta(directory: pathlib.Path) -> FileSource:
     table = ranks[0].get("tok_embeddings.weight")
     is_float32 = table is not None and table.dtype == np.float32
     config = from_params(params, dtype="float32" if is_float32 else "bfloat16")
+    if table is not None and table.shape[0] * len(ranks) != config.text.vocab_size:
+        raise ValueError(
+            f"{directory} has {len(ranks)} consolidated.*.pth files, but each has "
+            f"{table.shape[0]} rows of {config.text.vocab_size} tokens, which takes "
+            f"{config.text.vocab_size // table.shape[0]} files"
+        )
     scales = [_read_scales(directory, rank) for rank in range(len(ranks))]
     expected: list[Shapes] = [{} for _ in ranks]
     pieces = {

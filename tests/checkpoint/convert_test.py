@@ -1,0 +1,248 @@
+"""Tests of checkpoint/convert.py and writing.py: any layout to any other, whatever happens."""
+
+import itertools
+import json
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import numpy as np
+import pytest
+
+from llama4_jax.checkpoint import FORMATS, convert, hub, open_checkpoint, writing
+from llama4_jax.checkpoint.convert import make_plan
+from llama4_jax.checkpoint.writing import partial_directory, write_checkpoint
+from tests.checkpoint.tiny import (
+    DENSE_TIED,
+    GOLDEN,
+    TINY,
+    MemorySource,
+    assert_holds,
+    assert_same,
+    read_all,
+    write,
+)
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """The same model in every layout."""
+    folder = tmp_path_factory.mktemp("layouts")
+    for layout in FORMATS:
+        write(TINY, folder / layout, layout)
+    return folder, MemorySource(TINY)
+
+
+@pytest.mark.parametrize(("start", "end"), list(itertools.product(FORMATS, FORMATS)))
+def test_any_layout_becomes_any_other_bit_for_bit(tmp_path, checkpoints, start, end):
+    folder, source = checkpoints
+    convert(folder / start, tmp_path / "out", to=end)
+    assert_holds(tmp_path / "out", source)
+
+
+def test_a_dense_tied_model_goes_through_every_layout(tmp_path):
+    source = write(DENSE_TIED, tmp_path / "hf")
+    convert(tmp_path / "hf", tmp_path / "meta", to="meta")
+    convert(tmp_path / "meta", tmp_path / "orbax", to="orbax")
+    convert(tmp_path / "orbax", tmp_path / "again", to="hf")
+    assert_holds(tmp_path / "again", source)
+
+
+def test_there_and_back_gives_the_same_bytes(tmp_path):
+    convert(GOLDEN / "hf", tmp_path / "a", to="meta")
+    convert(tmp_path / "a", tmp_path / "b", to="orbax")
+    convert(tmp_path / "b", tmp_path / "c", to="hf")
+    convert(GOLDEN / "hf", tmp_path / "d", to="hf")
+    for name in ("model.safetensors", "config.json", "generation_config.json"):
+        assert (tmp_path / "c" / name).read_bytes() == (tmp_path / "d" / name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["hf_fp8", "meta_fp8"])
+def test_fp8_becomes_plain_weights_and_a_plain_config(tmp_path, kind):
+    convert(GOLDEN / kind, tmp_path / "plain", to="hf")
+    assert_same(open_checkpoint(tmp_path / "plain"), open_checkpoint(GOLDEN / kind))
+    assert "quantization_config" not in (tmp_path / "plain" / "config.json").read_text()
+
+
+def test_dtype_changes_values_and_config(tmp_path):
+    convert(GOLDEN / "hf", tmp_path / "wide", to="meta", dtype="float32")
+    convert(tmp_path / "wide", tmp_path / "narrow", to="hf", dtype="bfloat16")
+    wide, golden = open_checkpoint(tmp_path / "wide"), open_checkpoint(GOLDEN / "hf")
+    assert wide.config.dtype == "float32"
+    name = "layers.1.ffn.experts.w_up_EDF"
+    np.testing.assert_array_equal(read_all(wide, name), read_all(golden, name).astype(np.float32))
+    assert_same(open_checkpoint(tmp_path / "narrow"), golden, configs=False)
+
+
+def test_model_parallel_is_the_number_of_files(tmp_path):
+    convert(GOLDEN / "hf", tmp_path / "two", to="meta", model_parallel=2)
+    convert(GOLDEN / "hf", tmp_path / "default", to="meta")
+    assert len(list((tmp_path / "two").glob("*.pth"))) == 2
+    assert len(list((tmp_path / "default").glob("*.pth"))) == 8
+    with pytest.raises(ValueError, match=r"model_parallel \(2\) is for the meta layout"):
+        convert(GOLDEN / "hf", tmp_path / "x", to="hf", model_parallel=2)
+
+
+def test_tokenizer_and_licence_files_come_along_and_nothing_else(tmp_path):
+    shutil.copytree(GOLDEN / "hf", tmp_path / "hf")
+    carried = {"tokenizer.model": b"\x00\xff", "tokenizer.json": b"{}", "LICENSE": b"free"}
+    for name, data in {**carried, "optimizer.bin": b"x"}.items():
+        (tmp_path / "hf" / name).write_bytes(data)
+    convert(tmp_path / "hf", tmp_path / "meta", to="meta")
+    for name, data in carried.items():
+        assert (tmp_path / "meta" / name).read_bytes() == data
+    assert not (tmp_path / "meta" / "optimizer.bin").exists()
+    generation = (tmp_path / "meta" / "generation_config.json").read_bytes()
+    assert generation == (GOLDEN / "hf" / "generation_config.json").read_bytes()
+
+
+def test_a_target_in_use_is_refused_and_an_empty_one_taken(tmp_path):
+    (tmp_path / "empty").mkdir()
+    convert(GOLDEN / "hf", tmp_path / "empty", to="hf")
+    with pytest.raises(ValueError, match="already exists"):
+        convert(GOLDEN / "hf", tmp_path / "empty", to="hf")
+    (tmp_path / "file").write_text("precious")
+    with pytest.raises(ValueError, match="already exists"):
+        convert(GOLDEN / "hf", tmp_path / "file", to="hf")
+    assert (tmp_path / "file").read_text() == "precious"
+    with pytest.raises(ValueError, match="lies inside source"):
+        convert(tmp_path / "empty", tmp_path / "empty" / "inner", to="hf")
+
+
+def test_someone_elses_partial_directory_is_not_removed(tmp_path):
+    partial = partial_directory(tmp_path / "out")
+    partial.mkdir()
+    (partial / "precious").write_text("mine")
+    with pytest.raises(ValueError, match="was not left by a conversion"):
+        convert(GOLDEN / "hf", tmp_path / "out", to="hf")
+    assert (partial / "precious").read_text() == "mine"
+
+
+def test_a_full_disk_is_noticed_before_work_starts(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
+    with pytest.raises(ValueError, match=r"0.0 GB free and the checkpoint needs 0.1 GB"):
+        convert(GOLDEN / "hf", tmp_path / "out", to="hf")
+
+
+def test_damage_is_found_before_anything_is_written(tmp_path):
+    shutil.copytree(GOLDEN / "hf", tmp_path / "hf")
+    last = sorted((tmp_path / "hf").glob("*.safetensors"))[-1]
+    last.write_bytes(last.read_bytes()[:-1])
+    with pytest.raises(ValueError, match="is truncated"):
+        convert(tmp_path / "hf", tmp_path / "out", to="meta")
+    assert {path.name for path in tmp_path.iterdir()} == {"hf"}
+
+
+class _Stop(Exception):
+    pass
+
+
+def _stop_after(monkeypatch, num_bytes):
+    """Make writing fail after so many bytes, and count what later runs write."""
+    written = [0]
+    plan_hub = hub.plan_hub
+
+    def small_shards(source, dtype):
+        return plan_hub(source, dtype, shard_bytes=20_000)
+
+    monkeypatch.setattr(hub, "plan_hub", small_shards)
+
+    class Progress:
+        def __init__(self, total):
+            self.total = total
+
+        def __enter__(self):
+            def advance(count):
+                written[0] += count
+                if written[0] > num_bytes:
+                    raise _Stop
+
+            return advance
+
+        def __exit__(self, *_):
+            return None
+
+    return Progress
+
+
+def test_an_interrupted_conversion_goes_on_after_the_last_finished_file(tmp_path, monkeypatch):
+    progress = _stop_after(monkeypatch, 100_000)
+    with pytest.raises(_Stop):
+        convert(GOLDEN / "meta", tmp_path / "out", to="hf", progress=progress)
+    partial = partial_directory(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (partial / "config.json").exists()
+    done = json.loads((partial / writing.JOURNAL).read_text())["done"]
+    assert len(done) > 2
+    times = {name: (partial / name).stat().st_mtime_ns for name in done}
+    convert(GOLDEN / "meta", tmp_path / "out", to="hf")
+    assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in done} == times
+    assert_same(open_checkpoint(tmp_path / "out"), open_checkpoint(GOLDEN / "hf"))
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+    assert not (tmp_path / "out" / writing.JOURNAL).exists()
+
+
+def test_another_conversion_to_the_same_place_starts_afresh(tmp_path, monkeypatch):
+    progress = _stop_after(monkeypatch, 100_000)
+    with pytest.raises(_Stop):
+        convert(GOLDEN / "meta", tmp_path / "out", to="hf", progress=progress)
+    convert(GOLDEN / "meta", tmp_path / "out", to="hf", dtype="float32")
+    assert open_checkpoint(tmp_path / "out").dtype("embed.table_VD") == np.float32
+
+
+def test_a_save_from_memory_never_resumes(tmp_path, monkeypatch):
+    progress = _stop_after(monkeypatch, 50_000)
+    with pytest.raises(_Stop):
+        source = MemorySource(TINY)
+        write_checkpoint(make_plan(source, "hf"), tmp_path / "out", files={}, progress=progress)
+    source.arrays["final_norm.scale_D"] += 1
+    source.arrays["vision.class_embedding_D"] += 1
+    write_checkpoint(make_plan(source, "hf"), tmp_path / "out", files={})
+    assert_holds(tmp_path / "out", source)
+
+
+def test_two_conversions_to_one_target_do_not_mix(tmp_path):
+    busy = pytest.raises(ValueError, match="is being written by another process")
+    with writing._locked(partial_directory(tmp_path / "out")), busy:
+        convert(GOLDEN / "hf", tmp_path / "out", to="hf")
+    convert(GOLDEN / "hf", tmp_path / "out", to="hf")
+
+
+KILLED = """
+    import pathlib, sys, time
+    from llama4_jax.checkpoint import convert, sink
+
+    class Slow:
+        def __init__(self, total): pass
+        def __enter__(self):
+            def advance(count):
+                print("written", flush=True)
+                time.sleep(0.05)
+            return advance
+        def __exit__(self, *_): return None
+
+    convert(sys.argv[1], sys.argv[2], to=sys.argv[3], progress=Slow)
+"""
+
+
+@pytest.mark.parametrize("to", FORMATS)
+def test_a_killed_conversion_leaves_nothing_that_looks_complete(tmp_path, to):
+    target = tmp_path / "out"
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), GOLDEN / "meta", target, to]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        for _ in range(4):
+            assert process.stdout.readline() == "written\n"
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    assert not target.exists()
+    with pytest.raises(ValueError, match="holds no checkpoint"):
+        open_checkpoint(partial_directory(target))
+    convert(GOLDEN / "meta", target, to=to)
+    assert_same(open_checkpoint(target), open_checkpoint(GOLDEN / "hf"))
+    assert [p.name for p in tmp_path.iterdir() if not p.name.endswith(".lock")] == ["out"]

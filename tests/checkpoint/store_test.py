@@ -1,0 +1,77 @@
+"""Tests of checkpoint/store.py: the native layout."""
+
+import json
+import logging
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from llama4_jax.checkpoint import store
+from llama4_jax.checkpoint.store import config_from_json, config_to_json, open_store
+from llama4_jax.config import FAMILIES
+from tests.checkpoint.tiny import DENSE_TIED, TINY, assert_holds, write
+
+
+@pytest.mark.parametrize("config", [*(f() for f in FAMILIES.values()), TINY, DENSE_TIED])
+def test_a_config_survives_json(config):
+    values = json.loads(json.dumps(config_to_json(config)))
+    assert config_from_json(values, "x") == config
+
+
+@pytest.mark.parametrize("config", [TINY, DENSE_TIED])
+def test_a_store_reads_back_bit_for_bit_without_a_word(tmp_path, config, caplog):
+    with caplog.at_level(logging.WARNING):
+        source = write(config, tmp_path / "store", "orbax")
+    assert not caplog.records
+    assert_holds(tmp_path / "store", source)
+
+
+def test_an_item_per_layer_is_an_orbax_checkpoint_of_its_own(tmp_path):
+    source = write(TINY, tmp_path / "store", "orbax")
+    layer = tmp_path / "store" / "params" / "layers.1"
+    values = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)).restore(layer)
+    np.testing.assert_array_equal(
+        values["layers.1.attention.w_q_DNH"], source.arrays["layers.1.attention.w_q_DNH"]
+    )
+
+
+def test_large_parameters_are_items_of_their_own_and_cut_into_chunks(tmp_path, monkeypatch):
+    monkeypatch.setattr(store, "_ITEM_BYTES", 4000)
+    monkeypatch.setattr(store, "_CHUNK_BYTES", 1000)
+    source = write(TINY, tmp_path / "store", "orbax")
+    items = {path.name for path in (tmp_path / "store" / "params").iterdir()}
+    assert {"layers.1", "layers.1.ffn.experts.w_gate_EDF"} <= items
+    chunks = tmp_path.glob("store/params/layers.1.ffn.experts.w_gate_EDF/*/*.*.*")
+    assert len(list(chunks)) > 3
+    assert_holds(tmp_path / "store", source)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    write(TINY, tmp_path / "store", "orbax")
+    return tmp_path / "store"
+
+
+def test_a_missing_array_is_named(broken):
+    (broken / "params/final_norm/final_norm.scale_D/.zarray").unlink()
+    with pytest.raises(ValueError, match=r"final_norm.scale_D \(32,\) is missing"):
+        open_store(broken)
+
+
+def test_a_missing_chunk_is_named(broken):
+    (broken / "params/final_norm/final_norm.scale_D/0").unlink()
+    with pytest.raises(ValueError, match=r"chunk 0 of final_norm.scale_D is missing"):
+        open_store(broken)
+
+
+def test_another_version_is_refused(broken):
+    path = broken / "llama4_jax.json"
+    contents = json.loads(path.read_text())
+    path.write_text(json.dumps({**contents, "format": 99}))
+    with pytest.raises(ValueError, match="format 99; this version reads format 1"):
+        open_store(broken)
+    contents["config"]["text"]["a_field_of_the_future"] = 1
+    path.write_text(json.dumps(contents))
+    with pytest.raises(ValueError, match=r"another version.*a_field_of_the_future"):
+        open_store(broken)

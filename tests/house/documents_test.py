@@ -88,9 +88,12 @@ def test_what_the_sources_import_is_what_the_list_names():
     names = requirement_names(read("requirements.txt").splitlines())
     listed = {MODULE_OF.get(name, name.replace("-", "_")) for name in names}
     known = listed | BROUGHT_BY_JAX | set(sys.stdlib_module_names) | {*tree.SOURCE_FOLDERS}
+    unused = set(listed)
     for path in tree.python_files(*tree.SOURCE_FOLDERS):
         roots = {name.split(".")[0] for name in tree.imported_modules(path)}
         assert roots <= known, f"{tree.relative(path)} imports {sorted(roots - known)}"
+        unused -= roots
+    assert not unused, f"nothing imports {sorted(unused)}"
 
 
 def test_the_version_is_the_newest_in_the_changelog_or_unreleased():

@@ -4,16 +4,21 @@ Each command defines its flags on a FlagValues it is given and checks them all b
 anything, so that a mistake costs a second and not a checkpoint's loading time.
 """
 
+import contextlib
 import math
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
 
 import jax
 from absl import app, flags, logging
 
+from experiments.jsonl import check_writable, read_lines
 from llama4_jax import parallel
+from llama4_jax.checkpoint import Pretrained, from_pretrained
+from llama4_jax.serve import Request, Sampling
 
 flags.disclaim_key_flags()  # what a function here defines is the calling command's own flag
 
@@ -75,6 +80,64 @@ def define_model_flags(values: flags.FlagValues) -> None:
     )  # fmt: skip
 
 
+def define_file_flags(values: flags.FlagValues) -> None:
+    """Define --input and --output: JSON lines in and out."""
+    flags.DEFINE_string(
+        "input", None, "File of requests, one JSON object on each line.", flag_values=values
+    )
+    flags.DEFINE_string(
+        "output", None,
+        "File of answers, one JSON object on each line, in the order of the requests. It must not "
+        "exist, and appears when it is complete. Default: the terminal.",
+        flag_values=values,
+    )  # fmt: skip
+
+
+def define_sampling_flags(values: flags.FlagValues) -> None:
+    """Define how tokens are chosen: --max_new_tokens, --temperature, --top_p, --top_k, --seed."""
+    own = "Default: the checkpoint's own."
+    for define, name, default, meaning in (
+        (flags.DEFINE_integer, "max_new_tokens", 256, "Most new tokens of one answer."),
+        (flags.DEFINE_float, "temperature", None, f"0 takes the likeliest token. {own}"),
+        (flags.DEFINE_float, "top_p", None,
+         f"Draw from the likeliest tokens that hold this much of the probability. {own}"),
+        (flags.DEFINE_integer, "top_k", None, f"Draw from this many likeliest tokens. {own}"),
+        (flags.DEFINE_integer, "seed", 0, "Of the random draws."),
+    ):  # fmt: skip
+        define(name, default, meaning, flag_values=values)
+
+
+def check_sampling(values: flags.FlagValues) -> dict[str, Any]:
+    """Return the fields of Sampling that the flags set.
+
+    Raises:
+      FlagError: a value is out of range.
+    """
+    if values.max_new_tokens < 1:
+        raise FlagError(f"--max_new_tokens={values.max_new_tokens} must be at least 1.")
+    names = ("temperature", "top_p", "top_k", "seed")
+    given = {name: values[name].value for name in names}
+    chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    try:
+        Sampling(**chosen)
+    except ValueError as error:
+        raise FlagError(f"--{error}") from error
+    return chosen
+
+
+def check_output(values: flags.FlagValues) -> None:
+    """Refuse an --output that exists or could not be written.
+
+    Raises:
+      FlagError: why.
+    """
+    if values.output is not None:
+        try:
+            check_writable(values.output)
+        except ValueError as error:
+            raise FlagError(f"--output: {error}") from error
+
+
 def check_checkpoint(values: flags.FlagValues) -> pathlib.Path:
     """Return the folder --checkpoint names.
 
@@ -105,15 +168,57 @@ def check_one_of(values: flags.FlagValues, names: Sequence[str]) -> str:
     return given[0]
 
 
-def check_image(path: str) -> str:
-    """Return `path` if a file stands there.
+def read_requests(path: str, known: Mapping[str, str]) -> list[Request]:
+    """Read a file of requests, one JSON object on each line.
+
+    Args:
+      path: of the file.
+      known: the fields that a line may have, and the field of Request that each one is.
 
     Raises:
-      FlagError: there is none.
+      FlagError: there is no such file, or it holds no request.
+      LineError: a line has another field, is no request, or names an image that is not there.
     """
     if not os.path.isfile(path):
-        raise FlagError(f"there is no image file {path}.")
-    return path
+        raise FlagError(f"there is no file {path}.")
+
+    def parse(line: dict[str, Any]) -> Request:
+        for name in line:
+            if name not in known:
+                raise ValueError(f"unknown field {name!r}; a request has {', '.join(known)}.")
+        request = Request(**{known[name]: value for name, value in line.items()})
+        check_images(request.images)
+        return request
+
+    requests = read_lines(path, parse)
+    if not requests:
+        raise FlagError(f"{path} holds no requests.")
+    return requests
+
+
+def check_images(images: Sequence[Any]) -> None:
+    """Refuse images that are not paths of files.
+
+    Raises:
+      FlagError: for the first that is not.
+    """
+    for image in images:
+        if not isinstance(image, str) or not os.path.isfile(image):
+            raise FlagError(f"there is no image file {image}.")
+
+
+@contextlib.contextmanager
+def loaded_model(values: flags.FlagValues) -> Iterator[Pretrained]:
+    """Load the checkpoint where and as the flags say; its mesh is active inside the block.
+
+    Raises:
+      FlagError: the mesh cannot be read, or its sizes do not multiply to the number of devices.
+      ValueError: the checkpoint cannot be used.
+    """
+    mesh = make_mesh(values)
+    rules = parallel.PRESETS["long_context"]  # "tensor", and a context axis if there is one
+    with parallel.use_mesh(mesh, rules):
+        yield from_pretrained(values.checkpoint, mesh=mesh, rules=rules, dtype=values.dtype)
 
 
 def make_mesh(values: flags.FlagValues) -> jax.sharding.Mesh | None:
@@ -127,7 +232,7 @@ def make_mesh(values: flags.FlagValues) -> jax.sharding.Mesh | None:
     try:
         wanted = math.prod(parallel.parse_mesh(values.mesh).values())
     except ValueError as error:
-        raise FlagError(f"--mesh={values.mesh}: {error}") from error
+        raise FlagError(f"--mesh={values.mesh}: {error}.") from error
     _split_cpu(wanted)
     if jax.device_count() != wanted:
         raise FlagError(

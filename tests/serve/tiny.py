@@ -45,7 +45,7 @@ def config() -> ModelConfig:
         max_positions=LONGEST,
     )
     vision = VisionConfig(
-        image_size=8, patch_size=2, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=32,
+        image_size=8, patch_size=2, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=64,
         adapter_dim=16,
     )  # fmt: skip
     return ModelConfig(

@@ -1,0 +1,47 @@
+"""Score texts with a Llama 4 checkpoint: the log probability of every token given those before it.
+
+    python -m experiments.score --checkpoint=nano --input=F.jsonl --output=G.jsonl
+
+A request is one line, {"text": TEXT} or {"tokens": [IDS]}, with "images": [PATHS] where there are
+any: they stand before a text, and fill the patch tokens among ids. A text begins with the
+begin-of-text token. A score is one line, in the order of the requests: {"tokens": [IDS],
+"logprobs": [one for each token after the first, natural logarithm], "nll": minus their sum}.
+"""
+
+import dataclasses
+
+from absl import flags
+
+from experiments import flags as shared
+from experiments.jsonl import LineWriter
+from experiments.terminal import print_line
+from llama4_jax.serve import score
+from llama4_jax.text import load_tokenizer
+
+FIELDS = {"text": "prompt", "tokens": "tokens", "images": "images"}
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define every flag of this command."""
+    shared.define_model_flags(values)
+    shared.define_file_flags(values)
+
+
+def main(values: flags.FlagValues) -> None:
+    """Check the flags, load the checkpoint, score."""
+    folder = shared.check_checkpoint(values)
+    shared.check_one_of(values, ("input",))
+    shared.check_output(values)
+    requests = shared.read_requests(values.input, FIELDS)
+    if load_tokenizer(folder) is None and any(r.tokens is None for r in requests):
+        raise shared.FlagError(f'{folder} has no tokenizer; give lines of "tokens", not "text".')
+    with shared.loaded_model(values) as pretrained:
+        if values.output is None:
+            score(pretrained, requests, on_score=lambda s: print_line(dataclasses.asdict(s)))
+            return
+        with LineWriter(values.output) as lines:
+            score(pretrained, requests, on_score=lambda s: lines.write(dataclasses.asdict(s)))
+
+
+if __name__ == "__main__":
+    shared.launch(define_flags, main)

@@ -1,0 +1,63 @@
+"""What a person sees: text as it comes, answers as JSON lines, a dialogue line by line."""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from llama4_jax.checkpoint import Pretrained
+from llama4_jax.serve import NewToken, Request, Sampling, generate
+from llama4_jax.text import Image, Message
+
+EXIT = "/exit"
+
+
+def show(new: NewToken) -> None:
+    """Print what a token adds, at once."""
+    print(new.text, end="", flush=True)
+
+
+def print_line(line: dict[str, Any]) -> None:
+    """Print one answer as JSON."""
+    print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+def talk(
+    pretrained: Pretrained, images: Sequence[str], sampling: Sampling, max_new_tokens: int
+) -> None:
+    """Read lines until the input ends or one says /exit; answer each in view of all before it.
+
+    Args:
+      pretrained: answers.
+      images: paths of pictures that stand before the first line.
+      sampling: how the answers are drawn.
+      max_new_tokens: most tokens of one answer.
+
+    Raises:
+      ValueError: the dialogue no longer fits the model's positions.
+    """
+    history: list[Message] = []
+    while (line := _read_line()) is not None:
+        if not line.strip():
+            continue
+        pictures = [] if history else [Image(path) for path in images]
+        history.append(Message("user", [*pictures, line] if pictures else line))
+        (answer,) = generate(
+            pretrained,
+            [Request(messages=history)],
+            max_new_tokens=max_new_tokens,
+            # Another draw for every turn, and the same ones when the dialogue is repeated.
+            sampling=dataclasses.replace(sampling, seed=(sampling.seed + len(history)) % 2**32),
+            on_token=show,
+        )
+        print()
+        history.append(Message("assistant", answer.text or ""))
+
+
+def _read_line() -> str | None:
+    try:
+        line = input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None
+    return None if line.strip() == EXIT else line

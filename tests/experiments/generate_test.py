@@ -1,0 +1,277 @@
+"""The generate command: the library's answers, an effect of every flag, refusal of misuse."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+
+from experiments import flags as shared
+from experiments import generate as command
+from experiments import terminal
+from llama4_jax import parallel
+from llama4_jax.checkpoint import from_pretrained
+from llama4_jax.serve import Answer, NewToken, Request, Sampling, generate
+from llama4_jax.text import Image
+from tests.serve import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two checkpoints, a picture and a file of requests."""
+    folder = tmp_path_factory.mktemp("generate")
+    tiny.write_checkpoint(folder)
+    (folder / "bare").mkdir()
+    tiny.write_checkpoint(folder / "bare", with_tokenizer=False)
+    tiny.picture(0).save(folder / "digit.png")
+    requests = [
+        {"tokens": [tiny.BOS, 7, 9]},
+        {"prompt": "a", "images": [str(folder / "digit.png")]},
+        {"messages": [{"role": "user", "content": "q"}]},
+    ]
+    (folder / "in.jsonl").write_text("\n".join(map(json.dumps, requests)))
+    return folder
+
+
+def values_of(folder, *arguments):
+    values = flags.FlagValues()
+    command.define_flags(values)
+    values(["generate", f"--checkpoint={folder / 'checkpoint'}", *arguments])
+    return values
+
+
+def run(folder, *arguments):
+    command.main(values_of(folder, *arguments))
+
+
+def library_answers(folder, *requests):
+    return generate(from_pretrained(folder / "checkpoint"), requests, max_new_tokens=5)
+
+
+# ------------------------------------------------------------------------------------- answers
+
+
+def test_a_prompt_streams_its_answer(folder, capsys):
+    run(folder, "--prompt=ab", "--max_new_tokens=5")
+    (answer,) = library_answers(folder, Request(prompt="ab"))
+    assert capsys.readouterr().out == f"{answer.text}\n"
+
+
+def test_pictures_stand_before_the_prompt_in_order(folder, capsys, tmp_path):
+    wide = tmp_path / "wide.png"
+    tiny.picture(1, wide=True).save(wide)
+    images = [str(wide), str(folder / "digit.png")]
+    run(folder, "--prompt=ab", "--max_new_tokens=5", *(f"--image={path}" for path in images))
+    with_pictures, blind, swapped = (
+        library_answers(folder, Request(prompt="ab", images=used))[0].text
+        for used in (images, [], images[::-1])
+    )
+    assert capsys.readouterr().out == f"{with_pictures}\n"
+    assert len({with_pictures, blind, swapped}) == 3
+
+
+def test_a_file_of_requests_becomes_a_file_of_answers_in_its_order(folder, capsys, tmp_path):
+    output = tmp_path / "out.jsonl"
+    run(folder, f"--input={folder / 'in.jsonl'}", f"--output={output}", "--max_new_tokens=5")
+    lines = [json.loads(line) for line in output.read_text("utf-8").splitlines()]
+    answers = library_answers(
+        folder,
+        Request(tokens=[tiny.BOS, 7, 9]),
+        Request(prompt="a", images=[str(folder / "digit.png")]),
+        Request(messages=[{"role": "user", "content": "q"}]),
+    )
+    wanted = [{"tokens": a.tokens, "text": a.text, "finish_reason": "length"} for a in answers]
+    assert lines == wanted
+    assert capsys.readouterr().out == ""
+
+
+def test_without_an_output_answers_are_printed_as_lines(folder, capsys):
+    run(folder, f"--input={folder / 'in.jsonl'}", "--max_new_tokens=5")
+    lines = capsys.readouterr().out.splitlines()
+    assert [len(json.loads(line)["tokens"]) for line in lines] == [5, 5, 5]
+
+
+def test_a_prompt_s_answer_goes_to_the_output_too(folder, capsys, tmp_path):
+    output = tmp_path / "out.jsonl"
+    run(folder, "--prompt=ab", "--max_new_tokens=5", f"--output={output}")
+    assert json.loads(output.read_text("utf-8"))["text"] + "\n" == capsys.readouterr().out
+
+
+def test_a_checkpoint_without_a_tokenizer_serves_tokens(folder, tmp_path):
+    requests, output = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    requests.write_text('{"tokens": [256, 7, 9]}')
+    run(
+        folder,
+        f"--checkpoint={folder / 'bare' / 'checkpoint'}",
+        f"--input={requests}",
+        f"--output={output}",
+        "--max_new_tokens=5",
+    )
+    (answer,) = library_answers(folder, Request(tokens=[256, 7, 9]))
+    assert json.loads(output.read_text()) == {"tokens": answer.tokens, "finish_reason": "length"}
+
+
+def test_an_interrupted_run_keeps_its_answers(folder, tmp_path, monkeypatch):
+    def interrupted(*_, on_answer, **__):
+        on_answer(Answer(tokens=[1], text="a", finish_reason="length"))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "generate", interrupted)
+    output = tmp_path / "out.jsonl"
+    with pytest.raises(KeyboardInterrupt):
+        run(folder, f"--input={folder / 'in.jsonl'}", f"--output={output}")
+    assert json.loads((tmp_path / "out.jsonl.partial").read_text())["tokens"] == [1]
+    assert not output.exists()
+
+
+# --------------------------------------------------------------------------------------- flags
+
+
+class Called(Exception):
+    """Raised in place of generation, with what it was given."""
+
+
+def settings_of(monkeypatch, folder, *arguments):
+    def record(pretrained, requests, **settings):
+        raise Called({"pretrained": pretrained, "has_mesh": parallel.has_mesh(), **settings})
+
+    monkeypatch.setattr(command, "generate", record)
+    with pytest.raises(Called) as called:
+        run(folder, "--prompt=ab", *arguments)
+    return called.value.args[0]
+
+
+@pytest.mark.parametrize(
+    ("argument", "sampling"),
+    [
+        ("--temperature=0.5", Sampling(temperature=0.5)),
+        ("--top_p=0.5", Sampling(top_p=0.5)),
+        ("--top_k=5", Sampling(top_k=5)),
+        ("--seed=5", Sampling(seed=5)),
+    ],
+)
+def test_every_flag_of_sampling_reaches_it(monkeypatch, folder, argument, sampling):
+    assert settings_of(monkeypatch, folder, argument)["sampling"] == sampling
+
+
+def test_the_checkpoint_s_own_sampling_holds_where_no_flag_says_otherwise(
+    monkeypatch, folder, tmp_path
+):
+    own = tmp_path / "own"
+    own.mkdir()
+    for file in (folder / "checkpoint").iterdir():
+        (own / file.name).symlink_to(file)
+    (own / "generation_config.json").unlink()
+    config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 7]}
+    (own / "generation_config.json").write_text(json.dumps(config))
+    settings = settings_of(monkeypatch, folder, f"--checkpoint={own}", "--top_p=0.5")
+    assert settings["sampling"] == Sampling(temperature=0.6, top_p=0.5)
+    assert settings["pretrained"].generation.stop_ids == (1, 7)
+
+
+def test_max_new_tokens_and_dtype_and_mesh_reach_the_model(monkeypatch, folder):
+    settings = settings_of(monkeypatch, folder, "--max_new_tokens=3")
+    assert settings["max_new_tokens"] == 3
+    assert settings["pretrained"].config.dtype == "float32"
+    assert not settings["has_mesh"]
+    settings = settings_of(monkeypatch, folder, "--dtype=bfloat16", "--mesh=data:4,tensor:2")
+    assert settings["pretrained"].config.dtype == "bfloat16"
+    assert settings["pretrained"].model.embed.table_VD[...].dtype == "bfloat16"
+    assert settings["has_mesh"]
+    assert len(settings["pretrained"].model.embed.table_VD[...].sharding.device_set) == 8
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "give --prompt or --input or --chat"),
+        (["--prompt=a", "--chat"], "--prompt and --chat exclude each other"),
+        (["--prompt=a", "--input=IN"], "--prompt and --input exclude each other"),
+        (["--input=IN", "--image=PICTURE"], "--image and --input exclude each other"),
+        (["--chat", "--output=new.jsonl"], "--output and --chat exclude each other"),
+        (["--prompt=a", "--image=absent.png"], "no image file absent.png"),
+        (["--prompt=a", "--top_p=1.5"], r"--top_p \(1.5\)"),
+        (["--prompt=a", "--temperature=-1"], r"--temperature \(-1.0\)"),
+        (["--prompt=a", "--top_k=0"], r"--top_k \(0\)"),
+        (["--prompt=a", "--seed=-1"], r"--seed \(-1\)"),
+        (["--prompt=a", "--max_new_tokens=0"], "--max_new_tokens=0"),
+        (["--prompt=a", "--output=IN"], "in.jsonl exists"),
+        (["--prompt=a", "--mesh=expert:3"], "spreads over 3 devices"),
+        (["--prompt=a", "--checkpoint=absent"], "--checkpoint=absent does not exist"),
+        (["--prompt=a", "--checkpoint=BARE"], "has no tokenizer"),
+        (["--chat", "--checkpoint=BARE"], "has no tokenizer"),
+        (["--input=absent.jsonl"], "no file absent.jsonl"),
+    ],
+)
+def test_contradictory_flags_are_refused_before_anything_is_loaded(
+    folder, monkeypatch, arguments, says
+):
+    monkeypatch.setattr(shared, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    places = {
+        "=IN": f"={folder / 'in.jsonl'}",
+        "=PICTURE": f"={folder / 'digit.png'}",
+        "=BARE": f"={folder / 'bare' / 'checkpoint'}",
+    }
+    for name, place in places.items():
+        arguments = [argument.replace(name, place) for argument in arguments]
+    with pytest.raises(shared.FlagError, match=says):
+        run(folder, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ('{"prompt": "a", "temperature": 1}', ":2: unknown field 'temperature'"),
+        ('{"prompt": "a", "tokens": [1]}', ":2: a request has one of prompt, messages and tokens"),
+        ('{"prompt": "a", "images": ["absent.png"]}', ":2: there is no image file absent.png"),
+        ("{", ":2: "),
+    ],
+)
+def test_a_bad_line_is_named_before_anything_is_loaded(folder, monkeypatch, tmp_path, line, says):
+    monkeypatch.setattr(shared, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + line)
+    with pytest.raises(ValueError, match=says):
+        run(folder, f"--input={tmp_path / 'in.jsonl'}")
+
+
+# ---------------------------------------------------------------------------------------- chat
+
+
+def test_a_dialogue_remembers_what_was_said_and_ends_at_exit(folder, monkeypatch, capsys):
+    seen = []
+
+    def echo(pretrained, requests, *, on_token, sampling, max_new_tokens):
+        (request,) = requests
+        seen.append((list(request.messages), sampling.seed, max_new_tokens))
+        text = f"answer {len(seen)}"
+        on_token(NewToken(index=0, token=1, text=text))
+        return [Answer(tokens=[1], text=text, finish_reason="stop")]
+
+    monkeypatch.setattr(terminal, "generate", echo)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\nsecond\n/exit\nunheard\n"))
+    picture = str(folder / "digit.png")
+    run(folder, "--chat", f"--image={picture}", "--max_new_tokens=3", "--seed=4")
+    assert capsys.readouterr().out == "answer 1\nanswer 2\n"
+    (first, first_seed, limit), (second, second_seed, _) = seen
+    assert [m.content for m in first] == [[Image(picture), "first"]]
+    assert [m.content for m in second] == [[Image(picture), "first"], "answer 1", "second"]
+    assert [m.role for m in second] == ["user", "assistant", "user"]
+    assert first_seed != second_seed
+    assert limit == 3
+
+
+def test_a_dialogue_through_a_pipe_on_a_mesh_answers_until_the_input_ends(folder):
+    """As a person runs it, on a machine whose CPU counts as one device."""
+    done = subprocess.run(
+        [sys.executable, "-m", "experiments.generate", f"--checkpoint={folder / 'checkpoint'}",
+         "--chat", "--mesh=expert:2,tensor:2", "--max_new_tokens=5"],
+        input="q\n", capture_output=True, encoding="utf-8", timeout=300, check=False,
+        env={**os.environ, "XLA_FLAGS": "--xla_backend_optimization_level=0"},
+    )  # fmt: skip
+    assert done.stderr == ""
+    (answer,) = library_answers(folder, Request(messages=[{"role": "user", "content": "q"}]))
+    assert done.stdout == f"{answer.text}\n"
+    assert done.returncode == 0

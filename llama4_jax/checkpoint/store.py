@@ -35,7 +35,7 @@ CONFIG = "llama4_jax.json"
 _FORMAT = 1
 _PARAMS = "params"
 _CHUNK_BYTES = 64 << 20
-_ITEM_BYTES = 512 << 20
+_ITEM_BYTES = 256 << 20
 """Parameters of a layer share an item up to this size."""
 
 

@@ -27,7 +27,8 @@ def check_tensors(where: str, expected: Mapping[str, Shape], found: Mapping[str,
         if key in found and found[key] != shape
     ]
     for key in missing:
-        twin = _twin(key, expected[key], extra, found)
+        # Searching for names is slow; what is not shown is only counted.
+        twin = _twin(key, expected[key], extra, found) if len(lines) < _SHOWN else None
         if twin is None:
             lines.append(f"{key} {expected[key]} is missing")
         else:

@@ -1,8 +1,8 @@
 """Carry out a plan: units first, into a directory beside the target, which is renamed at the end.
 
 Until the rename there is no target; what an interrupted run leaves is `<target>.partial`, without a
-config and with a journal of the finished units. The same conversion run again goes on after the
-last of them, any other starts afresh.
+config and with a journal of the large units that are finished. The same conversion run again leaves
+those out, any other starts afresh.
 """
 
 import contextlib
@@ -22,6 +22,8 @@ Progress = Callable[[int], AbstractContextManager[Advance]]
 """Given the bytes to write, enters a context that is told of every few bytes written."""
 
 _SLACK_BYTES = 64 << 20
+_WORTH_KEEPING_BYTES = 64 << 20
+"""A finished unit of this size is kept for a resumed run; a smaller one is sooner written again."""
 
 
 @contextlib.contextmanager
@@ -76,27 +78,41 @@ def write_checkpoint(
         json.dumps([fingerprint, plan.kind, [[u.name, u.num_bytes] for u in plan.units]]).encode()
     ).hexdigest()
     with _locked(partial):
-        done = _resume(partial, identity, resumable=fingerprint is not None)
+        done = _read_journal(partial, identity, resumable=fingerprint is not None)
         _check_space(plan, done, target)
-        with progress(plan.num_bytes) as advance:
-            for unit in plan.units:
-                if unit.name in done:
-                    advance(unit.num_bytes)
-                    continue
-                unit.write(partial, advance)
-                for path in unit.paths:
-                    _sync(partial / path)
-                done.append(unit.name)
-                _write_text(partial / JOURNAL, json.dumps({"identity": identity, "done": done}))
+        if not done and partial.exists():
+            shutil.rmtree(partial)
+        partial.mkdir(exist_ok=True)
+        _write_journal(partial, identity, done)
+        try:
+            _write_units(plan, partial, identity, done, progress)
+        except (KeyboardInterrupt, OSError) as error:
+            error.add_note(f"what is done so far is kept in {partial}; run it again to go on")
+            raise
         for name, path in files.items():
             shutil.copyfile(path, partial / name)
-            _sync(partial / name)
         for name, text in plan.texts.items():
             _write_text(partial / name, text)
         (partial / JOURNAL).unlink()
-        _sync_directory(partial)
+        os.sync()  # a power cut after the rename must not find files without their contents
         os.rename(partial, target)
-        _sync_directory(target.parent)
+
+
+def _write_units(
+    plan: Plan, partial: pathlib.Path, identity: str, done: list[str], progress: Progress
+) -> None:
+    """Write the units that are not done yet; note large ones, once safe on disk, in the journal."""
+    with progress(plan.num_bytes) as advance:
+        for unit in plan.units:
+            if unit.name in done:
+                advance(unit.num_bytes)
+                continue
+            unit.write(partial, advance)
+            if unit.num_bytes >= _WORTH_KEEPING_BYTES:
+                for path in unit.paths:
+                    _sync(partial / path)
+                done.append(unit.name)
+                _write_journal(partial, identity, done)
 
 
 @contextlib.contextmanager
@@ -114,23 +130,27 @@ def _locked(partial: pathlib.Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _resume(partial: pathlib.Path, identity: str, *, resumable: bool) -> list[str]:
-    """Return the units that an interrupted run of the same work finished; else start afresh."""
-    if partial.exists():
-        try:
-            journal = json.loads((partial / JOURNAL).read_text())
-        except FileNotFoundError as error:
-            raise ValueError(
-                f"{partial} is in the way and was not left by a conversion; remove it first"
-            ) from error
-        except json.JSONDecodeError:
-            journal = {}
-        if resumable and journal.get("identity") == identity:
-            return list(journal["done"])
-        shutil.rmtree(partial)
-    partial.mkdir()
-    _write_text(partial / JOURNAL, json.dumps({"identity": identity, "done": []}))
-    return []
+def _read_journal(partial: pathlib.Path, identity: str, *, resumable: bool) -> list[str]:
+    """Return the units that an interrupted run of the same work finished, if it is to go on.
+
+    Raises:
+      ValueError: the partial directory is somebody else's.
+    """
+    if not partial.exists():
+        return []
+    try:
+        journal = json.loads((partial / JOURNAL).read_text())
+    except FileNotFoundError as error:
+        raise ValueError(
+            f"{partial} is in the way and was not left by a conversion; remove it first"
+        ) from error
+    except json.JSONDecodeError:
+        return []
+    return list(journal["done"]) if resumable and journal["identity"] == identity else []
+
+
+def _write_journal(partial: pathlib.Path, identity: str, done: list[str]) -> None:
+    _write_text(partial / JOURNAL, json.dumps({"identity": identity, "done": done}))
 
 
 def _check_space(plan: Plan, done: list[str], target: pathlib.Path) -> None:
@@ -147,7 +167,6 @@ def _write_text(path: pathlib.Path, text: str) -> None:
     """Replace a small file in one step."""
     fresh = path.with_name(path.name + ".new")
     fresh.write_text(text, encoding="utf-8")
-    _sync(fresh)
     os.replace(fresh, path)
 
 
@@ -157,11 +176,3 @@ def _sync(path: pathlib.Path) -> None:
     for file_path in paths:
         with file_path.open("rb") as file:
             os.fsync(file.fileno())
-
-
-def _sync_directory(path: pathlib.Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

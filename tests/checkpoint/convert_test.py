@@ -128,6 +128,7 @@ def test_a_full_disk_is_noticed_before_work_starts(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
     with pytest.raises(ValueError, match=r"0.0 GB free and the checkpoint needs 0.1 GB"):
         convert(GOLDEN / "hf", tmp_path / "out", to="hf")
+    assert not any(tmp_path.iterdir())
 
 
 def test_damage_is_found_before_anything_is_written(tmp_path):
@@ -152,6 +153,7 @@ def _stop_after(monkeypatch, num_bytes):
         return plan_hub(source, dtype, shard_bytes=20_000)
 
     monkeypatch.setattr(hub, "plan_hub", small_shards)
+    monkeypatch.setattr(writing, "_WORTH_KEEPING_BYTES", 1000)
 
     class Progress:
         def __init__(self, total):

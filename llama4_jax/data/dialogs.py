@@ -155,20 +155,17 @@ def picture_of(pixels_HW: np.ndarray, side: int = 32) -> Image.Image:
 
 
 def draw_picture(pixels_HW: np.ndarray, rng: np.random.Generator) -> Image.Image:
-    """Draw a scan as somebody may have saved it: size, place, tilt, contrast, ink or paper bright.
+    """Draw a scan with a little noise of place, size, tilt and contrast.
 
-    Most pictures have at most 32 pixels a side, one in eight up to 96; one in four is dark ink on
-    bright paper.
+    Most pictures have 32 pixels a side, one in eight fewer; ink is bright on black, as in the scans.
     """
-    side = int(rng.integers(33, 97) if rng.random() < 0.125 else rng.integers(8, 33))
+    side = int(rng.integers(16, 32)) if rng.random() < 0.125 else 32
     scan = Image.fromarray(pixels_HW)
     if rng.random() < 0.25:
         scan = scan.resize((side, side), _FILTERS[rng.integers(len(_FILTERS))])
     else:
         scan = _move(scan, side, rng)
-    dark, bright = rng.uniform(0, 50), rng.uniform(150, 255)
-    if rng.random() < 0.25:
-        dark, bright = bright, dark
+    dark, bright = rng.uniform(0, 20), rng.uniform(200, 255)
     ink_HW = np.asarray(scan, np.float32) / 255
     return Image.fromarray(np.round(dark + (bright - dark) * ink_HW).astype(np.uint8))
 
@@ -176,8 +173,8 @@ def draw_picture(pixels_HW: np.ndarray, rng: np.random.Generator) -> Image.Image
 def _move(scan: Image.Image, side: int, rng: np.random.Generator) -> Image.Image:
     """Enlarge a scan with a random small shift, zoom and turn about its centre."""
     width, height = scan.size
-    zoom, angle = rng.uniform(0.85, 1.2), rng.uniform(-0.2, 0.2)
-    shift_x, shift_y = rng.uniform(-0.08, 0.08, 2) * side
+    zoom, angle = rng.uniform(0.9, 1.15), rng.uniform(-0.1, 0.1)
+    shift_x, shift_y = rng.uniform(-0.05, 0.05, 2) * side
     cos, sin = np.cos(angle) / zoom * width / side, np.sin(angle) / zoom * width / side
     x, y = side / 2 + shift_x, side / 2 + shift_y
     # Pillow asks for the map from new pixels to old ones.

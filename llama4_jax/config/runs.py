@@ -111,6 +111,7 @@ class RunConfig:
         seed: Decides the initial weights and the order of the data.
         mesh: Mesh axes as "fsdp:4,expert:2"; empty is one device.
         preset: Name of the sharding rules that lay the model out over the mesh.
+        remat: Recompute activations in the backward pass, to save memory.
         log_interval: Steps between two lines of training metrics.
         eval_interval: Steps between two evaluations on held-out data; 0 evaluates only at the
             last step.
@@ -130,6 +131,7 @@ class RunConfig:
     seed: int = 0
     mesh: str = ""
     preset: str = "fsdp_expert"
+    remat: bool = False
     log_interval: int = 10
     eval_interval: int = 0
     eval_batches: int = 1

@@ -6,10 +6,8 @@ from typing import Any, Self
 
 import grain
 import jax
-import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from llama4_jax import parallel
 from llama4_jax.config.runs import RunConfig
 from llama4_jax.train.state import TrainState, name_leaves, replace_leaves
 
@@ -19,6 +17,7 @@ _FREE_FIELDS = frozenset(
         "steps",
         "mesh",
         "preset",
+        "remat",
         "log_interval",
         "eval_interval",
         "eval_batches",
@@ -73,7 +72,7 @@ class Checkpoints:
         """Return the newest state and move the iterator to where it stood.
 
         Args:
-            shapes: The state's shapes, dtypes and shardings, from `jax.eval_shape`.
+            shapes: The state's shapes, dtypes and shardings, from `parallel.abstract`.
             iterator: Is set to the saved position.
 
         Raises:
@@ -102,19 +101,11 @@ class Checkpoints:
 
 
 def _with_devices(shapes: Any) -> Any:
-    """Give every shape a sharding that names devices.
-
-    Under `jax.eval_shape` a sharding belongs to the abstract mesh, or is None where an array is
-    whole on every device.
-    """
-    mesh = jax.sharding.get_mesh()
-    whole = parallel.shard(jnp.zeros(()), ()).sharding
+    """Put what has no sharding, because there is no mesh, on the first device."""
+    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
     def place(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        if mesh.empty or leaf.sharding is None:
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=whole)
-        sharding = jax.sharding.NamedSharding(mesh, leaf.sharding.spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding or device)
 
     return jax.tree.map(place, shapes)
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from llama4_jax.train.checkpoints import Checkpoints
 from llama4_jax.train.interrupt import StopRequest, catch_stop_signals
 from llama4_jax.train.metrics import SpeedMeter
 from llama4_jax.train.optimizer import make_optimizer
-from llama4_jax.train.state import TrainState, initial_state
+from llama4_jax.train.state import TrainState, initial_state, start_state
 from llama4_jax.train.step import Batch, make_eval_step, make_train_step
 from llama4_jax.train.writers import Writer, WriterGroup, open_writers
 
@@ -93,6 +94,7 @@ def fit(
     build: Callable[[], Any],
     batches: Iterable[Batch],
     workdir: Path,
+    initial_model: Any | None = None,
     held_out: HeldOut | None = None,
     writers: Sequence[Writer] = (),
 ) -> FitResult:
@@ -107,6 +109,8 @@ def fit(
         build: Returns the freshly initialised model; `run.seed` decides its weights.
         batches: A grain dataset whose iterator can be saved; yields `Batch` dicts of NumPy arrays.
         workdir: Folder for checkpoints and metrics.
+        initial_model: What an earlier stage of training left, to begin with instead of a fresh
+            model; its arrays are given up.
         held_out: Held-out sets to evaluate on.
         writers: Take the metrics in addition to the files in `workdir`.
     """
@@ -120,10 +124,12 @@ def fit(
         create = initial_state(build, optimizer)
         iterator = iter(batches)
         resume_step = checkpoints.latest_step
-        if resume_step is None:
-            state = jax.jit(create)()
+        if resume_step is not None:
+            state = checkpoints.restore(parallel.abstract(create), iterator)
+        elif initial_model is not None:
+            state = jax.jit(partial(start_state, optimizer=optimizer))(initial_model)
         else:
-            state = checkpoints.restore(jax.eval_shape(create), iterator)
+            state = jax.jit(create)()
         writer = WriterGroup([open_writers(workdir, resume_step=resume_step or 0), *writers])
         try:
             return _Loop(

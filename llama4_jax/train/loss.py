@@ -105,3 +105,49 @@ def sum_in_chunks(
     pieces = (split(x_BTD), split(targets_BT), split(weights_BT))
     total, _ = jax.lax.scan(add_piece, start, pieces)
     return total
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class RouterBalance:
+    """How evenly the routers use their experts, float32 scalars.
+
+    Attributes:
+        loss: 1 when every expert gets the same share of tokens and of probability, at most the
+            number of experts.
+        largest_share: Share of the choices of a layer that its busiest expert gets, averaged over
+            layers.
+    """
+
+    loss: jax.Array
+    largest_share: jax.Array
+
+
+def balance_of_routers(
+    logits_LBTE: jax.Array, is_token_BT: jax.Array, *, experts_per_token: int
+) -> RouterBalance:
+    """Compute E * sum over experts of (share of choices) * (mean probability), layers averaged.
+
+    The share is a count and has no gradient; the probability, a softmax of the logits, pulls the
+    router towards experts that are chosen less.
+
+    Args:
+        logits_LBTE: Router logits of every mixture layer.
+        is_token_BT: Which positions hold a token; padding is left out.
+        experts_per_token: Experts that a token chooses.
+
+    Source: arXiv 2101.03961, equations 4-6.
+    """
+    with jax.named_scope("balance_of_routers"):
+        num_experts = logits_LBTE.shape[-1]
+        logits_LBTE = logits_LBTE.astype(jnp.float32)
+        weight_BT1 = is_token_BT[..., None].astype(jnp.float32)
+        count = jnp.maximum(jnp.sum(weight_BT1), 1.0)
+        _, chosen_LBTX = jax.lax.top_k(logits_LBTE, experts_per_token)
+        is_chosen_LBTE = jnp.any(chosen_LBTX[..., None] == jnp.arange(num_experts), axis=-2)
+        share_LE = jnp.sum(is_chosen_LBTE * weight_BT1, axis=(1, 2)) / (count * experts_per_token)
+        probability_LE = jnp.sum(jax.nn.softmax(logits_LBTE) * weight_BT1, axis=(1, 2)) / count
+        return RouterBalance(
+            loss=num_experts * jnp.mean(jnp.sum(share_LE * probability_LE, axis=-1)),
+            largest_share=jnp.mean(jnp.max(share_LE, axis=-1)),
+        )

@@ -48,7 +48,8 @@ def is_matrix(path: tuple[Any, ...]) -> bool:
     """Tell by its name whether a parameter is a weight matrix.
 
     Matrices are named `w_...`, `..._w_...` or `router_...`; norm scales, biases, embeddings and
-    position tables are not. The number of axes cannot decide it: stacked layers give every parameter one more.
+    position tables are not. The number of axes cannot decide it: stacked layers give every
+    parameter one more.
 
     Args:
         path: Key path of the parameter, as `jax.tree_util.tree_map_with_path` gives it.

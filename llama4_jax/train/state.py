@@ -25,6 +25,12 @@ class TrainState:
     opt_state: Any
 
 
+def start_state(model: Any, *, optimizer: optax.GradientTransformationExtraArgs) -> TrainState:
+    """Return the state at step 0 of a model, fresh or trained before."""
+    step = jnp.zeros((), jnp.int32)
+    return TrainState(step=step, model=model, opt_state=optimizer.init(model))
+
+
 def initial_state(
     build: Callable[[], Any], optimizer: optax.GradientTransformationExtraArgs
 ) -> Callable[[], TrainState]:
@@ -37,13 +43,7 @@ def initial_state(
         build: Returns a freshly initialised model.
         optimizer: Decides the shape of the optimizer state.
     """
-
-    def create() -> TrainState:
-        model = build()
-        step = jnp.zeros((), jnp.int32)
-        return TrainState(step=step, model=model, opt_state=optimizer.init(model))
-
-    return create
+    return lambda: start_state(build(), optimizer=optimizer)
 
 
 def name_leaves(tree: Any) -> dict[str, Any]:

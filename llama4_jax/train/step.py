@@ -1,6 +1,7 @@
 """Take one optimizer step, and measure a model on one batch."""
 
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -8,7 +9,12 @@ import jax.numpy as jnp
 import optax
 
 from llama4_jax.config.runs import LossConfig, RunConfig
-from llama4_jax.train.loss import TokenSums, sum_in_chunks
+from llama4_jax.train.loss import (
+    RouterBalance,
+    TokenSums,
+    balance_of_routers,
+    sum_in_chunks,
+)
 from llama4_jax.train.optimizer import make_schedule
 from llama4_jax.train.state import TrainState
 
@@ -19,17 +25,37 @@ targets; optionally tiles_NCHW float32, the images of the patch tokens in row-ma
 Metrics = dict[str, jax.Array]
 
 
-def batch_loss(model: Any, batch: Batch, *, config: LossConfig) -> tuple[jax.Array, TokenSums]:
-    """Compute the training loss of a batch: the mean over counted targets plus the small terms.
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True, kw_only=True)
+class BatchLoss:
+    """What a batch costs.
 
-    Returns:
-        The float32 scalar to differentiate, and the sums it was made of.
+    Attributes:
+        total: float32 scalar to differentiate: the mean over counted targets plus small terms.
+        sums: The sums over targets it was made of.
+        balance: How evenly the experts are used, or None for a model without experts.
+    """
+
+    total: jax.Array
+    sums: TokenSums
+    balance: RouterBalance | None
+
+
+def batch_loss(model: Any, batch: Batch, *, config: LossConfig, remat: bool = False) -> BatchLoss:
+    """Compute the training loss of a batch.
+
+    Args:
+        model: A `Llama4`.
+        batch: The batch.
+        config: Terms of the loss.
+        remat: Recompute activations in the backward pass instead of keeping them.
     """
     hidden = model.encode(
         batch["tokens_BT"],
-        tiles_NCHW=batch.get("tiles_NCHW"),
+        batch.get("tiles_NCHW"),
         positions_BT=batch["positions_BT"],
         segments_BT=batch["segments_BT"],
+        remat=remat,
     )
     sums = sum_in_chunks(
         hidden.x_BTD,
@@ -38,10 +64,18 @@ def batch_loss(model: Any, batch: Batch, *, config: LossConfig) -> tuple[jax.Arr
         unembed=model.unembed,
         chunks=config.chunks,
     )
-    loss = sums.mean(sums.nll)
+    total, balance = sums.mean(sums.nll), None
     if config.z_loss:
-        loss += config.z_loss * sums.mean(sums.squared_log_z)
-    return loss, sums
+        total += config.z_loss * sums.mean(sums.squared_log_z)
+    if hidden.router_logits_LBTE is not None:
+        balance = balance_of_routers(
+            hidden.router_logits_LBTE,
+            batch["positions_BT"] >= 0,
+            experts_per_token=model.config.text.experts_per_token,
+        )
+        if config.balance:
+            total += config.balance * balance.loss
+    return BatchLoss(total=total, sums=sums, balance=balance)
 
 
 def make_train_step(
@@ -54,26 +88,32 @@ def make_train_step(
 
     Returns:
         (state, batch) -> (next state, float32 scalars "loss", "nll", "accuracy", "tokens",
-        "gradient_norm" and "learning_rate").
+        "gradient_norm" and "learning_rate", and with experts "balance" and
+        "largest_expert_share").
     """
     schedule = make_schedule(run.optimizer, steps=run.steps)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        def loss_of(model: Any) -> tuple[jax.Array, TokenSums]:
-            return batch_loss(model, batch, config=run.loss)
+        def loss_of(model: Any) -> tuple[jax.Array, BatchLoss]:
+            loss = batch_loss(model, batch, config=run.loss, remat=run.remat)
+            return loss.total, loss
 
-        (loss, sums), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.model)
+        (_, loss), gradients = jax.value_and_grad(loss_of, has_aux=True)(state.model)
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
             model = optax.apply_updates(state.model, updates)
+        sums = loss.sums
         metrics = {
-            "loss": loss,
+            "loss": loss.total,
             "nll": sums.mean(sums.nll),
             "accuracy": sums.mean(sums.correct),
             "tokens": sums.weight,
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
+        if loss.balance is not None:
+            metrics["balance"] = loss.balance.loss
+            metrics["largest_expert_share"] = loss.balance.largest_share
         return TrainState(step=state.step + 1, model=model, opt_state=opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)
@@ -83,6 +123,6 @@ def make_eval_step(config: LossConfig) -> Callable[[Any, Batch], TokenSums]:
     """Compile the measurement of a model on one batch: (model, batch) -> sums over its targets."""
 
     def measure(model: Any, batch: Batch) -> TokenSums:
-        return batch_loss(model, batch, config=config)[1]
+        return batch_loss(model, batch, config=config).sums
 
     return jax.jit(measure)

@@ -1,4 +1,3 @@
-import os
 import signal
 import threading
 
@@ -16,7 +15,7 @@ def test_a_signal_is_noted_and_handlers_come_back(number):
     before = handlers()
     with catch_stop_signals() as stop:
         assert not stop.requested
-        os.kill(os.getpid(), number)
+        signal.raise_signal(number)
         assert stop.requested
     assert handlers() == before
 
@@ -24,8 +23,8 @@ def test_a_signal_is_noted_and_handlers_come_back(number):
 def test_a_second_interrupt_interrupts_at_once():
     before = handlers()
     with pytest.raises(KeyboardInterrupt), catch_stop_signals():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
     assert handlers() == before
 
 

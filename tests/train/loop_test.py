@@ -88,6 +88,15 @@ def test_training_learns_and_scores_held_out_data(tmp_path):
     assert any("speed/tokens_per_second" in r for r in read(tmp_path))
 
 
+def test_a_second_stage_begins_with_the_model_of_the_first(tmp_path):
+    first = train(tmp_path / "first")
+    expected = np.asarray(first.state.model.w_DV[...])
+    run = make_run(steps=2, optimizer=OptimizerConfig(peak_learning_rate=1e-9, warmup_steps=1))
+    second = train(tmp_path / "second", run, initial_model=first.state.model)
+    assert second.state.step == 2
+    np.testing.assert_allclose(second.state.model.w_DV[...], expected, atol=1e-7)
+
+
 def test_another_run_in_the_same_folder_is_refused_by_name(tmp_path):
     train(tmp_path)
     with pytest.raises(ValueError, match="seed = 0, this run has 1; train in a new workdir"):

@@ -20,6 +20,7 @@ LENGTH = 8
 @dataclasses.dataclass(frozen=True)
 class Hidden:
     x_BTD: jax.Array
+    router_logits_LBTE: None = None
 
 
 class Toy(nnx.Module):
@@ -35,7 +36,7 @@ class Toy(nnx.Module):
             )
         )
 
-    def encode(self, tokens_BT: jax.Array, **_: Any) -> Hidden:
+    def encode(self, tokens_BT: jax.Array, *_: Any, **__: Any) -> Hidden:
         x_BTD = parallel.take(self.table_VD[...], tokens_BT, out=("batch", "seq", "embed"))
         return Hidden(x_BTD * self.scale_D[...])
 

@@ -1,0 +1,119 @@
+"""Train a model from a recipe, and write it in Hugging Face's layout.
+
+    python -m experiments.pretrain --recipe=nano --workdir=DIR
+
+Run the same command again to go on after an interruption: the result is the same to the last bit.
+For every stage of the recipe, DIR/STAGE/metrics.jsonl and DIR/STAGE/tensorboard hold the metrics
+and DIR/STAGE/checkpoints what a resumed run needs; DIR/hf is the finished model. The recipe nano
+takes less than 25 minutes on two cores.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping
+
+import jax
+from absl import flags, logging
+
+from experiments.flags import FlagError, launch, make_mesh
+from experiments.recipes import RECIPES, Recipe
+from llama4_jax import train
+from llama4_jax.checkpoint import Pretrained, save_pretrained
+from llama4_jax.data import pipelines
+from llama4_jax.model import Llama4
+from llama4_jax.text import load_tokenizer
+
+TOKENIZER = pathlib.Path(__file__).resolve().parents[1] / "nano"
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define this command's flags."""
+    flags.DEFINE_enum("recipe", None, list(RECIPES), "What to train.", flag_values=values)
+    flags.DEFINE_string("workdir", None, "Folder for all that the run writes.", flag_values=values)
+    flags.DEFINE_integer(
+        "steps", None, "Steps of every stage. Default: the recipe's.",
+        lower_bound=1, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "seed", None, "Of weights and data order. Default: the recipe's.",
+        lower_bound=0, flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string(
+        "mesh", None,
+        "Devices to train on, as axis:size pairs, e.g. fsdp:2,expert:4. A machine without an "
+        "accelerator splits its CPU into as many virtual devices. Default: one device.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_string("tokenizer", str(TOKENIZER), "Its folder.", flag_values=values)
+
+
+class ConsoleWriter:
+    """Print the main metrics of a step on one line."""
+
+    SHOWN = ("train/loss", "train/accuracy", "speed/tokens_per_second", "speed/mfu")
+
+    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+        shown = [name for name in scalars if name.startswith("eval/")] or self.SHOWN
+        parts = [f"{n.split('/', 1)[1]} {scalars[n]:.4g}" for n in shown if n in scalars]
+        print(f"step {step}: {', '.join(parts)}", flush=True)
+
+    def close(self) -> None:
+        """Nothing is left to finish."""
+
+
+def make_stages(values: flags.FlagValues) -> Recipe:
+    """Return the recipe's stages, changed as the flags ask.
+
+    Raises:
+      FlagError: a flag is missing or contradicts the recipe.
+    """
+    for name in ("recipe", "workdir"):
+        if not values[name].value:
+            raise FlagError(f"--{name} is needed; --helpshort describes it.")
+    asked = {name: values[name].value for name in ("steps", "seed", "mesh")}
+    changes = {name: value for name, value in asked.items() if value is not None}
+    try:
+        stages = RECIPES[values.recipe]()
+        return tuple(dataclasses.replace(stage, **changes) for stage in stages)
+    except ValueError as error:
+        raise FlagError(str(error)) from error
+
+
+def export(model: Llama4, directory: pathlib.Path, tokenizer: pathlib.Path) -> None:
+    """Write the model in bfloat16 with its tokenizer's files, in Hugging Face's layout."""
+    config = dataclasses.replace(model.config, dtype="bfloat16")
+    pretrained = Pretrained(model=model, config=config, directory=tokenizer)
+    save_pretrained(pretrained, directory, dtype="bfloat16")
+
+
+def main(values: flags.FlagValues) -> None:
+    """Train stage by stage, evaluate on held-out data and export."""
+    if logging.get_verbosity() == logging.INFO:
+        logging.set_verbosity(logging.WARNING)  # Orbax reports every move it makes
+    stages = make_stages(values)
+    make_mesh(values)
+    workdir, tokenizer_dir = pathlib.Path(values.workdir), pathlib.Path(values.tokenizer)
+    if (tokenizer := load_tokenizer(tokenizer_dir)) is None:
+        raise FlagError(f"--tokenizer={tokenizer_dir} has no tokenizer.json or tokenizer.model.")
+    model = None
+    for run in stages:
+        print(f"stage {run.name}: {run.steps} steps of {run.batch_size} x {run.row_length} tokens")
+        result = train.fit(
+            run,
+            build=lambda run=run: Llama4(run.model, key=jax.random.key(run.seed)),
+            initial_model=model,
+            batches=pipelines.train_batches(run, tokenizer),
+            held_out=pipelines.held_out_batches(run, tokenizer),
+            workdir=workdir / run.name,
+            writers=[ConsoleWriter()],
+        )
+        if not result.is_finished:
+            print(f"stopped at step {int(result.state.step)}; the same command goes on from there")
+            return
+        model = result.state.model
+    export(model, workdir / "hf", tokenizer_dir)
+    print(f"wrote hf checkpoint {workdir / 'hf'}")
+
+
+if __name__ == "__main__":
+    launch(define_flags, main)

@@ -1,9 +1,12 @@
 """Small members of the family for tests: every feature, sizes that compile in seconds."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from llama4_jax.config import ModelConfig, Temperature, TextConfig, VisionConfig
 from llama4_jax.config.families import every
@@ -66,17 +69,14 @@ def maverick_like(**changes: Any) -> ModelConfig:
     return dataclasses.replace(scout_like(**changes), name="maverick_like")
 
 
+@functools.cache
 def build(config: ModelConfig, *, seed: int = 0) -> Llama4:
-    """Initialise a model; norm scales and biases are moved off their neutral values."""
+    """Fill a model with random numbers, norms off their neutral values, compiling nothing."""
+    shapes = jax.eval_shape(lambda key: Llama4(config, key=key), jax.random.key(0))
+    rng = np.random.default_rng(seed)
 
-    def make(key: jax.Array) -> Llama4:
-        model = Llama4(config, key=key)
-        leaves, tree = jax.tree.flatten(model)
-        keys = jax.random.split(jax.random.fold_in(key, 1), len(leaves))
-        moved = [
-            x + 0.1 * jax.random.normal(k, x.shape, x.dtype)
-            for x, k in zip(leaves, keys, strict=True)
-        ]
-        return jax.tree.unflatten(tree, moved)
+    def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
+        centre = 1.0 if "scale" in jax.tree_util.keystr(path) else 0.0
+        return jnp.asarray(centre + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
 
-    return jax.jit(make)(jax.random.key(seed))
+    return jax.tree_util.tree_map_with_path(fill, shapes)

@@ -3,9 +3,8 @@
     python -m experiments.pretrain --recipe=nano --workdir=DIR
 
 Run the same command again to go on after an interruption: the result is the same to the last bit.
-For every stage of the recipe, DIR/STAGE/metrics.jsonl and DIR/STAGE/tensorboard hold the metrics
-and DIR/STAGE/checkpoints what a resumed run needs; DIR/hf is the finished model. The recipe nano
-takes less than 25 minutes on two cores.
+DIR/STAGE/metrics.jsonl and DIR/STAGE/tensorboard hold the metrics of each stage of the recipe,
+DIR/hf is the finished model. The recipe nano takes less than 25 minutes on two cores.
 """
 
 import dataclasses
@@ -95,7 +94,7 @@ def main(values: flags.FlagValues) -> None:
     workdir, tokenizer_dir = pathlib.Path(values.workdir), pathlib.Path(values.tokenizer)
     if (tokenizer := load_tokenizer(tokenizer_dir)) is None:
         raise FlagError(f"--tokenizer={tokenizer_dir} has no tokenizer.json or tokenizer.model.")
-    model = None
+    model: Llama4 | None = None
     for run in stages:
         print(f"stage {run.name}: {run.steps} steps of {run.batch_size} x {run.row_length} tokens")
         result = train.fit(
@@ -111,6 +110,7 @@ def main(values: flags.FlagValues) -> None:
             print(f"stopped at step {int(result.state.step)}; the same command goes on from there")
             return
         model = result.state.model
+    assert model is not None  # a recipe has stages
     export(model, workdir / "hf", tokenizer_dir)
     print(f"wrote hf checkpoint {workdir / 'hf'}")
 

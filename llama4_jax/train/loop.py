@@ -92,7 +92,7 @@ def fit(
     run: RunConfig,
     *,
     build: Callable[[], Any],
-    batches: Iterable[Batch],
+    batches: grain.IterDataset[Any],
     workdir: Path,
     initial_model: Any | None = None,
     held_out: HeldOut | None = None,
@@ -107,7 +107,7 @@ def fit(
     Args:
         run: The run.
         build: Returns the freshly initialised model; `run.seed` decides its weights.
-        batches: A grain dataset whose iterator can be saved; yields `Batch` dicts of NumPy arrays.
+        batches: Yields `Batch` dicts of NumPy arrays.
         workdir: Folder for checkpoints and metrics.
         initial_model: What an earlier stage of training left, to begin with instead of a fresh
             model; its arrays are given up.

@@ -19,6 +19,8 @@ from experiments.jsonl import check_writable, read_lines
 from llama4_jax import parallel
 from llama4_jax.checkpoint import Pretrained, from_pretrained
 from llama4_jax.serve import Request, Sampling
+from llama4_jax.serve.dialogue import place_images
+from llama4_jax.text import images_of
 
 flags.disclaim_key_flags()  # what a function here defines is the calling command's own flag
 
@@ -187,7 +189,11 @@ def read_requests(path: str, known: Mapping[str, str]) -> list[Request]:
             if name not in known:
                 raise ValueError(f"unknown field {name!r}; a request has {', '.join(known)}.")
         request = Request(**{known[name]: value for name, value in line.items()})
-        check_images(request.images)
+        images = request.images
+        if request.messages is not None:
+            placed = place_images(request.messages, request.images)
+            images = [image.source for image in images_of(placed)]
+        check_images(images)
         return request
 
     requests = read_lines(path, parse)
@@ -233,7 +239,7 @@ def make_mesh(values: flags.FlagValues) -> jax.sharding.Mesh | None:
         wanted = math.prod(parallel.parse_mesh(values.mesh).values())
     except ValueError as error:
         raise FlagError(f"--mesh={values.mesh}: {error}.") from error
-    _split_cpu(wanted)
+    split_cpu(wanted)
     if jax.device_count() != wanted:
         raise FlagError(
             f"--mesh={values.mesh} spreads over {wanted} devices, but this machine has "
@@ -243,7 +249,7 @@ def make_mesh(values: flags.FlagValues) -> jax.sharding.Mesh | None:
     return parallel.make_mesh(values.mesh)
 
 
-def _split_cpu(devices: int) -> None:
+def split_cpu(devices: int) -> None:
     """Make the CPU backend `devices` virtual devices, unless that is settled already."""
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return

@@ -38,7 +38,7 @@ def place_images(
     Raises:
       ValueError: there are no messages, one is malformed, or parts and sources differ in number.
     """
-    if isinstance(messages, str | Mapping) or not messages:
+    if isinstance(messages, str) or not isinstance(messages, Sequence) or not messages:
         raise ValueError("messages must be a list of at least one message.")
     read = [m if isinstance(m, Message) else message_from_dict(m) for m in messages]
     empty = [part for message in read for part in message.parts if _is_empty(part)]

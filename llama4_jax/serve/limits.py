@@ -3,10 +3,17 @@
 import dataclasses
 from collections.abc import Iterator, Sequence
 
+import jax
+
 from llama4_jax.config import ModelConfig
 from llama4_jax.model import Cache
 from llama4_jax.serve.batches import group
 from llama4_jax.serve.pieces import bucket
+
+# Compiled, so that each device of a mesh makes its own part and no other.
+_create_cache = jax.jit(
+    Cache.create, static_argnums=0, static_argnames=("batch_size", "max_length", "dtype")
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,7 +56,7 @@ class Limits:
         Rounding keeps the number of compiled programs small; a whole number of rows also lets
         the data axis of a mesh divide them.
         """
-        return Cache.create(
+        return _create_cache(
             config.text,
             batch_size=bucket(len(lengths)),
             max_length=min(bucket(max(lengths), floor=64), config.text.max_positions),

@@ -53,7 +53,7 @@ class Request:
             raise ValueError(f"a request has one of prompt, messages and tokens; found {found}.")
         if self.prompt is not None and not isinstance(self.prompt, str):
             raise ValueError(f"prompt must be a text, not {type(self.prompt).__name__}.")
-        if isinstance(self.images, str | bytes | pathlib.Path | Image.Image):
+        if isinstance(self.images, str | bytes) or not isinstance(self.images, Sequence):
             raise ValueError("images must be a list, even of one image.")
 
 

@@ -227,6 +227,13 @@ def test_contradictory_flags_are_refused_before_anything_is_loaded(
         ('{"prompt": "a", "temperature": 1}', ":2: unknown field 'temperature'"),
         ('{"prompt": "a", "tokens": [1]}', ":2: a request has one of prompt, messages and tokens"),
         ('{"prompt": "a", "images": ["absent.png"]}', ":2: there is no image file absent.png"),
+        ('{"prompt": "a", "images": null}', ":2: images must be a list"),
+        ('{"messages": 3}', ":2: messages must be a list"),
+        ('{"messages": [{"content": "a"}]}', ':2: A message is an object with a "role"'),
+        (
+            '{"messages": [{"role": "user", "content": [{"type": "image", "path": "no.png"}]}]}',
+            ":2: there is no image file no.png",
+        ),
         ("{", ":2: "),
     ],
 )

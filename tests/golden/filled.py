@@ -23,6 +23,9 @@ from llama4_jax.model import Llama4
 from tests.golden import closed_form
 from tests.golden.closed_form import VISION, Case, Shape, Weights
 
+# Half the compile time, for programs that run a few times.
+QUICK_COMPILE = {"xla_backend_optimization_level": 0}
+
 
 def model_config(shape: Shape, dtype: DType = "float32") -> ModelConfig:
     """Translate a tiny shape into our config."""

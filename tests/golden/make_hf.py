@@ -226,27 +226,25 @@ def make_vision() -> dict[str, np.ndarray]:
 
 
 def make_bfloat16() -> dict[str, np.ndarray]:
-    """bfloat16 logits and features as uint16, with sdpa attention, whose softmax is float32."""
+    """bfloat16 logits, hidden states and features as uint16; sdpa's softmax is float32."""
     arrays = {}
-    for name in (
-        "scout",
-        "maverick",
-        "scout_no_temperature",
-        "maverick_no_temperature",
-        "scout_two_experts",
-    ):
+    for name, row in closed_form.BFLOAT16_ROWS.items():
         case = TEXT_CASES[name]
         model = in_bfloat16(build(case.shape, case.weights()))
-        arrays[name] = _bits(run(model, closed_form.tokens(case.length))[0])
+        hidden = []
+        for layer in model.language_model.model.layers:
+            layer.register_forward_hook(
+                lambda _, inputs, out, into=hidden: into.append((inputs, out))
+            )
+        arrays[name] = _bits(run(model, closed_form.tokens(case.length, row))[0])
+        if not name.endswith("no_temperature"):
+            states = [inputs[0] for inputs, _ in hidden] + [hidden[-1][1]]
+            arrays[name + ".hidden"] = _bits(torch.cat(states).float().numpy())
         if name == "scout":
             with torch.no_grad():
-                features = model.vision_model(
-                    torch.from_numpy(closed_form.tiles(3)).to(torch.bfloat16)
-                ).last_hidden_state
+                pixels = torch.from_numpy(closed_form.tiles(3)).to(torch.bfloat16)
+                features = model.vision_model(pixels).last_hidden_state
             arrays["scout.features"] = _bits(features.float().numpy())
-            ids, count = closed_form.IMAGE_CASES["two_images"]
-            pixels = torch.from_numpy(closed_form.tiles(count)).to(torch.bfloat16)
-            arrays["scout.two_images"] = _bits(run(model, ids, pixel_values=pixels)[0, :, ::4])
     return arrays
 
 

@@ -1,8 +1,10 @@
-"""Rotation frequencies and angles of the released sizes, against transformers and known values."""
+"""Rotation and temperature of the released sizes, against transformers and known values."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas.attention.reference import attention_temperature
 from llama4_jax.config.model import RopeScaling
 from llama4_jax.layers.rope import image_angles, rope_angles, rope_frequencies
 from tests.golden import closed_form
@@ -62,3 +64,13 @@ def test_angles_within_a_chunk_stay_exact_at_ten_million_tokens():
     absolute = np.asarray(rope_angles(positions, frequencies))[0].astype(np.float64)
     drift = absolute - (chunk_start * frequencies.astype(np.float64) + exact)
     assert 0.1 < np.abs(drift).max() < 1
+
+
+def test_temperature_matches_transformers_and_rises_one_position_before_8192():
+    positions = closed_form.TEMPERATURE_POSITIONS
+    ours = np.asarray(attention_temperature(jnp.asarray(positions, jnp.int32), (8192, 0.1)))
+    np.testing.assert_allclose(ours, golden("hf_positions")["temperature"], rtol=RELATIVE)
+    known = {8190: 1.0, 8191: 1.069315, 16382: 1.069315, 16383: 1.109861, 131071: 1.283321,
+             1048575: 1.485981, 10485759: 1.715540}  # fmt: skip
+    for position, scale in known.items():
+        assert ours[positions == position] == pytest.approx(scale, abs=1e-6)

@@ -214,6 +214,10 @@ class ModelSource:
         self.config = model.config
         leaves = jax.tree_util.tree_flatten_with_path(model)[0]
         arrays = {_leaf_name(path): leaf for path, leaf in leaves}
+        if not all(array.is_fully_addressable for array in arrays.values()):
+            raise ValueError(
+                "part of the model lives in other processes; gather it before it is saved"
+            )
         self._places: dict[str, tuple[jax.Array, int | None]] = {}
         for leaf, slot in _slots(model.config).items():
             for row, name in enumerate(slot.names):

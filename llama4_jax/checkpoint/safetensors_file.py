@@ -54,11 +54,13 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
         raise ValueError(f"{path} is not safetensors: its header is not a JSON object")
     header.pop("__metadata__", None)
     tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
-    end = max([8 + length, *(t.offset + _num_bytes(t.shape, t.dtype) for t in tensors.values())])
-    if end > size:
-        raise ValueError(
-            f"{path} is truncated: its header describes {end} bytes and the file has {size}"
-        )
+    for name, tensor in tensors.items():
+        end = tensor.offset + _num_bytes(tensor.shape, tensor.dtype)
+        if end > size:
+            raise ValueError(
+                f"{path} is truncated: {name} {tensor.shape} ends at byte {end} and the file has "
+                f"{size}"
+            )
     return tensors
 
 

@@ -91,8 +91,11 @@ class StoreSource:
     def read(self, name: str, index: Index) -> np.ndarray:
         kvstore = {"driver": "file", "path": str(self._arrays[name])}
         spec = {"driver": "zarr", "kvstore": kvstore}
-        array = tensorstore.open(spec, open=True, read=True).result()
-        return np.asarray(array[index].read().result())
+        try:
+            array = tensorstore.open(spec, open=True, read=True).result()
+            return np.asarray(array[index].read().result())
+        except ValueError as error:
+            raise ValueError(f"{self._arrays[name]} is damaged: {error}") from error
 
 
 def open_store(directory: pathlib.Path) -> StoreSource:
@@ -131,7 +134,7 @@ def _zarr_metadata(path: pathlib.Path) -> dict[str, Any]:
 
 
 def _check_chunks(name: str, path: pathlib.Path) -> None:
-    """Refuse an array with an absent chunk: zarr would read it as whatever memory holds."""
+    """Refuse an array with an absent chunk, which zarr would read as if it were zeros."""
     metadata = _zarr_metadata(path)
     pairs = zip(metadata["shape"], metadata["chunks"], strict=True)
     counts = [range(math.ceil(size / chunk)) for size, chunk in pairs]

@@ -75,3 +75,11 @@ def test_another_version_is_refused(broken):
     path.write_text(json.dumps(contents))
     with pytest.raises(ValueError, match=r"another version.*a_field_of_the_future"):
         open_store(broken)
+
+
+def test_a_truncated_chunk_is_named_when_it_is_read(broken):
+    chunk = broken / "params/embed/embed.table_VD/0.0"
+    chunk.write_bytes(chunk.read_bytes()[:-50])
+    source = open_store(broken)
+    with pytest.raises(ValueError, match=r"embed.table_VD is damaged"):
+        source.read("embed.table_VD", (slice(0, 64), slice(0, 32)))

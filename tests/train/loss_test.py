@@ -150,3 +150,17 @@ def test_balance_pulls_the_router_away_from_its_busiest_expert():
     gradient = jax.grad(lambda x: balance(x, jnp.ones((1, 4))).loss)(logits)
     assert jnp.all(gradient[..., 0] > 0)
     assert jnp.all(gradient[..., 1:] < 0)
+
+
+def test_balance_over_a_mesh_is_the_same():
+    logits_LBTE = jax.random.normal(jax.random.key(0), (2, 4, 8, 4))
+    is_token_BT = jnp.arange(8)[None] < jnp.asarray([8, 5, 7, 0])[:, None]
+    measure = jax.jit(lambda x, m: balance_of_routers(x, m, experts_per_token=2))
+    expected = measure(logits_LBTE, is_token_BT)
+    with parallel.use_mesh(parallel.make_mesh("data:2,context:2"), parallel.PRESETS["fsdp_expert"]):
+        found = measure(
+            parallel.shard(logits_LBTE, (None, "batch", "seq", None)),
+            parallel.shard(is_token_BT, ("batch", "seq")),
+        )
+    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-6)
+    np.testing.assert_allclose(found.largest_share, expected.largest_share, rtol=1e-6)

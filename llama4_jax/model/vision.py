@@ -1,5 +1,7 @@
 """The vision encoder: patches, a transformer with 2-D RoPE, pixel shuffle, an adapter."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -33,6 +35,17 @@ def pixel_shuffle(x_PD: jax.Array, grid: int, shuffle: int) -> jax.Array:
     side, D = grid // shuffle, x_PD.shape[-1]
     squares = x_PD.reshape(side, shuffle, side, shuffle, D).transpose(0, 2, 1, 3, 4)
     return squares.reshape(side * side, shuffle * shuffle * D)
+
+
+def _per_tile(function: Callable[[jax.Array], jax.Array], tiles: jax.Array) -> jax.Array:
+    """Apply a function of one tile to all of them, divided over devices as they are."""
+    whole = (None,) * (tiles.ndim - 1)
+    return per_shard(
+        lambda _, local: jax.vmap(function)(local),
+        tiles,
+        axes=(("tiles", *whole),),
+        out=_FEATURES,
+    )
 
 
 def _attend(
@@ -163,7 +176,7 @@ class VisionEncoder(nnx.Module):
         config, compute = self.config, jnp.dtype(dtype)
         with jax.named_scope("vision_encoder"):
             tiles_NCHW = shard(tiles_NCHW.astype(compute), ("tiles", None, None, None))
-            x_BPI = jax.vmap(lambda tile: patchify(tile, config.patch_size))(tiles_NCHW)
+            x_BPI = _per_tile(lambda tile: patchify(tile, config.patch_size), tiles_NCHW)
             x_BPD = einsum("BPI,ID->BPD", x_BPI, weight(self.patch_w_ID, compute), out=_FEATURES)
             B, _, D = x_BPD.shape
             class_D = weight(self.class_embedding_D, compute)
@@ -178,5 +191,5 @@ class VisionEncoder(nnx.Module):
 
             x_BPD, _ = jax.lax.scan(jax.checkpoint(step) if remat else step, x_BPD, self.layers)
             x_BPD = self.norm_post(x_BPD)[:, :-1]
-            x_BPD = jax.vmap(lambda x_PD: pixel_shuffle(x_PD, config.grid, config.shuffle))(x_BPD)
+            x_BPD = _per_tile(lambda x_PD: pixel_shuffle(x_PD, config.grid, config.shuffle), x_BPD)
             return self.adapter(x_BPD)

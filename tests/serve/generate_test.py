@@ -10,7 +10,7 @@ from llama4_jax import parallel
 from llama4_jax.checkpoint import GenerationDefaults
 from llama4_jax.data import preprocess, stack_tiles
 from llama4_jax.model import Llama4
-from llama4_jax.serve import Limits, Request, Sampling, generate
+from llama4_jax.serve import Limits, Request, Sampling, generate, steps
 from llama4_jax.serve.requests import read_requests
 from tests.serve import tiny
 
@@ -51,6 +51,15 @@ def test_greedy_answers_equal_the_argmax_loop_across_chunks_in_request_order(req
 def test_an_answer_does_not_depend_on_the_batch(pretrained, requests, answers):
     alone = generate(pretrained, requests, max_new_tokens=NEW, limits=SINGLE)
     assert alone == answers
+
+
+def test_other_lengths_and_seeds_compile_no_new_program(pretrained, answers):
+    programs = (steps.read_piece, steps.choose_first, steps.choose_more)
+    before = [program._cache_size() for program in programs]
+    requests = [Request(tokens=tiny.random_tokens(n, n)) for n in (5, 20, 40, 9)]
+    sampling = Sampling(seed=9)  # temperature 0, as before
+    generate(pretrained, requests, max_new_tokens=11, sampling=sampling, limits=SMALL)
+    assert [program._cache_size() for program in programs] == before
 
 
 def test_a_sampled_answer_does_not_depend_on_the_batch_or_the_steps(pretrained, requests):

@@ -13,6 +13,7 @@ def expert_mlp(
     *,
     expert_TX: jax.Array,
     gate_TX: jax.Array,
+    group: jax.Array | None = None,
 ) -> jax.Array:
     """Apply to each token the experts it chose: y = sum over choices of Expert_e(g * x).
 
@@ -26,6 +27,9 @@ def expert_mlp(
         w_down_EFD: down matrices.
         expert_TX: int32 expert of each choice; an id outside 0..E-1 contributes nothing.
         gate_TX: gate of each choice.
+        group: int32 scalar; with it the matrices are those of several layers, stacked along a
+            leading axis, and this picks the layer. The matrices of experts that nobody chose are
+            then not even read, whereas slicing the stack outside would copy all of the layer's.
 
     Returns:
         y_TD in the dtype of x.
@@ -33,11 +37,12 @@ def expert_mlp(
     Raises:
         ValueError: shapes disagree.
     """
-    (T, D), (E, _, F), X = x_TD.shape, w_gate_EDF.shape, expert_TX.shape[-1]
+    (T, D), (E, _, F), X = x_TD.shape, w_gate_EDF.shape[-3:], expert_TX.shape[-1]
+    stack = () if group is None else w_gate_EDF.shape[:1]
     expected = {
-        "w_gate_EDF": (w_gate_EDF.shape, (E, D, F)),
-        "w_up_EDF": (w_up_EDF.shape, (E, D, F)),
-        "w_down_EFD": (w_down_EFD.shape, (E, F, D)),
+        "w_gate_EDF": (w_gate_EDF.shape, (*stack, E, D, F)),
+        "w_up_EDF": (w_up_EDF.shape, (*stack, E, D, F)),
+        "w_down_EFD": (w_down_EFD.shape, (*stack, E, F, D)),
         "expert_TX": (expert_TX.shape, (T, X)),
         "gate_TX": (gate_TX.shape, (T, X)),
     }
@@ -45,5 +50,5 @@ def expert_mlp(
         if shape != wanted:
             raise ValueError(f"{name} has shape {shape} but x_TD {x_TD.shape} asks for {wanted}")
     return reference.expert_mlp(
-        x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, expert_TX=expert_TX, gate_TX=gate_TX
+        x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, expert_TX=expert_TX, gate_TX=gate_TX, group=group
     )

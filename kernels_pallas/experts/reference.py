@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+MIN_BLOCK = 8
 MAX_BLOCK = 256
 
 
@@ -46,9 +47,12 @@ def combine(y_RD: jax.Array, to: Dispatch, experts_per_token: int) -> jax.Array:
 
 
 def _block_rows(num_rows: int, num_experts: int) -> int:
-    """Return the rows of a block: about an expert's mean share, at most MAX_BLOCK."""
+    """Return the rows of a block: about an expert's mean share, within MIN_BLOCK and MAX_BLOCK.
+
+    An expert that a few rows share should be one block: each block reads its matrix once more.
+    """
     share = -(-num_rows // num_experts)
-    return min(MAX_BLOCK, num_rows, 1 << max(share - 1, 0).bit_length())
+    return min(MAX_BLOCK, num_rows, max(MIN_BLOCK, 1 << max(share - 1, 0).bit_length()))
 
 
 class _Blocks(NamedTuple):
@@ -78,18 +82,21 @@ def _pad_rows(x: jax.Array, rows: int) -> jax.Array:
 
 
 @jax.custom_vjp
-def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
+def grouped_matmul(
+    x_RD: jax.Array, w_NDF: jax.Array, group_sizes_E: jax.Array, first: jax.Array | int
+) -> jax.Array:
     """Multiply each run of sorted rows by its expert's matrix.
 
     Args:
         x_RD: rows sorted by expert.
-        w_EDF: one matrix per expert.
+        w_NDF: matrices of these experts and perhaps of others; the loop reads those it needs.
         group_sizes_E: int32 rows of each expert; rows beyond their sum belong to nobody.
+        first: int32 place of expert 0's matrix in w_NDF; the others follow it.
 
     Returns:
         y_RF in the dtype of x; rows of nobody are arbitrary but finite.
     """
-    (R, D), (E, _, F) = x_RD.shape, w_EDF.shape
+    (R, D), F, E = x_RD.shape, w_NDF.shape[2], group_sizes_E.shape[0]
     rows = _block_rows(R, E)
     blocks = _schedule(group_sizes_E, rows)
     x_padded = _pad_rows(x_RD, rows)
@@ -97,7 +104,7 @@ def grouped_matmul(x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array) 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
         expert, start, _ = _locate(blocks, i, rows)
         x = jax.lax.dynamic_slice(x_padded, (start, 0), (rows, D))
-        w = jax.lax.dynamic_index_in_dim(w_EDF, expert, keepdims=False)
+        w = jax.lax.dynamic_index_in_dim(w_NDF, first + expert, keepdims=False)
         # Rows past the expert's end are overwritten by the blocks that follow.
         return jax.lax.dynamic_update_slice(y, jnp.dot(x, w).astype(y.dtype), (start, 0))
 
@@ -124,20 +131,30 @@ def _grouped_outer(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array) 
     return jax.lax.fori_loop(0, blocks.ends_E[-1], body, jnp.zeros((E, D, F), jnp.float32))
 
 
+class _Saved(NamedTuple):
+    """The arguments of the product, for its gradient."""
+
+    x_RD: jax.Array
+    w_NDF: jax.Array
+    group_sizes_E: jax.Array
+    first: jax.Array | int
+
+
 def _grouped_matmul_fwd(
-    x_RD: jax.Array, w_EDF: jax.Array, group_sizes_E: jax.Array
-) -> tuple[jax.Array, tuple[jax.Array, jax.Array, jax.Array]]:
-    return grouped_matmul(x_RD, w_EDF, group_sizes_E), (x_RD, w_EDF, group_sizes_E)
+    x_RD: jax.Array, w_NDF: jax.Array, group_sizes_E: jax.Array, first: jax.Array | int
+) -> tuple[jax.Array, _Saved]:
+    saved = _Saved(x_RD, w_NDF, group_sizes_E, first)
+    return grouped_matmul(*saved), saved
 
 
-def _grouped_matmul_bwd(
-    saved: tuple[jax.Array, jax.Array, jax.Array], dy_RF: jax.Array
-) -> tuple[jax.Array, jax.Array, None]:
-    x_RD, w_EDF, group_sizes_E = saved
+def _grouped_matmul_bwd(saved: _Saved, dy_RF: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
+    x_RD, w_NDF, group_sizes_E, first = saved
     is_routed_R = jnp.arange(x_RD.shape[0]) < group_sizes_E.sum()
-    dx_RD = grouped_matmul(dy_RF, w_EDF.transpose(0, 2, 1), group_sizes_E)
-    dw_EDF = _grouped_outer(x_RD, dy_RF, group_sizes_E).astype(w_EDF.dtype)
-    return jnp.where(is_routed_R[:, None], dx_RD, 0), dw_EDF, None
+    dx_RD = grouped_matmul(dy_RF, w_NDF.transpose(0, 2, 1), group_sizes_E, first)
+    dw = _grouped_outer(x_RD, dy_RF, group_sizes_E).astype(w_NDF.dtype)
+    if dw.shape != w_NDF.shape:
+        dw = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(w_NDF), dw, first, axis=0)
+    return jnp.where(is_routed_R[:, None], dx_RD, 0), dw, None, None
 
 
 grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
@@ -146,17 +163,21 @@ grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
 @functools.partial(jax.named_call, name="expert_mlp")
 def expert_mlp(
     x_TD: jax.Array,
-    w_gate_EDF: jax.Array,
-    w_up_EDF: jax.Array,
-    w_down_EFD: jax.Array,
+    w_gate: jax.Array,
+    w_up: jax.Array,
+    w_down: jax.Array,
     *,
     expert_TX: jax.Array,
     gate_TX: jax.Array,
+    group: jax.Array | None = None,
 ) -> jax.Array:
     """Route, apply each expert's SwiGLU to the gated input, and add up. See `api.expert_mlp`."""
     T, X = expert_TX.shape
-    to = dispatch(expert_TX, w_gate_EDF.shape[0])
+    E = w_gate.shape[-3]
+    first = 0 if group is None else group * E
+    w_gate, w_up, w_down = (w.reshape(-1, *w.shape[-2:]) for w in (w_gate, w_up, w_down))
+    to = dispatch(expert_TX, E)
     x_RD = x_TD[to.order_R // X] * gate_TX.reshape(T * X)[to.order_R][:, None].astype(x_TD.dtype)
-    hidden_RF = jax.nn.silu(grouped_matmul(x_RD, w_gate_EDF, to.group_sizes_E))
-    hidden_RF = hidden_RF * grouped_matmul(x_RD, w_up_EDF, to.group_sizes_E)
-    return combine(grouped_matmul(hidden_RF, w_down_EFD, to.group_sizes_E), to, X)
+    hidden_RF = jax.nn.silu(grouped_matmul(x_RD, w_gate, to.group_sizes_E, first))
+    hidden_RF = hidden_RF * grouped_matmul(x_RD, w_up, to.group_sizes_E, first)
+    return combine(grouped_matmul(hidden_RF, w_down, to.group_sizes_E, first), to, X)

@@ -1,5 +1,6 @@
 """Feed-forward layers: a dense SwiGLU MLP, and a mixture of experts with one as shared expert."""
 
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -7,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama4_jax.config.model import TextConfig
-from llama4_jax.layers.param import normal, weight
+from llama4_jax.layers.param import is_ready, normal, weight
 from llama4_jax.parallel.experts import sharded_expert_mlp
 from llama4_jax.parallel.shard import einsum
 
@@ -67,6 +68,24 @@ class Experts(nnx.Module):
         self.w_down_EFD = normal(keys[2], (E, F, D), out_axes, std=out_std, dtype=dtype)
 
 
+@dataclasses.dataclass(frozen=True)
+class ExpertStack:
+    """The experts of one slot in all groups (a leading axis on every matrix), and whose turn it is.
+
+    A loop over stacked layers hands each layer its own slice, which is free where the slice goes
+    into a product, but a copy of all experts where it goes into the loop over blocks of rows. A
+    decoding step would move every expert's matrices for the few that are hit; reading the stack
+    itself at (group, expert) moves those alone.
+    """
+
+    experts: Experts
+    group: jax.Array
+
+    def is_ready(self, dtype: jnp.dtype) -> bool:
+        """Can the stack be read where it lies, neither cast nor gathered?"""
+        return is_ready(self.experts.w_gate_EDF, dtype)
+
+
 class MoE(nnx.Module):
     """y = shared(x) + sum over the chosen experts e of Expert_e(sigmoid(logit_e) * x)."""
 
@@ -80,8 +99,14 @@ class MoE(nnx.Module):
         )
         self.experts_per_token = config.experts_per_token
 
-    def __call__(self, x_BTD: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Returns y_BTD and the router's logits_BTE, both in the dtype of x."""
+    def __call__(
+        self, x_BTD: jax.Array, stack: ExpertStack | None = None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Apply the layer, with the experts of `stack` if there is one.
+
+        Returns y_BTD and the router's logits_BTE, both in the dtype of x.
+        """
+        experts, is_stacked = (stack.experts, True) if stack else (self.experts, False)
         with jax.named_scope("moe"):
             dtype = x_BTD.dtype
             router_DE = weight(self.router_DE, dtype)
@@ -89,10 +114,11 @@ class MoE(nnx.Module):
             routing = route(logits_BTE, self.experts_per_token)
             routed_BTD = sharded_expert_mlp(
                 x_BTD,
-                weight(self.experts.w_gate_EDF, dtype),
-                weight(self.experts.w_up_EDF, dtype),
-                weight(self.experts.w_down_EFD, dtype),
+                weight(experts.w_gate_EDF, dtype, is_stacked=is_stacked),
+                weight(experts.w_up_EDF, dtype, is_stacked=is_stacked),
+                weight(experts.w_down_EFD, dtype, is_stacked=is_stacked),
                 expert_BTX=routing.expert_BTX,
                 gate_BTX=routing.gate_BTX,
+                group=stack.group if stack else None,
             )
             return self.shared(x_BTD) + routed_BTD, logits_BTE

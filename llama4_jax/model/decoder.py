@@ -9,7 +9,7 @@ from flax import nnx
 from llama4_jax.config.model import TextConfig
 from llama4_jax.config.pattern import LayerKind, layer_pattern
 from llama4_jax.layers.attention import Attention, CacheView, LayerCache, Positions
-from llama4_jax.layers.feed_forward import MLP, MoE
+from llama4_jax.layers.feed_forward import MLP, ExpertStack, MoE
 from llama4_jax.layers.norm import RMSNorm
 from llama4_jax.model.cache import Cache
 
@@ -31,13 +31,17 @@ class Block(nnx.Module):
             )
 
     def __call__(
-        self, x_BTD: jax.Array, at: Positions, cache: CacheView | None
+        self,
+        x_BTD: jax.Array,
+        at: Positions,
+        cache: CacheView | None,
+        stack: ExpertStack | None = None,
     ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
         """Returns y_BTD, the layer's new cache, and the router's logits if there is one."""
         attended_BTD, stored = self.attention(self.attention_norm(x_BTD), at, cache)
         x_BTD = x_BTD + attended_BTD
         if isinstance(self.ffn, MoE):
-            y_BTD, router_logits_BTE = self.ffn(self.ffn_norm(x_BTD))
+            y_BTD, router_logits_BTE = self.ffn(self.ffn_norm(x_BTD), stack)
         else:
             y_BTD, router_logits_BTE = self.ffn(self.ffn_norm(x_BTD)), None
         return x_BTD + y_BTD, stored, router_logits_BTE
@@ -79,6 +83,12 @@ class Decoder(nnx.Module):
         )
         self.num_groups = pattern.num_groups
 
+    def _expert_stack(self, slot: int, group: jax.Array, dtype: jnp.dtype) -> ExpertStack | None:
+        """Return the experts to read in place, for inference: their gradient would be a stack."""
+        ffn = self.groups.slots[slot].ffn
+        stack = ExpertStack(ffn.experts, group) if isinstance(ffn, MoE) else None
+        return stack if stack and stack.is_ready(dtype) else None
+
     def __call__(
         self, x_BTD: jax.Array, at: Positions, cache: Cache | None, *, remat: bool
     ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
@@ -103,7 +113,8 @@ class Decoder(nnx.Module):
             for i, block in enumerate(group.slots):
                 view = CacheView(slots[i], index, cache.lengths_B) if cache else None
                 with jax.named_scope(f"slot_{i}"):
-                    x_BTD, stored, router_logits_BTE = block(x_BTD, at, view)
+                    stack = self._expert_stack(i, index, x_BTD.dtype) if cache else None
+                    x_BTD, stored, router_logits_BTE = block(x_BTD, at, view, stack)
                 if stored is not None:
                     slots[i] = stored
                 if router_logits_BTE is not None:

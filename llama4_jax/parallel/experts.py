@@ -15,6 +15,7 @@ def sharded_expert_mlp(
     *,
     expert_BTX: jax.Array,
     gate_BTX: jax.Array,
+    group: jax.Array | None = None,
 ) -> jax.Array:
     """Apply the routed experts to a batch whose rows, experts and hidden features may be divided.
 
@@ -29,11 +30,13 @@ def sharded_expert_mlp(
         w_gate_EDF, w_up_EDF, w_down_EFD: expert matrices with D whole.
         expert_BTX: int32 chosen experts.
         gate_BTX: their gates, which scale the experts' inputs.
+        group: int32 scalar; with it the matrices have a leading axis of layer groups, of which
+            this one is used. See `expert_mlp`.
 
     Returns:
         y_BTD in the dtype and layout of x.
     """
-    E = w_gate_EDF.shape[0]
+    E = w_gate_EDF.shape[-3]
 
     def local(
         divided: dict[str, tuple[str, ...]],
@@ -43,6 +46,7 @@ def sharded_expert_mlp(
         w_down_EFD: jax.Array,
         expert_BTX: jax.Array,
         gate_BTX: jax.Array,
+        group: jax.Array | None = None,
     ) -> jax.Array:
         B, T, D = x_BTD.shape
         X = expert_BTX.shape[-1]
@@ -54,7 +58,7 @@ def sharded_expert_mlp(
                 jax.lax.all_gather(a, tokens_over, tiled=True) for a in (x_TD, expert_TX, gate_TX)
             )
         if expert_axes:
-            expert_TX -= jax.lax.axis_index(expert_axes) * w_gate_EDF.shape[0]
+            expert_TX -= jax.lax.axis_index(expert_axes) * w_gate_EDF.shape[-3]
         y_TD = expert_mlp(
             x_TD,
             w_gate_EDF,
@@ -62,6 +66,7 @@ def sharded_expert_mlp(
             w_down_EFD,
             expert_TX=expert_TX.reshape(-1, X),
             gate_TX=gate_TX.reshape(-1, X),
+            group=group,
         )
         summed_over = divided["expert_mlp"] + tuple(a for a in expert_axes if a not in tokens_over)
         if summed_over:
@@ -72,16 +77,11 @@ def sharded_expert_mlp(
 
     if mesh_axes("experts", E) != mesh_axes("experts"):
         raise ValueError(f"num_experts ({E}) must be divisible by mesh axes {mesh_axes('experts')}")
-    tokens, weights = ("batch", "seq", None), ("experts", None, "expert_mlp")
+    tokens, stack = ("batch", "seq", None), () if group is None else (None,)
+    w_in, w_out = (*stack, "experts", None, "expert_mlp"), (*stack, "experts", "expert_mlp", None)
+    arrays = (x_BTD, w_gate_EDF, w_up_EDF, w_down_EFD, expert_BTX.astype(jnp.int32), gate_BTX)
+    axes = (tokens, w_in, w_in, w_out, tokens, tokens)
+    if group is not None:
+        arrays, axes = (*arrays, group), (*axes, ())
     with jax.named_scope("sharded_expert_mlp"):
-        return per_shard(
-            local,
-            x_BTD,
-            w_gate_EDF,
-            w_up_EDF,
-            w_down_EFD,
-            expert_BTX.astype(jnp.int32),
-            gate_BTX,
-            axes=(tokens, weights, weights, ("experts", "expert_mlp", None), tokens, tokens),
-            out=tokens,
-        )
+        return per_shard(local, *arrays, axes=axes, out=tokens)

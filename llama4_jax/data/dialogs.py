@@ -157,7 +157,7 @@ def picture_of(pixels_HW: np.ndarray, side: int = 32) -> Image.Image:
 def draw_picture(pixels_HW: np.ndarray, rng: np.random.Generator) -> Image.Image:
     """Draw a scan with a little noise of place, size, tilt and contrast.
 
-    Most pictures have 32 pixels a side, one in eight fewer; ink is bright on black, as in the scans.
+    Most pictures have 32 pixels a side, one in eight fewer; ink is bright on black, as in scans.
     """
     side = int(rng.integers(16, 32)) if rng.random() < 0.125 else 32
     scan = Image.fromarray(pixels_HW)

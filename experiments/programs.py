@@ -1,0 +1,208 @@
+"""The programs of Llama 4 Scout that are compiled for machines that are not there.
+
+They are the very steps that serving and training run, lowered from shapes: no weight is made.
+"""
+
+import dataclasses
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama4_jax import parallel, train
+from llama4_jax.config.families import every, scout
+from llama4_jax.config.model import ModelConfig
+from llama4_jax.config.runs import LossConfig, OptimizerConfig, RunConfig
+from llama4_jax.model import Cache, Llama4
+from llama4_jax.serve.sampling import Sampling, row_keys
+from llama4_jax.serve.steps import Decoding, choose_more, read_piece
+
+GB = 1_000_000_000
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Program:
+    """One step of the model on one mesh.
+
+    Attributes:
+      name: what it does.
+      kind: "decode" chooses tokens one after the other; "prefill" reads `tokens` of every row into
+        the cache; "train" takes an AdamW step on rows of `tokens`.
+      layers: depth of the model.
+      mesh: as `parallel.make_mesh` reads it.
+      preset: sharding rules.
+      rows: of the batch, over all devices.
+      tokens: of every row that one step computes.
+      context: cache slots of every row; 0 in training.
+      scratch: most bytes beyond the arguments that a device may need. More means that weights or
+        the cache are copied, or that scores of all pairs of tokens are kept.
+    """
+
+    name: str
+    kind: Literal["decode", "prefill", "train"]
+    layers: int
+    mesh: str
+    preset: str
+    rows: int
+    tokens: int
+    context: int = 0
+    scratch: int
+
+    @property
+    def num_devices(self) -> int:
+        return math.prod(parallel.parse_mesh(self.mesh).values())
+
+
+def scout_slice(layers: int) -> ModelConfig:
+    """Return Scout's text model cut to its first layers, whose pattern repeats every four."""
+    config = scout()
+    text = dataclasses.replace(
+        config.text, num_layers=layers, moe_layers=every(1, layers), nope_layers=every(4, layers)
+    )
+    return dataclasses.replace(config, text=text, vision=None)
+
+
+def lower(
+    program: Program, devices: list[jax.Device], config: ModelConfig | None = None
+) -> jax.stages.Lowered:
+    """Lower a program for these devices.
+
+    Args:
+      program: the step and its sizes.
+      devices: real or described ones, as many as its mesh has.
+      config: the model; by default Scout cut to the program's layers.
+    """
+    config = config or scout_slice(program.layers)
+    mesh = parallel.make_mesh(program.mesh, devices=devices)
+    with parallel.use_mesh(mesh, parallel.PRESETS[program.preset]):
+        step = {"decode": _decode, "prefill": _prefill, "train": _train}[program.kind]
+        return step(program, config)
+
+
+def _integers(rows: int, tokens: int, dtype: str = "int32"):
+    return parallel.abstract(
+        lambda: parallel.shard(jnp.zeros((rows, tokens), dtype), ("batch", "seq"))
+    )
+
+
+def _model_and_cache(program: Program, config: ModelConfig):
+    model = parallel.abstract(lambda: Llama4(config, key=jax.random.key(0)))
+    cache = parallel.abstract(
+        lambda: Cache.create(
+            config.text,
+            batch_size=program.rows,
+            max_length=program.context,
+            dtype=config.dtype,
+        )
+    )
+    return model, cache
+
+
+def _decode(program: Program, config: ModelConfig) -> jax.stages.Lowered:
+    model, cache = _model_and_cache(program, config)
+    rows = program.rows
+    row_state = parallel.abstract(
+        lambda: {
+            "token_B": jnp.zeros(rows, jnp.int32),
+            "finished_B": jnp.zeros(rows, bool),
+            "keys_B": row_keys(0, np.arange(rows, dtype=np.int32)),
+            "chosen": jnp.int32(0),
+        }
+    )
+    limit_B = parallel.abstract(lambda: jnp.zeros(rows, jnp.int32))
+    return choose_more.lower(
+        model,
+        Decoding(cache=cache, **row_state),
+        limit_B,
+        steps=8,
+        sampling=Sampling(),
+        stop_ids=config.eos_ids,
+    )
+
+
+def _prefill(program: Program, config: ModelConfig) -> jax.stages.Lowered:
+    model, cache = _model_and_cache(program, config)
+    rows, width = program.rows, config.text.embed_dim
+    tokens_BT = _integers(rows, program.tokens)
+    last_BD = parallel.abstract(lambda: jnp.zeros((rows, width), config.dtype))
+    ends_B = parallel.abstract(lambda: jnp.zeros(rows, jnp.int32))
+    return read_piece.lower(model, cache, last_BD, tokens_BT, tokens_BT, ends_B)
+
+
+def _train(program: Program, config: ModelConfig) -> jax.stages.Lowered:
+    run = RunConfig(
+        name=program.name,
+        model=config,
+        optimizer=OptimizerConfig(peak_learning_rate=1e-4, warmup_steps=10),
+        loss=LossConfig(chunks=8),
+        mixture=(("text", 1.0),),
+        steps=100,
+        batch_size=program.rows,
+        row_length=program.tokens,
+        mesh=program.mesh,
+        preset=program.preset,
+        remat=True,
+    )
+    optimizer = train.make_optimizer(run.optimizer, steps=run.steps)
+    build = train.initial_state(
+        lambda: Llama4(config, key=jax.random.key(0), param_dtype="float32"), optimizer
+    )
+    ids = _integers(program.rows, program.tokens)
+    batch = dict.fromkeys(("tokens_BT", "targets_BT", "positions_BT", "segments_BT"), ids)
+    batch["loss_mask_BT"] = _integers(program.rows, program.tokens, "float32")
+    step = jax.jit(train.make_train_step(run, optimizer), donate_argnums=0)
+    return step.lower(parallel.abstract(build), batch)
+
+
+def _serving(mesh: str, long_mesh: str, layers: int) -> list[Program]:
+    return [
+        Program(
+            name="decode", kind="decode", layers=layers, mesh=mesh, preset="tensor",
+            rows=16, tokens=1, context=8192, scratch=1 * GB,
+        ),
+        Program(
+            name="prefill", kind="prefill", layers=layers, mesh=mesh, preset="tensor",
+            rows=1, tokens=8192, context=8192, scratch=4 * GB,
+        ),
+        Program(
+            name="decode-1m", kind="decode", layers=layers, mesh=long_mesh, preset="long_context",
+            rows=1, tokens=1, context=1 << 20, scratch=2 * GB,
+        ),
+        Program(
+            name="prefill-1m", kind="prefill", layers=layers, mesh=long_mesh,
+            preset="long_context", rows=1, tokens=2048, context=1 << 20, scratch=8 * GB,
+        ),
+        Program(
+            name="decode-expert", kind="decode", layers=layers, preset="tensor",
+            mesh=mesh.replace("tensor", "expert"), rows=16, tokens=1, context=8192, scratch=1 * GB,
+        ),
+        Program(
+            name="decode-single", kind="decode", layers=4, mesh="data:1", preset="single",
+            rows=1, tokens=1, context=8192, scratch=1 * GB,
+        ),
+    ]  # fmt: skip
+
+
+def _training(name: str, mesh: str, preset: str, scratch: int) -> Program:
+    rows = math.prod(parallel.parse_mesh(mesh).values())
+    return Program(
+        name=name, kind="train", layers=4, mesh=mesh, preset=preset,
+        rows=rows, tokens=8192, scratch=scratch,
+    )  # fmt: skip
+
+
+def programs(target: str, *, layers: int) -> list[Program]:
+    """List the programs of a target, the depth of the serving ones given."""
+    if target == "v5p":
+        return [
+            *_serving("tensor:4", "tensor:4,context:2", layers),
+            _training("train", "fsdp:64", "fsdp", 60 * GB),
+            _training("train-expert", "fsdp:4,expert:16", "fsdp_expert", 60 * GB),
+        ]
+    return [
+        *_serving("tensor:8", "tensor:4,context:2", layers),
+        _training("train", "fsdp:8", "fsdp", 60 * GB),
+        _training("train-expert", "fsdp:2,expert:4", "fsdp_expert", 60 * GB),
+    ]

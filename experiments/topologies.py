@@ -1,0 +1,110 @@
+"""Accelerators that are not there: devices to compile for, as the real compilers know them."""
+
+import dataclasses
+import os
+
+import jax
+from jax.experimental import topologies
+
+# Slices of v5p by their number of chips.
+_V5P_SLICES = {4: "v5p:2x2x1", 8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4", 64: "v5p:4x4x4"}
+
+# One H100 SXM. Source: openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb.
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 233472
+  threads_per_core_limit: 2048
+  core_count: 132
+  fpus_per_core: 128
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000
+  l2_cache_size: 52428800
+  clock_rate_ghz: 1.98
+  device_memory_size: 84942979072
+  shared_memory_per_block_optin: 232448
+  cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  thread_dim_limit_x: 1024
+  thread_dim_limit_y: 1024
+  thread_dim_limit_z: 64
+  device_vendor: "NVIDIA Corporation"
+  platform_version: "Compute Capability 9.0a"
+  device_address_bits: 64
+  pcie_bandwidth: 34359738368
+  ecc_enabled: true
+  name: "NVIDIA H100 80GB HBM3"
+  driver_version: "13.0.0"
+  runtime_version: "12.8.0"
+  compile_time_toolkit_version: "12.8.0"
+  dnn_version: "9.10.0"
+  device_interconnect_info { active_links: 18 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 0 }
+device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Target:
+    """A kind of accelerator.
+
+    Attributes:
+      name: as the command line has it.
+      memory: bytes of one device.
+      package: what brings its compiler.
+    """
+
+    name: str
+    memory: int
+    package: str
+
+    def devices(self, count: int) -> list[jax.Device]:
+        """Describe `count` devices, the first ones of the smallest slice that has as many.
+
+        Raises:
+          ValueError: no slice is so large, or the compiler is not installed.
+        """
+        try:
+            return list(self._topology(count).devices)[:count]
+        except (RuntimeError, ImportError) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(
+                f"cannot compile for {self.name} here ({reason}); its compiler comes with the "
+                f"package {self.package}, which `make compile` installs."
+            ) from error
+
+    def _topology(self, count: int):
+        if self.name != "v5p":
+            text = f"1x1x{count}"  # hosts, processes of a host, devices of a process
+            return topologies.get_topology_desc(
+                self.name, "cuda", target_config=_H100, topology=text
+            )
+        slices = [name for chips, name in _V5P_SLICES.items() if chips >= count]
+        if not slices:
+            raise ValueError(f"{count} chips of v5p are more than the {max(_V5P_SLICES)} known.")
+        return topologies.get_topology_desc(platform="tpu", topology_name=slices[0])
+
+
+TARGETS = {
+    "v5p": Target(name="v5p", memory=95_000_000_000, package="libtpu"),
+    "h100": Target(name="h100", memory=84_942_979_072, package="jax[cuda13]"),
+}
+
+
+def prepare() -> None:
+    """Let this process compile for other devices; call it before anything runs on one.
+
+    The process itself computes on the CPU, libtpu does not ask a metadata server which machine
+    this is, and several processes may compile at a time.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+    os.environ.setdefault("TPU_STDERR_LOG_LEVEL", "3")
+    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

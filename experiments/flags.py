@@ -44,6 +44,8 @@ def launch(define: Callable[[flags.FlagValues], None], main: Callable[[flags.Fla
 
 
 def _status(main: Callable[[flags.FlagValues], None], argv: Sequence[str]) -> int:
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)  # jax and orbax tell their users' users too much
     try:
         if argv[1:]:
             raise FlagError(

@@ -97,6 +97,7 @@ shared.launch(shared.define_model_flags, main)
 
 def run_program(monkeypatch, *arguments):
     monkeypatch.delenv("XLA_FLAGS")
+    monkeypatch.delenv("JAX_PLATFORMS")  # jax then logs every backend that is not there
     return subprocess.run(
         [sys.executable, "-c", PROGRAM, *arguments], capture_output=True, text=True, timeout=100
     )

@@ -18,23 +18,27 @@ from absl import flags
 from experiments import flags as shared
 from experiments.terminal import show
 from llama4_jax import parallel
-from llama4_jax.checkpoint import Pretrained, convert, from_pretrained
-from llama4_jax.serve import Answer, Request, Sampling, generate
+from llama4_jax.checkpoint import convert, from_pretrained
+from llama4_jax.serve import Request, Sampling, generate
 from llama4_jax.text import Image, Message
 
 NANO = pathlib.Path(__file__).resolve().parents[1] / "nano"
 MESH = "expert:4,tensor:2"
 QUESTION = "Which digit is this?"
-CODE = '''class Stack:
-    """A stack of items: the last one in is the first one out."""
+GREEDY = Sampling(temperature=0)
+CODE = '''class Point:
+    """A point in the plane."""
 
-    def __init__(self):
-        self.items = []
+    def __init__(self, x, y):
+        self.x = x
+        self.y = y
 
-    def push(self, item):
-        self.items.append(item)
+    def __eq__(self, other):
+        if not isinstance(other, Point):
+            return NotImplemented
+        return self.x == other.x and self.y == other.y
 
-    def pop(self):
+    def __repr__(self):
 '''
 
 
@@ -60,9 +64,9 @@ def main(values: flags.FlagValues) -> None:
     print(f"\n1. Code, continued as it comes\n\n{CODE}", end="")
     pictures = sorted(folder.glob("examples/digit_*.png"))
     code, digits = [Request(prompt=CODE)], [ask(picture) for picture in pictures]
-    written = answer(model, code, max_new_tokens=64, on_token=show)
+    written = generate(model, code, sampling=GREEDY, max_new_tokens=64, on_token=show)
     print("\n\n2. Pictures of digits that it has never seen, in a dialogue")
-    read = answer(model, digits, max_new_tokens=8)
+    read = generate(model, digits, sampling=GREEDY, max_new_tokens=8)
     for picture, found in zip(pictures, read, strict=True):
         said, name = (found.text or "").strip(), picture.stem.removeprefix("digit_")
         checks.append(check(f'{picture.name}: "{QUESTION}" "{said}"', said == name))
@@ -71,7 +75,7 @@ def main(values: flags.FlagValues) -> None:
     mesh, rules = parallel.make_mesh(MESH), parallel.PRESETS["tensor"]
     with parallel.use_mesh(mesh, rules):
         spread = from_pretrained(folder, mesh=mesh, rules=rules, dtype="float32")
-        again = answer(spread, [*code, *digits], max_new_tokens=64)
+        again = generate(spread, [*code, *digits], sampling=GREEDY, max_new_tokens=64)
     alone = [found.tokens for found in [*written, *read]]
     same = [found.tokens[: len(old)] for found, old in zip(again, alone, strict=True)] == alone
     checks.append(check(f"all {sum(map(len, alone))} tokens are the same", same))
@@ -92,11 +96,6 @@ def check(claim: str, holds: bool) -> bool:
 def ask(picture: pathlib.Path) -> Request:
     """Ask about a picture as a user does in a dialogue."""
     return Request(messages=[Message("user", [Image(picture), QUESTION])])
-
-
-def answer(model: Pretrained, requests: list[Request], **settings) -> list[Answer]:
-    """Take the likeliest tokens."""
-    return generate(model, requests, sampling=Sampling(), **settings)
 
 
 def survives_conversion(folder: pathlib.Path) -> bool:

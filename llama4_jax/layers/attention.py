@@ -33,8 +33,8 @@ class Positions:
 class LayerCache:
     """Keys and values of one layer slot over all groups; S is the chunk or the whole length."""
 
-    keys_GBSKH: jax.Array
-    values_GBSKH: jax.Array
+    keys_GBKSH: jax.Array
+    values_GBKSH: jax.Array
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,8 +108,8 @@ class Attention(nnx.Module):
                 q_BTNH,
                 k_BTKH,
                 v_BTKH,
-                cache.layer.keys_GBSKH,
-                cache.layer.values_GBSKH,
+                cache.layer.keys_GBKSH,
+                cache.layer.values_GBKSH,
                 group=cache.group,
                 lengths_B=cache.lengths_B,
                 positions_BT=at.positions_BT,

@@ -48,8 +48,8 @@ class Cache:
         def layer(kind: LayerKind, groups: int) -> LayerCache:
             is_whole = kind.is_nope or config.chunk_size is None
             length = max_length if is_whole else min(max_length, config.chunk_size or max_length)
-            shape = (groups, batch_size, length, config.num_kv_heads, config.head_dim)
-            axes = (None, "batch", "kv_seq" if is_whole else None, "kv_heads", None)
+            shape = (groups, batch_size, config.num_kv_heads, length, config.head_dim)
+            axes = (None, "batch", "kv_heads", "kv_seq" if is_whole else None, None)
             return LayerCache(
                 shard(jnp.zeros(shape, dtype), axes), shard(jnp.zeros(shape, dtype), axes)
             )

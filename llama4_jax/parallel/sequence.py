@@ -109,18 +109,20 @@ def self_attention(
 
 
 def _write(
-    cache_GBSKH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array, group: jax.Array
+    cache_GBKSH: jax.Array, new_BTKH: jax.Array, slots_BT: jax.Array, group: jax.Array
 ) -> jax.Array:
     """Store new tokens at their slots of one group's cache; slots outside the cache are skipped."""
-    rows_B1 = jnp.arange(new_BTKH.shape[0])[:, None]
-    slots_BT = jnp.where(slots_BT < 0, cache_GBSKH.shape[2], slots_BT)  # negatives would wrap
-    return cache_GBSKH.at[group, rows_B1, slots_BT].set(
-        new_BTKH.astype(cache_GBSKH.dtype), mode="drop"
+    B, _, K, _ = new_BTKH.shape
+    rows_B11, heads_1K1 = jnp.arange(B)[:, None, None], jnp.arange(K)[None, :, None]
+    slots_BT = jnp.where(slots_BT < 0, cache_GBKSH.shape[3], slots_BT)  # negatives would wrap
+    return cache_GBKSH.at[group, rows_B11, heads_1K1, slots_BT[:, None]].set(
+        new_BTKH.swapaxes(1, 2).astype(cache_GBKSH.dtype), mode="drop"
     )
 
 
-def _read(cache_GBSKH: jax.Array, group: jax.Array) -> jax.Array:
-    return jax.lax.dynamic_index_in_dim(cache_GBSKH, group, axis=0, keepdims=False)
+def _read(cache_GBKSH: jax.Array, group: jax.Array) -> jax.Array:
+    """Return one group's cache, [B, S, K, H]."""
+    return jax.lax.dynamic_index_in_dim(cache_GBKSH, group, axis=0, keepdims=False).swapaxes(1, 2)
 
 
 def _merge_over(out: jax.Array, lse: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -136,8 +138,8 @@ def cached_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
     v_BTKH: jax.Array,
-    keys_GBSKH: jax.Array,
-    values_GBSKH: jax.Array,
+    keys_GBKSH: jax.Array,
+    values_GBKSH: jax.Array,
     *,
     group: jax.Array,
     lengths_B: jax.Array,
@@ -152,7 +154,7 @@ def cached_attention(
 
     Args:
         q_BTNH, k_BTKH, v_BTKH: projections of the new tokens.
-        keys_GBSKH, values_GBSKH: caches of all groups of this slot.
+        keys_GBKSH, values_GBKSH: caches of all groups of this slot.
         group: int32 scalar, the group to use.
         lengths_B: int32 tokens of each row before this call.
         positions_BT: int32 positions of the new tokens, increasing from `lengths_B`; -1 is padding.
@@ -160,7 +162,7 @@ def cached_attention(
         is_chunk_cache: whether the caches hold one chunk.
 
     Returns:
-        (out_BTNH, keys_GBSKH, values_GBSKH) with the new tokens stored.
+        (out_BTNH, keys_GBKSH, values_GBKSH) with the new tokens stored.
     """
     chunk = sees.chunk_size
 
@@ -177,7 +179,7 @@ def cached_attention(
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
         T, over = q.shape[1], divided["seq"]
         q, k, v, positions = (_gather(x, over) for x in (q, k, v, positions))
-        S, slots_over = keys.shape[2], divided["kv_seq"]
+        S, slots_over = keys.shape[3], divided["kv_seq"]
         first = jax.lax.axis_index(slots_over) * S if slots_over else 0
         slots = jnp.where(positions < 0, -1, positions - first)
         keys, values = _write(keys, k, slots, group), _write(values, v, slots, group)
@@ -214,7 +216,7 @@ def cached_attention(
         last = jnp.maximum(lengths - 1, positions.max(1))  # the last token after this call
         is_kept = (positions >= 0) & (positions // chunk == last[:, None] // chunk)
         slots = jnp.where(is_kept, positions % chunk, -1)
-        held = jnp.arange(keys.shape[2])[None]
+        held = jnp.arange(keys.shape[3])[None]
         if positions.shape[1] == 1:  # one token: store it, then read the cache in place
             keys, values = _write(keys, k, slots, group), _write(values, v, slots, group)
             k, v = _read(keys, group).astype(q.dtype), _read(values, group).astype(q.dtype)
@@ -225,7 +227,7 @@ def cached_attention(
             before = lengths[:, None]
             old = jnp.where(held < before % chunk, before // chunk * chunk + held, -1)
             kv_positions = jnp.concatenate([old, positions], axis=1)
-            new = slice(keys.shape[2], None)
+            new = slice(keys.shape[3], None)
             keys = _write(keys, k[:, new], slots, group)
             values = _write(values, v[:, new], slots, group)
         out = chunked_attention(
@@ -241,14 +243,14 @@ def cached_attention(
         return out, keys, values
 
     slots = None if is_chunk_cache else "kv_seq"
-    cache_axes = (None, "batch", slots, "kv_heads", None)
+    cache_axes = (None, "batch", "kv_heads", slots, None)
     return per_shard(
         chunk_layer if is_chunk_cache else global_layer,
         q_BTNH,
         k_BTKH,
         v_BTKH,
-        keys_GBSKH,
-        values_GBSKH,
+        keys_GBKSH,
+        values_GBKSH,
         group,
         lengths_B,
         positions_BT,

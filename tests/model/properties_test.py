@@ -135,8 +135,8 @@ def test_rows_of_different_lengths_share_a_cache(model, tokens):
 
 def test_a_chunk_layer_keeps_one_chunk_and_a_nope_layer_keeps_everything():
     cache = Cache.create(scout_like().text, batch_size=2, max_length=100)
-    assert [layer.keys_GBSKH.shape[2] for layer in cache.slots] == [CHUNK, CHUNK, CHUNK, 100]
-    assert [layer.keys_GBSKH.shape[2] for layer in cache.tail] == [CHUNK]
+    assert [layer.keys_GBKSH.shape[3] for layer in cache.slots] == [CHUNK, CHUNK, CHUNK, 100]
+    assert [layer.keys_GBKSH.shape[3] for layer in cache.tail] == [CHUNK]
 
 
 def test_scouts_cache_at_a_million_tokens_is_a_quarter_of_a_full_one():

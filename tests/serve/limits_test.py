@@ -15,8 +15,8 @@ def test_a_cache_has_rows_and_slots_in_powers_of_two(lengths, rows, length):
     cache = jax.eval_shape(lambda: Limits().make_cache(tiny.config(), lengths))
     assert cache.lengths_B.shape == (rows,)
     chunked, whole = cache.slots
-    assert chunked.keys_GBSKH.shape[1:3] == (rows, 8)
-    assert whole.keys_GBSKH.shape[1:3] == (rows, length)
+    assert chunked.keys_GBKSH.shape[1::2] == (rows, 8)
+    assert whole.keys_GBKSH.shape[1::2] == (rows, length)
 
 
 @pytest.mark.parametrize(

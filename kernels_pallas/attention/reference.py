@@ -1,4 +1,4 @@
-"""Attention in plain XLA: exact, differentiable, one block of queries' scores alive at a time."""
+"""Attention in plain XLA: exact, differentiable, scores of one block alive at a time."""
 
 import math
 
@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 QUERY_BLOCK = 512
+KEY_BLOCK = 8192
 NEGATIVE = -1e30
 
 
@@ -69,6 +70,15 @@ def _attend_block(
     return out_BTKGH, lse_BKGT
 
 
+def _merge_two(
+    one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]
+) -> tuple[jax.Array, jax.Array]:
+    """Combine (out_BTKGH, lse_BKGT) over two disjoint sets of keys."""
+    out_2BTKGH, lse_2BKGT = (jnp.stack(pair) for pair in zip(one, other, strict=True))
+    out_BTKGH, lse_BTKG = merge_attention(out_2BTKGH, lse_2BKGT.transpose(0, 1, 4, 2, 3))
+    return out_BTKGH, lse_BTKG.transpose(0, 2, 3, 1)
+
+
 def chunked_attention(
     q_BTNH: jax.Array,
     k_BSKH: jax.Array,
@@ -84,8 +94,7 @@ def chunked_attention(
     return_lse: bool = False,
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Attend causally by position, inside chunks if there are. See `api.chunked_attention`."""
-    B, T, N, H = q_BTNH.shape
-    K = k_BSKH.shape[2]
+    (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
     scale = 1.0 / math.sqrt(H) if scale is None else scale
     logit_scale_BT = jnp.full((B, T), scale, jnp.float32)
     if temperature is not None:
@@ -96,14 +105,39 @@ def chunked_attention(
         def rows(x: jax.Array) -> jax.Array:
             return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
-        mask_BTS = visible(
-            rows(q_positions_BT),
-            kv_positions_BS,
-            None if q_segments_BT is None else rows(q_segments_BT),
-            kv_segments_BS,
-            chunk_size,
+        def against(begin: jax.Array | int, count: int) -> tuple[jax.Array, jax.Array]:
+            first = jnp.minimum(
+                begin, S - count
+            )  # the last block of keys starts early, to be whole
+
+            def columns(x: jax.Array) -> jax.Array:
+                return jax.lax.dynamic_slice_in_dim(x, first, count, axis=1)
+
+            mask_BTS = visible(
+                rows(q_positions_BT),
+                columns(kv_positions_BS),
+                None if q_segments_BT is None else rows(q_segments_BT),
+                None if kv_segments_BS is None else columns(kv_segments_BS),
+                chunk_size,
+            )
+            mask_BTS &= first + jnp.arange(count) >= begin
+            k, v = columns(k_BSKH), columns(v_BSKH)
+            return _attend_block(rows(q_BTKGH), k, v, mask_BTS, rows(logit_scale_BT))
+
+        if size * S <= QUERY_BLOCK * KEY_BLOCK or S <= KEY_BLOCK:
+            return against(0, S)
+
+        @jax.checkpoint
+        def add_keys(
+            seen: tuple[jax.Array, jax.Array], begin: jax.Array
+        ) -> tuple[tuple[jax.Array, jax.Array], None]:
+            return _merge_two(seen, against(begin, KEY_BLOCK)), None
+
+        nothing = (
+            jnp.zeros((B, size, K, N // K, H), jnp.float32),
+            jnp.full((B, K, N // K, size), NEGATIVE, jnp.float32),
         )
-        return _attend_block(rows(q_BTKGH), k_BSKH, v_BSKH, mask_BTS, rows(logit_scale_BT))
+        return jax.lax.scan(add_keys, nothing, jnp.arange(0, S, KEY_BLOCK))[0]
 
     with jax.named_scope("chunked_attention"):
         if T <= QUERY_BLOCK:

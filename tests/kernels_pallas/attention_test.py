@@ -85,7 +85,8 @@ def test_packed_segments_and_padding_are_invisible_to_each_other():
     np.testing.assert_array_equal(out[:, 10:], 0)
 
 
-def test_blocks_of_queries_change_nothing(monkeypatch):
+@pytest.mark.parametrize("key_block", [8192, 7])
+def test_blocks_of_queries_and_keys_change_nothing(monkeypatch, key_block):
     q, k, v, q_pos, kv_pos = make(29, 29)
     arguments = [jnp.float32(a) for a in (q, k, v)]
 
@@ -97,6 +98,7 @@ def test_blocks_of_queries_change_nothing(monkeypatch):
     whole = run(*arguments)
     whole_grad = jax.grad(lambda *a: (run(*a)[0] ** 2).sum(), (0, 1, 2))(*arguments)
     monkeypatch.setattr(reference, "QUERY_BLOCK", 8)
+    monkeypatch.setattr(reference, "KEY_BLOCK", key_block)
     blocks = run(*arguments)
     blocks_grad = jax.grad(lambda *a: (run(*a)[0] ** 2).sum(), (0, 1, 2))(*arguments)
     for a, b in zip(whole + whole_grad, blocks + blocks_grad, strict=True):

@@ -1,19 +1,18 @@
-"""The safetensors file format: read the header, write a file tensor by tensor.
+"""safetensors files through the safetensors package: tensors found to be mapped, written in blocks.
 
-A file is an 8-byte little-endian header length, a JSON header that gives each tensor its dtype,
-shape and byte range, and the bytes. Only the header is read here; tensors are mapped when used.
-
-Source: the format description in the safetensors repository's README.
+The package's numpy front end copies what it reads and cannot return FP8, and its writer wants all
+values at once. So it reads and checks the header here, and the tensors are mapped where it says
+they are; and it lays a new file out from zeros that take no memory, which are then overwritten.
 """
 
 import json
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
 
 import ml_dtypes
 import numpy as np
+from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from llama4_jax.checkpoint.source import StoredTensor
 
@@ -23,9 +22,6 @@ _DTYPES = {
     "F32": np.dtype(np.float32),
     "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
 }
-_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
-_MAX_HEADER = 100_000_000
-"""Bytes; the limit of the reference implementation."""
 
 
 def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
@@ -35,56 +31,47 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
       ValueError: the file is truncated, is not safetensors, or a tensor has a dtype other than
         BF16, F16, F32 and F8_E4M3.
     """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = file.read(8)
-        length = int.from_bytes(start, "little")
-        if len(start) < 8 or length > size - 8:
-            raise ValueError(
-                f"{path} is truncated or not safetensors: its header should have {length} bytes "
-                f"and the whole file has {size}"
-            )
-        if length > _MAX_HEADER:
-            raise ValueError(f"{path}: a header of {length} bytes exceeds {_MAX_HEADER}")
-        try:
-            header = json.loads(file.read(length))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not safetensors: its header is not JSON") from error
-    if not isinstance(header, dict):
-        raise ValueError(f"{path} is not safetensors: its header is not a JSON object")
-    header.pop("__metadata__", None)
-    tensors = {name: _entry(path, name, entry, 8 + length) for name, entry in header.items()}
-    for name, tensor in tensors.items():
-        end = tensor.offset + _num_bytes(tensor.shape, tensor.dtype)
-        if end > size:
-            raise ValueError(
-                f"{path} is truncated: {name} {tensor.shape} ends at byte {end} and the file has "
-                f"{size}"
-            )
+    try:
+        with safe_open(path, framework="numpy") as file:
+            # In the order of their bytes, which follow each other without gaps to the file's end.
+            slices = {name: file.get_slice(name) for name in file.offset_keys()}
+            entries = {name: (s.get_dtype(), tuple(s.get_shape())) for name, s in slices.items()}
+    except SafetensorError as error:
+        raise ValueError(_explain(path, error)) from error
+    for name, (dtype, shape) in entries.items():
+        if dtype not in _DTYPES:
+            known = ", ".join(_DTYPES)
+            raise ValueError(f"{path}: {name} has dtype {dtype}; only {known} can be read")
+        if 0 in shape:
+            raise ValueError(f"{path}: {name} has shape {shape}, which holds nothing")
+    sizes = [math.prod(shape) * _DTYPES[dtype].itemsize for dtype, shape in entries.values()]
+    offset = path.stat().st_size - sum(sizes)
+    tensors = {}
+    for (name, (dtype, shape)), size in zip(entries.items(), sizes, strict=True):
+        tensors[name] = StoredTensor(path=path, offset=offset, shape=shape, dtype=_DTYPES[dtype])
+        offset += size
     return tensors
 
 
-def _entry(path: pathlib.Path, name: str, entry: Any, data_start: int) -> StoredTensor:
+def _explain(path: pathlib.Path, error: SafetensorError) -> str:
+    """Say what is wrong with a file that the package refuses; of a cut one, which tensor is cut."""
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > size - 8:
+            return (
+                f"{path} is truncated or not safetensors: its header should have {length} bytes "
+                f"and the whole file has {size}"
+            )
+        text = file.read(length)
     try:
-        dtype_name, shape, (begin, end) = (entry[k] for k in ("dtype", "shape", "data_offsets"))
-        shape = tuple(int(n) for n in shape)
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: {name} has a malformed header entry {entry!r}") from error
-    if dtype_name not in _DTYPES:
-        raise ValueError(
-            f"{path}: {name} has dtype {dtype_name}; only {', '.join(_DTYPES)} can be read"
-        )
-    dtype = _DTYPES[dtype_name]
-    if begin < 0 or min(shape, default=1) < 1 or end - begin != _num_bytes(shape, dtype):
-        raise ValueError(
-            f"{path}: {name} has bytes {begin} to {end}, but {dtype_name}{list(shape)} takes "
-            f"{_num_bytes(shape, dtype)}"
-        )
-    return StoredTensor(path=path, offset=data_start + begin, shape=shape, dtype=dtype)
-
-
-def _num_bytes(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return math.prod(shape) * dtype.itemsize
+        header = json.loads(text)
+        ends = {key: 8 + length + e["data_offsets"][1] for key, e in header.items() if "dtype" in e}
+        name = min((key for key in ends if ends[key] > size), key=ends.__getitem__)
+    except (AttributeError, KeyError, TypeError, ValueError):
+        return f"{path} is not safetensors: {error}"
+    shape = tuple(header[name]["shape"])
+    return f"{path} is truncated: {name} {shape} ends at byte {ends[name]} and the file has {size}"
 
 
 def write_file(
@@ -96,21 +83,26 @@ def write_file(
 
     Args:
       path: of the new file.
-      tensors: shape and dtype of every tensor by name, in file order.
+      tensors: shape and dtype of every tensor by name.
       values: for each tensor its values in C order, cut into arrays of any size.
     """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, (shape, dtype) in tensors.items():
-        end = offset + _num_bytes(shape, dtype)
-        entry = {"dtype": _NAMES[dtype], "shape": list(shape), "data_offsets": [offset, end]}
-        header[name] = entry
-        offset = end
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for blocks in values:
+    sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()}
+    zeros = np.zeros(max(sizes.values()), np.uint8)  # never written to, so it takes no memory
+    specs = {
+        name: TensorSpec(
+            dtype=dtype.name,
+            shape=list(shape),
+            data_ptr=zeros.ctypes.data,
+            data_len=sizes[name],
+        )
+        for name, (shape, dtype) in tensors.items()
+    }
+    serialize_file(specs, path, metadata={"format": "pt"})
+    places = {name: tensor.offset for name, tensor in read_header(path).items()}
+    with path.open("r+b") as file:
+        for name, blocks in zip(tensors, values, strict=True):
+            file.seek(places[name])
             for block in blocks:
                 file.write(block.reshape(-1).view(np.uint8).data)
-        assert file.tell() == 8 + len(text) + offset, f"{path}: values do not fill their tensors"
+            end = places[name] + sizes[name]
+            assert file.tell() == end, f"{path}: the values of {name} do not fill it"

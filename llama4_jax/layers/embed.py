@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama4_jax.layers.param import normal, weight
-from llama4_jax.parallel.shard import einsum, shard, take
+from llama4_jax.parallel.shard import einsum, look_up, shard, take
 
 
 class Embed(nnx.Module):
@@ -17,8 +17,7 @@ class Embed(nnx.Module):
 
     def __call__(self, tokens_BT: jax.Array, *, dtype: str) -> jax.Array:
         """Look tokens up. Returns x_BTD."""
-        table_VD = weight(self.table_VD, jnp.dtype(dtype))
-        return take(table_VD, tokens_BT, out=("batch", "seq", "embed"))
+        return look_up(weight(self.table_VD, jnp.dtype(dtype)), tokens_BT)
 
     def attend(self, x_BTD: jax.Array) -> jax.Array:
         """Score every word by its embedding. Returns logits_BTV in the dtype of x."""

@@ -158,3 +158,27 @@ def per_shard(
     )
     placed = (jax.sharding.reshard(a, s) for a, s in zip(arrays, specs, strict=True))
     return mapped(*placed)
+
+
+def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """Gather rows of a table that may be divided along its vocabulary. Returns x_BTD.
+
+    Every shard finds the tokens that it holds, and the rest are zeros in the sum over shards, so
+    that no more than the rows asked for ever moves.
+    """
+
+    def local(
+        divided: dict[str, tuple[str, ...]], table_VD: jax.Array, tokens_BT: jax.Array
+    ) -> jax.Array:
+        over = divided["vocab"]
+        if not over:
+            return table_VD[tokens_BT]
+        row_BT = tokens_BT - jax.lax.axis_index(over) * table_VD.shape[0]
+        is_held_BT = (row_BT >= 0) & (row_BT < table_VD.shape[0])
+        x_BTD = table_VD[jnp.where(is_held_BT, row_BT, 0)]
+        return jax.lax.psum(jnp.where(is_held_BT[..., None], x_BTD, 0), over)
+
+    tokens = ("batch", "seq")
+    return per_shard(
+        local, table_VD, tokens_BT, axes=(("vocab", None), tokens), out=(*tokens, None)
+    )

@@ -106,9 +106,8 @@ def chunked_attention(
             return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
         def against(begin: jax.Array | int, count: int) -> tuple[jax.Array, jax.Array]:
-            first = jnp.minimum(
-                begin, S - count
-            )  # the last block of keys starts early, to be whole
+            # The last block of keys starts early enough to be whole.
+            first = jnp.minimum(begin, S - count)
 
             def columns(x: jax.Array) -> jax.Array:
                 return jax.lax.dynamic_slice_in_dim(x, first, count, axis=1)

@@ -20,6 +20,15 @@ def test_a_signal_is_noted_and_handlers_come_back(number):
     assert handlers() == before
 
 
+@pytest.fixture
+def _interruptible():
+    """Python's own handler, which a process started in the background lacks: it ignores SIGINT."""
+    previous = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, previous)
+
+
+@pytest.mark.usefixtures("_interruptible")
 def test_a_second_interrupt_interrupts_at_once():
     before = handlers()
     with pytest.raises(KeyboardInterrupt), catch_stop_signals():

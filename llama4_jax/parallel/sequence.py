@@ -134,6 +134,96 @@ def _merge_over(out: jax.Array, lse: jax.Array, axes: tuple[str, ...]) -> jax.Ar
     return jax.lax.psum(out * weight[..., None], axes) / jnp.maximum(total, 1e-37)[..., None]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What one shard has of a call with a cache: projections of new tokens, one slot's cache."""
+
+    q_BTNH: jax.Array
+    k_BTKH: jax.Array
+    v_BTKH: jax.Array
+    keys_GBKSH: jax.Array
+    values_GBKSH: jax.Array
+    group: jax.Array
+    lengths_B: jax.Array
+    positions_BT: jax.Array
+
+    def stored(self, k_BTKH: jax.Array, v_BTKH: jax.Array, slots_BT: jax.Array) -> "_Call":
+        """Store new keys and values at their slots."""
+        return dataclasses.replace(
+            self,
+            keys_GBKSH=_write(self.keys_GBKSH, k_BTKH, slots_BT, self.group),
+            values_GBKSH=_write(self.values_GBKSH, v_BTKH, slots_BT, self.group),
+        )
+
+    def held(self) -> tuple[jax.Array, jax.Array]:
+        """Return the cached keys and values of the group, [B, S, K, H], in the dtype of q."""
+        keys, values = _read(self.keys_GBKSH, self.group), _read(self.values_GBKSH, self.group)
+        return keys.astype(self.q_BTNH.dtype), values.astype(self.q_BTNH.dtype)
+
+
+_Result = tuple[jax.Array, jax.Array, jax.Array]
+
+
+def _attend_whole(divided: dict[str, tuple[str, ...]], call: _Call, sees: Visibility) -> _Result:
+    """Attend with a cache that holds token p at slot p, and whose slots may be divided."""
+    T, over, slots_over = call.q_BTNH.shape[1], divided["seq"], divided["kv_seq"]
+    q, k, v = (_gather(x, over) for x in (call.q_BTNH, call.k_BTKH, call.v_BTKH))
+    positions = _gather(call.positions_BT, over)
+    S = call.keys_GBKSH.shape[3]
+    first = jax.lax.axis_index(slots_over) * S if slots_over else 0
+    call = call.stored(k, v, jnp.where(positions < 0, -1, positions - first))
+    keys, values = call.held()
+    end = jnp.maximum(call.lengths_B, positions.max(1) + 1)
+    slot_positions = first + jnp.arange(S)
+    kv_positions = jnp.where(slot_positions[None] < end[:, None], slot_positions[None], -1)
+    out, lse = chunked_attention(
+        q,
+        keys,
+        values,
+        q_positions_BT=positions,
+        kv_positions_BS=kv_positions,
+        chunk_size=sees.chunk_size,
+        temperature=sees.temperature,
+        return_lse=True,
+    )
+    out = _merge_over(out, lse, slots_over).astype(q.dtype)
+    return _own(out, over, T), call.keys_GBKSH, call.values_GBKSH
+
+
+def _attend_chunk(divided: dict[str, tuple[str, ...]], call: _Call, sees: Visibility) -> _Result:
+    """Attend with a cache of one chunk, which holds token p at slot p % chunk_size."""
+    chunk, over = sees.chunk_size, divided["seq"]
+    assert chunk is not None
+    k, v = _gather(call.k_BTKH, over), _gather(call.v_BTKH, over)
+    positions = _gather(call.positions_BT, over)
+    last = jnp.maximum(call.lengths_B - 1, positions.max(1))  # the last token after this call
+    is_kept = (positions >= 0) & (positions // chunk == last[:, None] // chunk)
+    slots = jnp.where(is_kept, positions % chunk, -1)
+    held = jnp.arange(call.keys_GBKSH.shape[3])[None]
+    if positions.shape[1] == 1:  # one token: store it, then read the cache in place
+        call = call.stored(k, v, slots)
+        k, v = call.held()
+        kv_positions = last[:, None] // chunk * chunk + held  # stale slots lie in the future
+    else:  # several may cross a boundary: read what the cache holds before it is overwritten
+        old_k, old_v = call.held()
+        before = call.lengths_B[:, None]
+        old = jnp.where(held < before % chunk, before // chunk * chunk + held, -1)
+        kv_positions = jnp.concatenate([old, positions], axis=1)
+        call = call.stored(k, v, slots)
+        k, v = jnp.concatenate([old_k, k], axis=1), jnp.concatenate([old_v, v], axis=1)
+    out = chunked_attention(
+        call.q_BTNH,
+        k,
+        v,
+        q_positions_BT=call.positions_BT,
+        kv_positions_BS=kv_positions,
+        chunk_size=chunk,
+        temperature=sees.temperature,
+    )
+    assert isinstance(out, jax.Array)
+    return out, call.keys_GBKSH, call.values_GBKSH
+
+
 def cached_attention(
     q_BTNH: jax.Array,
     k_BTKH: jax.Array,
@@ -164,88 +254,10 @@ def cached_attention(
     Returns:
         (out_BTNH, keys_GBKSH, values_GBKSH) with the new tokens stored.
     """
-    chunk = sees.chunk_size
-
-    def global_layer(
-        divided: dict[str, tuple[str, ...]],
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
-        group: jax.Array,
-        lengths: jax.Array,
-        positions: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        T, over = q.shape[1], divided["seq"]
-        q, k, v, positions = (_gather(x, over) for x in (q, k, v, positions))
-        S, slots_over = keys.shape[3], divided["kv_seq"]
-        first = jax.lax.axis_index(slots_over) * S if slots_over else 0
-        slots = jnp.where(positions < 0, -1, positions - first)
-        keys, values = _write(keys, k, slots, group), _write(values, v, slots, group)
-        end = jnp.maximum(lengths, positions.max(1) + 1)
-        slot_positions = first + jnp.arange(S)
-        kv_positions = jnp.where(slot_positions[None] < end[:, None], slot_positions[None], -1)
-        out, lse = chunked_attention(
-            q,
-            _read(keys, group).astype(q.dtype),
-            _read(values, group).astype(q.dtype),
-            q_positions_BT=positions,
-            kv_positions_BS=kv_positions,
-            chunk_size=chunk,
-            temperature=sees.temperature,
-            return_lse=True,
-        )
-        out = _merge_over(out, lse, slots_over).astype(q.dtype)
-        return _own(out, over, T), keys, values
-
-    def chunk_layer(
-        divided: dict[str, tuple[str, ...]],
-        q: jax.Array,
-        k: jax.Array,
-        v: jax.Array,
-        keys: jax.Array,
-        values: jax.Array,
-        group: jax.Array,
-        lengths: jax.Array,
-        positions: jax.Array,
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        assert chunk is not None
-        over, q_positions = divided["seq"], positions
-        k, v, positions = (_gather(x, over) for x in (k, v, positions))
-        last = jnp.maximum(lengths - 1, positions.max(1))  # the last token after this call
-        is_kept = (positions >= 0) & (positions // chunk == last[:, None] // chunk)
-        slots = jnp.where(is_kept, positions % chunk, -1)
-        held = jnp.arange(keys.shape[3])[None]
-        if positions.shape[1] == 1:  # one token: store it, then read the cache in place
-            keys, values = _write(keys, k, slots, group), _write(values, v, slots, group)
-            k, v = _read(keys, group).astype(q.dtype), _read(values, group).astype(q.dtype)
-            kv_positions = last[:, None] // chunk * chunk + held  # stale slots lie in the future
-        else:  # several may cross a boundary: read what the cache holds before it is overwritten
-            k = jnp.concatenate([_read(keys, group).astype(k.dtype), k], axis=1)
-            v = jnp.concatenate([_read(values, group).astype(v.dtype), v], axis=1)
-            before = lengths[:, None]
-            old = jnp.where(held < before % chunk, before // chunk * chunk + held, -1)
-            kv_positions = jnp.concatenate([old, positions], axis=1)
-            new = slice(keys.shape[3], None)
-            keys = _write(keys, k[:, new], slots, group)
-            values = _write(values, v[:, new], slots, group)
-        out = chunked_attention(
-            q,
-            k,
-            v,
-            q_positions_BT=q_positions,
-            kv_positions_BS=kv_positions,
-            chunk_size=chunk,
-            temperature=sees.temperature,
-        )
-        assert isinstance(out, jax.Array)
-        return out, keys, values
-
-    slots = None if is_chunk_cache else "kv_seq"
-    cache_axes = (None, "batch", "kv_heads", slots, None)
+    attend = _attend_chunk if is_chunk_cache else _attend_whole
+    cache_axes = (None, "batch", "kv_heads", None if is_chunk_cache else "kv_seq", None)
     return per_shard(
-        chunk_layer if is_chunk_cache else global_layer,
+        lambda divided, *arrays: attend(divided, _Call(*arrays), sees),
         q_BTNH,
         k_BTKH,
         v_BTKH,

@@ -40,6 +40,22 @@ def attention_temperature(positions: jax.Array, temperature: tuple[int, float]) 
     return 1.0 + coefficient * jnp.log1p(steps.astype(jnp.float32))
 
 
+def _dot_f32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Multiply into float32.
+
+    XLA:CPU has no product of bfloat16 into float32 for some layouts; there the operands are
+    widened first, which gives the same result.
+    """
+
+    def widened(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(equation, x.astype(jnp.float32), y.astype(jnp.float32))
+
+    def direct(x: jax.Array, y: jax.Array) -> jax.Array:
+        return jnp.einsum(equation, x, y, preferred_element_type=jnp.float32)
+
+    return jax.lax.platform_dependent(x, y, cpu=widened, default=direct)
+
+
 def _attend_block(
     q_BTKGH: jax.Array,
     k_BSKH: jax.Array,
@@ -48,9 +64,7 @@ def _attend_block(
     logit_scale_BT: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
     """Attend one block of queries to all keys; one that sees nothing gets zeros and lse -1e30."""
-    scores_BKGTS = jnp.einsum(
-        "BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH, preferred_element_type=jnp.float32
-    )
+    scores_BKGTS = _dot_f32("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH)
     scores_BKGTS *= logit_scale_BT[:, None, None, :, None]
     mask_B11TS = mask_BTS[:, None, None]
     scores_BKGTS = jnp.where(mask_B11TS, scores_BKGTS, NEGATIVE)
@@ -58,12 +72,7 @@ def _attend_block(
     weights_BKGTS = jnp.where(mask_B11TS, jnp.exp(scores_BKGTS - top_BKGT1), 0.0)
     sum_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
     probs_BKGTS = weights_BKGTS / jnp.maximum(sum_BKGT1, 1e-37)
-    out_BTKGH = jnp.einsum(
-        "BKGTS,BSKH->BTKGH",
-        probs_BKGTS.astype(v_BSKH.dtype),
-        v_BSKH,
-        preferred_element_type=jnp.float32,
-    )
+    out_BTKGH = _dot_f32("BKGTS,BSKH->BTKGH", probs_BKGTS.astype(v_BSKH.dtype), v_BSKH)
     lse_BKGT = jnp.where(
         sum_BKGT1 > 0, top_BKGT1 + jnp.log(jnp.maximum(sum_BKGT1, 1e-37)), NEGATIVE
     )[..., 0]

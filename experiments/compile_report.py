@@ -8,6 +8,7 @@ from collections.abc import Iterator
 
 import jax
 
+from experiments.hlo_bytes import bytes_moved
 from experiments.programs import Program
 from experiments.topologies import Target
 
@@ -19,8 +20,8 @@ NOTES = """
 Per device. args: weights, cache, inputs; peak: most bytes alive at a time. GFLOP and GB moved count
 every loop body once: one of the groups of 4 layers, one block of queries in long attention, and of
 the routed experts one block of rows, whose number is known at run time only. GFLOP of GPUs are the
-matrix products of the program; XLA:GPU has no estimate of bytes. Collectives: all
-that stand in the program (those in the loop over groups of layers, which repeats them). ar
+matrix products of the program, their bytes those that its operations read and write. Collectives:
+all that stand in the program (those in the loop over groups of layers, which repeats them). ar
 all-reduce, ag all-gather, rs reduce-scatter, aa all-to-all, cp collective-permute."""
 
 HEADER = (
@@ -68,7 +69,7 @@ def read(compiled: jax.stages.Compiled, *, seconds: float) -> Figures:
 
     Memory is the compiler's own plan and covers the whole program. Work is the compiler's estimate
     on TPUs; XLA:GPU makes none, so that FLOPs are those of the matrix products in its program and
-    bytes are unknown.
+    bytes those that its operations read and write.
     """
     text = compiled.as_text() or ""
     memory = compiled.memory_analysis()
@@ -82,7 +83,7 @@ def read(compiled: jax.stages.Compiled, *, seconds: float) -> Figures:
         scratch=memory.temp_size_in_bytes,
         peak=memory.peak_memory_in_bytes,
         flops=cost.get("flops") or product_flops(text),
-        bytes_moved=cost.get("bytes accessed"),
+        bytes_moved=cost.get("bytes accessed") or bytes_moved(text),
         collectives={kind: kinds[kind] for kind in COLLECTIVES if kinds[kind]},
         in_group=sum("/slot_" in line for _, line in found),
         instructions=sum(_INSTRUCTION.match(line) is not None for line in text.splitlines()),

@@ -104,7 +104,7 @@ class RunConfig:
         model: The architecture.
         optimizer: Optimizer and schedule.
         loss: Loss terms.
-        mixture: (source name, share) pairs; shares of rows, need not sum to one.
+        mixture: (source name, share) pairs; shares of tokens, need not sum to one.
         steps: Optimizer steps.
         batch_size: Rows of a batch, over all devices.
         row_length: Tokens of a row.

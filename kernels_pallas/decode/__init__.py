@@ -1,0 +1,1 @@
+"""Decode attention, a few queries against a long cache: contract in `api.py`."""

@@ -1,8 +1,10 @@
 """Which device a kernel is traced for, and which backend serves it."""
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Literal
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, Literal, get_args
 
 import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -53,36 +55,38 @@ def device_kind() -> str:
     return _device().device_kind
 
 
-def choose(
-    backend: Backend | None, operation: str, refusals: Mapping[Backend, Callable[[], str | None]]
-) -> Backend:
-    """Choose who computes an operation.
+def choose(name: Backend | None, operation: str, *arguments: Any) -> ModuleType:
+    """Choose the module that computes an operation.
 
     Args:
-        backend: a name, which is obeyed or refused, or None for the best that can.
-        operation: the name of the operation, for the error.
-        refusals: for "tpu" and "gpu", a function that returns why the backend cannot take these
-            shapes and dtypes, or None if it can.
+        name: a backend, which is obeyed or refused, or None for the best that can.
+        operation: the package of the operation. Its modules `tpu` and `gpu` have a function
+            `refusal`, which returns why they cannot take these arguments, or None if they can.
+        *arguments: of `refusal`.
 
     Raises:
         ValueError: the name is unknown.
         NotImplementedError: the named backend cannot compute this here.
     """
-    if backend == "reference":
-        return backend
-    if backend is None:
-        here = platform()
-        is_able = here in refusals and refusals[here]() is None  # type: ignore[index]
-        return here if is_able else "reference"  # type: ignore[return-value]
-    if backend not in refusals:
-        names = ", ".join(["reference", *refusals])
-        raise ValueError(f"backend {backend!r} of {operation} is unknown; choose from {names}")
-    reason = refusals[backend]()
-    if reason is None and not _interpreting.value and platform() != backend:
-        reason = f"it needs a {backend.upper()}, and this is {device_kind()}"
+
+    def module(name: str) -> ModuleType:
+        return importlib.import_module(f"kernels_pallas.{operation}.{name}")
+
+    here = platform()
+    if name is None:
+        if here in ("tpu", "gpu") and module(here).refusal(*arguments) is None:
+            return module(here)
+        return module("reference")
+    if name not in get_args(Backend):
+        raise ValueError(f"backend {name!r} is unknown; choose from {', '.join(get_args(Backend))}")
+    if name == "reference":
+        return module(name)
+    reason = module(name).refusal(*arguments)
+    if reason is None and not _interpreting.value and here != name:
+        reason = f"it needs a {name.upper()}, and this is {device_kind()}"
     if reason is not None:
         raise NotImplementedError(
-            f"backend {backend!r} cannot compute this {operation}: {reason}; backend=None takes "
-            "the best one that can"
+            f"backend {name!r} of {operation} refuses: {reason}; backend=None takes the best that "
+            "does not"
         )
-    return backend
+    return module(name)

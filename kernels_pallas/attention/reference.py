@@ -1,46 +1,33 @@
-"""Attention in plain XLA: exact, differentiable, scores of one block alive at a time."""
+"""Attention in plain XLA: exact, differentiable, and no work on blocks that nobody sees.
 
-import math
+Small problems are one dense block. Larger ones are cut into blocks of queries and of keys: for each
+block of queries a loop walks the blocks of keys that it may see, its bounds known only at run time,
+and merges what they add by the online softmax. Memory is O(T x block); chunk-local attention costs
+what its chunks cost. The gradient recomputes the probabilities of a block from the log-sum-exp, in
+the same walk.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-QUERY_BLOCK = 512
-KEY_BLOCK = 8192
-NEGATIVE = -1e30
+from kernels_pallas.attention.visibility import (
+    NEGATIVE,
+    Inputs,
+    QueryBlocks,
+    Settings,
+    attention_temperature,
+    summarize,
+    visible,
+)
+
+BLOCK = 512
+MAX_DENSE = 1 << 24  # scores of all rows and heads, 64 MB
 
 
-def visible(
-    q_positions_BT: jax.Array,
-    kv_positions_BS: jax.Array,
-    q_segments_BT: jax.Array | None,
-    kv_segments_BS: jax.Array | None,
-    chunk_size: int | None,
-) -> jax.Array:
-    """Return the mask [B, T, S]: same segment, not in the future, same chunk if there are chunks.
-
-    A negative position marks padding, which no query sees.
-    """
-    q_BT1, kv_B1S = q_positions_BT[:, :, None], kv_positions_BS[:, None, :]
-    mask_BTS = (kv_B1S >= 0) & (kv_B1S <= q_BT1)
-    if chunk_size is not None:
-        mask_BTS &= kv_B1S // chunk_size == q_BT1 // chunk_size
-    if q_segments_BT is not None and kv_segments_BS is not None:
-        mask_BTS &= q_segments_BT[:, :, None] == kv_segments_BS[:, None, :]
-    return mask_BTS
-
-
-def attention_temperature(positions: jax.Array, temperature: tuple[int, float]) -> jax.Array:
-    """Compute s(p) = 1 + coefficient * ln(floor((p + 1) / floor) + 1) in float32.
-
-    Positions stay integers until the floor is taken: in bfloat16 the steps would move.
-    """
-    floor, coefficient = temperature
-    steps = (jnp.maximum(positions, 0) + 1) // floor
-    return 1.0 + coefficient * jnp.log1p(steps.astype(jnp.float32))
-
-
-def _dot_f32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
+def dot_f32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     """Multiply into float32.
 
     XLA:CPU has no product of bfloat16 into float32 for some layouts; there the operands are
@@ -56,130 +43,278 @@ def _dot_f32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
     return jax.lax.platform_dependent(x, y, cpu=widened, default=direct)
 
 
-def _attend_block(
-    q_BTKGH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    mask_BTS: jax.Array,
-    logit_scale_BT: jax.Array,
-) -> tuple[jax.Array, jax.Array]:
-    """Attend one block of queries to all keys; one that sees nothing gets zeros and lse -1e30."""
-    scores_BKGTS = _dot_f32("BTKGH,BSKH->BKGTS", q_BTKGH, k_BSKH)
-    scores_BKGTS *= logit_scale_BT[:, None, None, :, None]
-    mask_B11TS = mask_BTS[:, None, None]
-    scores_BKGTS = jnp.where(mask_B11TS, scores_BKGTS, NEGATIVE)
-    top_BKGT1 = jax.lax.stop_gradient(scores_BKGTS.max(-1, keepdims=True))
-    weights_BKGTS = jnp.where(mask_B11TS, jnp.exp(scores_BKGTS - top_BKGT1), 0.0)
-    sum_BKGT1 = weights_BKGTS.sum(-1, keepdims=True)
-    probs_BKGTS = weights_BKGTS / jnp.maximum(sum_BKGT1, 1e-37)
-    out_BTKGH = _dot_f32("BKGTS,BSKH->BTKGH", probs_BKGTS.astype(v_BSKH.dtype), v_BSKH)
-    lse_BKGT = jnp.where(
-        sum_BKGT1 > 0, top_BKGT1 + jnp.log(jnp.maximum(sum_BKGT1, 1e-37)), NEGATIVE
-    )[..., 0]
-    return out_BTKGH, lse_BKGT
+class _Keys(NamedTuple):
+    """A block of keys of one row."""
+
+    k_SKH: jax.Array
+    v_SKH: jax.Array
+    positions_S: jax.Array
+    segments_S: jax.Array
 
 
-def _merge_two(
-    one: tuple[jax.Array, jax.Array], other: tuple[jax.Array, jax.Array]
-) -> tuple[jax.Array, jax.Array]:
-    """Combine (out_BTKGH, lse_BKGT) over two disjoint sets of keys."""
-    out_2BTKGH, lse_2BKGT = (jnp.stack(pair) for pair in zip(one, other, strict=True))
-    out_BTKGH, lse_BTKG = merge_attention(out_2BTKGH, lse_2BKGT.transpose(0, 1, 4, 2, 3))
-    return out_BTKGH, lse_BTKG.transpose(0, 2, 3, 1)
+class _Queries(NamedTuple):
+    """A block of queries of one row, with what the gradient knows of them."""
+
+    q_TKGH: jax.Array
+    positions_T: jax.Array
+    segments_T: jax.Array
+    lse_KGT: jax.Array
+    dout_TKGH: jax.Array
+    delta_KGT: jax.Array
 
 
-def chunked_attention(
-    q_BTNH: jax.Array,
-    k_BSKH: jax.Array,
-    v_BSKH: jax.Array,
-    *,
-    q_positions_BT: jax.Array,
-    kv_positions_BS: jax.Array,
-    q_segments_BT: jax.Array | None = None,
-    kv_segments_BS: jax.Array | None = None,
-    chunk_size: int | None = None,
-    temperature: tuple[int, float] | None = None,
-    scale: float | None = None,
-    return_lse: bool = False,
-) -> jax.Array | tuple[jax.Array, jax.Array]:
-    """Attend causally by position, inside chunks if there are. See `api.chunked_attention`."""
-    (B, T, N, H), (S, K) = q_BTNH.shape, k_BSKH.shape[1:3]
-    scale = 1.0 / math.sqrt(H) if scale is None else scale
-    logit_scale_BT = jnp.full((B, T), scale, jnp.float32)
-    if temperature is not None:
-        logit_scale_BT *= attention_temperature(q_positions_BT, temperature)
-    q_BTKGH = q_BTNH.reshape(B, T, K, N // K, H)
+def _logits(q: _Queries, keys: _Keys, how: Settings) -> tuple[jax.Array, jax.Array]:
+    """Return float32 logits [K, G, T, S], NEGATIVE where nothing is seen, and scale [T] of each."""
+    scale_T = jnp.full(q.positions_T.shape, how.scale, jnp.float32)
+    if how.temperature is not None:
+        scale_T *= attention_temperature(q.positions_T, how.temperature)
+    mask_TS = visible(
+        q.positions_T[:, None],
+        keys.positions_S[None],
+        q.segments_T[:, None],
+        keys.segments_S[None],
+        how.chunk_size,
+    )
+    logits_KGTS = dot_f32("TKGH,SKH->KGTS", q.q_TKGH, keys.k_SKH) * scale_T[:, None]
+    return jnp.where(mask_TS, logits_KGTS, NEGATIVE), scale_T
 
-    def block(start: jax.Array | int, size: int) -> tuple[jax.Array, jax.Array]:
-        def rows(x: jax.Array) -> jax.Array:
-            return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
-        def against(begin: jax.Array | int, count: int) -> tuple[jax.Array, jax.Array]:
-            # The last block of keys starts early enough to be whole.
-            first = jnp.minimum(begin, S - count)
+class Partial(NamedTuple):
+    """Attention over some of the keys by the online softmax: not yet divided by the weights' sum.
 
-            def columns(x: jax.Array) -> jax.Array:
-                return jax.lax.dynamic_slice_in_dim(x, first, count, axis=1)
+    Attributes:
+        sum_TKGH: values times their weights.
+        top_KGT: largest logit so far, which the weights are relative to.
+        weight_KGT: sum of the weights.
+    """
 
-            mask_BTS = visible(
-                rows(q_positions_BT),
-                columns(kv_positions_BS),
-                None if q_segments_BT is None else rows(q_segments_BT),
-                None if kv_segments_BS is None else columns(kv_segments_BS),
-                chunk_size,
-            )
-            mask_BTS &= first + jnp.arange(count) >= begin
-            k, v = columns(k_BSKH), columns(v_BSKH)
-            return _attend_block(rows(q_BTKGH), k, v, mask_BTS, rows(logit_scale_BT))
+    sum_TKGH: jax.Array
+    top_KGT: jax.Array
+    weight_KGT: jax.Array
 
-        if size * S <= QUERY_BLOCK * KEY_BLOCK or S <= KEY_BLOCK:
-            return against(0, S)
+    @staticmethod
+    def nothing(T: int, K: int, G: int, H: int) -> "Partial":
+        """Return attention over no keys."""
+        top_KGT = jnp.full((K, G, T), NEGATIVE, jnp.float32)
+        return Partial(jnp.zeros((T, K, G, H), jnp.float32), top_KGT, jnp.zeros_like(top_KGT))
 
-        @jax.checkpoint
-        def add_keys(
-            seen: tuple[jax.Array, jax.Array], begin: jax.Array
-        ) -> tuple[tuple[jax.Array, jax.Array], None]:
-            return _merge_two(seen, against(begin, KEY_BLOCK)), None
+    def add(self, logits_KGTS: jax.Array, weigh: Callable[[jax.Array], jax.Array]) -> "Partial":
+        """See more keys.
 
-        nothing = (
-            jnp.zeros((B, size, K, N // K, H), jnp.float32),
-            jnp.full((B, K, N // K, size), NEGATIVE, jnp.float32),
+        Args:
+            logits_KGTS: of the keys, NEGATIVE where one is not seen.
+            weigh: adds up the keys' values under given weights KGTS; returns TKGH.
+        """
+        top_KGT = jnp.maximum(self.top_KGT, logits_KGTS.max(-1))
+        # What is not seen has weight 0 even where nothing has been seen and top is NEGATIVE itself.
+        seen_KGTS = logits_KGTS > NEGATIVE / 2
+        weights_KGTS = jnp.where(seen_KGTS, jnp.exp(logits_KGTS - top_KGT[..., None]), 0.0)
+        fade_KGT = jnp.exp(self.top_KGT - top_KGT)
+        return Partial(
+            self.sum_TKGH * fade_KGT.transpose(2, 0, 1)[..., None] + weigh(weights_KGTS),
+            top_KGT,
+            self.weight_KGT * fade_KGT + weights_KGTS.sum(-1),
         )
-        return jax.lax.scan(add_keys, nothing, jnp.arange(0, S, KEY_BLOCK))[0]
+
+    def finish(self) -> tuple[jax.Array, jax.Array]:
+        """Return out_TKGH, zero where nothing was seen, and lse_KGT, NEGATIVE there."""
+        weight_KGT = jnp.where(self.weight_KGT > 0, self.weight_KGT, 1.0)
+        out_TKGH = self.sum_TKGH / weight_KGT.transpose(2, 0, 1)[..., None]
+        return out_TKGH, self.top_KGT + jnp.log(weight_KGT)
+
+
+def _add_keys(seen: Partial, q: _Queries, keys: _Keys, how: Settings) -> Partial:
+    def weigh(weights_KGTS: jax.Array) -> jax.Array:
+        return dot_f32("KGTS,SKH->TKGH", weights_KGTS.astype(keys.v_SKH.dtype), keys.v_SKH)
+
+    return seen.add(_logits(q, keys, how)[0], weigh)
+
+
+def _gradient(q: _Queries, keys: _Keys, how: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return what one pair of blocks adds to dq_TKGH, dk_SKH, dv_SKH, in float32.
+
+    With p = exp(logit - lse): dv = p^T dout, ds = p (dout v^T - delta), and the logits' scale
+    belongs to ds.
+    """
+    logits_KGTS, scale_T = _logits(q, keys, how)
+    seen_KGTS = logits_KGTS > NEGATIVE / 2
+    p_KGTS = jnp.where(seen_KGTS, jnp.exp(logits_KGTS - q.lse_KGT[..., None]), 0.0)
+    dtype = keys.k_SKH.dtype
+    dv_SKH = dot_f32("KGTS,TKGH->SKH", p_KGTS.astype(dtype), q.dout_TKGH)
+    dp_KGTS = dot_f32("TKGH,SKH->KGTS", q.dout_TKGH, keys.v_SKH)
+    ds_KGTS = p_KGTS * (dp_KGTS - q.delta_KGT[..., None]) * scale_T[:, None]
+    ds_KGTS = ds_KGTS.astype(dtype)
+    dq_TKGH = dot_f32("KGTS,SKH->TKGH", ds_KGTS, keys.k_SKH)
+    return dq_TKGH, dot_f32("KGTS,TKGH->SKH", ds_KGTS, q.q_TKGH), dv_SKH
+
+
+class _Blocks(NamedTuple):
+    """A problem in blocks: queries [B * blocks, ...], keys of rows [B, S, ...], and who meets."""
+
+    queries: _Queries
+    keys: _Keys
+    met: QueryBlocks
+    row: jax.Array
+    q_block: int
+    kv_block: int
+
+    def block(self, row: jax.Array, j: jax.Array) -> _Keys:
+        """Return block j of the keys of a row."""
+
+        def part(x_BS: jax.Array) -> jax.Array:
+            start = (row, j * self.kv_block) + (0,) * (x_BS.ndim - 2)
+            sizes = (1, self.kv_block, *x_BS.shape[2:])
+            return jax.lax.dynamic_slice(x_BS, start, sizes)[0]
+
+        return jax.tree.map(part, self.keys)
+
+
+def _pad(x_BT: jax.Array, block: int, fill: int = 0) -> jax.Array:
+    """Fill rows up to whole blocks."""
+    widths = [(0, 0), (0, -x_BT.shape[1] % block)] + [(0, 0)] * (x_BT.ndim - 2)
+    return jnp.pad(x_BT, widths, constant_values=fill)
+
+
+def _cut(
+    x: Inputs,
+    how: Settings,
+    lse_BTN: jax.Array | None = None,
+    dout_BTNH: jax.Array | None = None,
+    delta_BTN: jax.Array | None = None,
+) -> _Blocks:
+    """Cut a problem into blocks; padding becomes zeros, which no product can turn into NaN."""
+    (B, T, N, H), (S, K) = x.q_BTNH.shape, x.k_BSKH.shape[1:3]
+    is_dense = B * N * T * S <= MAX_DENSE
+    q_block, kv_block = (T, S) if is_dense else (min(T, BLOCK), min(S, BLOCK))
+
+    def rows(x_BT: jax.Array, fill: int = 0) -> jax.Array:
+        padded = _pad(x_BT, q_block, fill)
+        return padded.reshape(-1, q_block, *x_BT.shape[2:])
+
+    def real_rows(x_BTNH: jax.Array) -> jax.Array:
+        clean = jnp.where(x.q_positions_BT[..., None, None] >= 0, x_BTNH, 0)
+        return rows(clean).reshape(-1, q_block, K, N // K, H)
+
+    def per_query(x_BTN: jax.Array | None) -> jax.Array:
+        if x_BTN is None:
+            x_BTN = jnp.zeros((B, T, N), jnp.float32)
+        return rows(x_BTN).reshape(-1, q_block, K, N // K).transpose(0, 2, 3, 1)
+
+    def real_keys(x_BSKH: jax.Array) -> jax.Array:
+        clean = jnp.where(x.kv_positions_BS[..., None, None] >= 0, x_BSKH, 0)
+        return _pad(clean, kv_block)
+
+    q_segments, kv_segments = x.q_segments_BT, x.kv_segments_BS
+    if q_segments is None or kv_segments is None:
+        q_segments, kv_segments = jnp.zeros((B, T), jnp.int32), jnp.zeros((B, S), jnp.int32)
+    queries = _Queries(
+        real_rows(x.q_BTNH),
+        rows(x.q_positions_BT, -1),
+        rows(q_segments),
+        per_query(lse_BTN),
+        real_rows(jnp.zeros_like(x.q_BTNH) if dout_BTNH is None else dout_BTNH),
+        per_query(delta_BTN),
+    )
+    keys = _Keys(
+        real_keys(x.k_BSKH),
+        real_keys(x.v_BSKH),
+        _pad(x.kv_positions_BS, kv_block, -1),
+        _pad(kv_segments, kv_block),
+    )
+    met, _ = summarize(x, how.chunk_size, q_block, kv_block)
+    met = jax.tree.map(lambda a: a.reshape(-1), met)
+    row = jnp.repeat(jnp.arange(B), len(met.begin) // B)
+    return _Blocks(queries, keys, met, row, q_block, kv_block)
+
+
+def _join(blocks: jax.Array, like_BTNH: jax.Array) -> jax.Array:
+    """Turn blocks of queries [B * blocks, T, K, G, ...] back into rows [B, T, N, ...]."""
+    B, T, N, _ = like_BTNH.shape
+    return blocks.reshape(B, -1, N, *blocks.shape[4:])[:, :T]
+
+
+def refusal(x: Inputs, how: Settings) -> None:
+    """Refuse nothing."""
+
+
+def forward(x: Inputs, how: Settings, *, out_dtype: jax.typing.DTypeLike):
+    """Attend. Returns out_BTNH in out_dtype and lse_BTN in float32."""
+    cut = _cut(x, how)
+
+    def attend(
+        q: _Queries, row: jax.Array, begin: jax.Array, end: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        def add(j: jax.Array, seen: Partial) -> Partial:
+            return _add_keys(seen, q, cut.block(row, j), how)
+
+        seen = jax.lax.fori_loop(begin, end, add, Partial.nothing(*q.q_TKGH.shape))
+        out_TKGH, lse_KGT = seen.finish()
+        return out_TKGH.astype(out_dtype), lse_KGT.transpose(2, 0, 1)
 
     with jax.named_scope("chunked_attention"):
-        if T <= QUERY_BLOCK:
-            out_BTKGH, lse_BKGT = block(0, T)
+        if cut.q_block == x.q_BTNH.shape[1] and cut.kv_block == x.k_BSKH.shape[1]:
+
+            def whole(q: _Queries, keys: _Keys) -> tuple[jax.Array, jax.Array]:
+                seen = _add_keys(Partial.nothing(*q.q_TKGH.shape), q, keys, how)
+                out_TKGH, lse_KGT = seen.finish()
+                return out_TKGH.astype(out_dtype), lse_KGT.transpose(2, 0, 1)
+
+            out, lse = jax.vmap(whole)(cut.queries, cut.keys)
         else:
-            # The last block starts early enough to be whole, and rewrites rows it shares.
-            starts = jnp.minimum(jnp.arange(0, T, QUERY_BLOCK), T - QUERY_BLOCK)
+            blocks = (cut.queries, cut.row, cut.met.begin, cut.met.end)
+            out, lse = jax.lax.map(lambda block: attend(*block), blocks)
+    return _join(out, x.q_BTNH), _join(lse, x.q_BTNH)
 
-            @jax.checkpoint
-            def step(_: None, start: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
-                return None, block(start, QUERY_BLOCK)
 
-            _, (outs, lses) = jax.lax.scan(step, None, starts)
-            whole = T // QUERY_BLOCK
-            rest = T - whole * QUERY_BLOCK
+def backward(
+    x: Inputs,
+    how: Settings,
+    out_BTNH: jax.Array,
+    lse_BTN: jax.Array,
+    dout_BTNH: jax.Array,
+    dlse_BTN: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return dq, dk, dv for the cotangents of `forward`'s results."""
+    is_real_BT1 = x.q_positions_BT[..., None] >= 0
+    products_BTNH = out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32)
+    delta_BTN = jnp.where(is_real_BT1, products_BTNH.sum(-1) - dlse_BTN, 0)
+    cut = _cut(x, how, lse_BTN, dout_BTNH.astype(x.q_BTNH.dtype), delta_BTN)
+    k_shape = cut.keys.k_SKH.shape
 
-            def join(blocks: jax.Array, axis: int) -> jax.Array:
-                parts = [blocks[i] for i in range(whole)]
-                if rest:
-                    start = QUERY_BLOCK - rest
-                    parts.append(jax.lax.slice_in_dim(blocks[-1], start, None, axis=axis))
-                return jnp.concatenate(parts, axis)
+    def attend(sums: tuple[jax.Array, jax.Array], block):
+        q, row, begin, end = block
 
-            out_BTKGH, lse_BKGT = join(outs, 1), join(lses, 3)
-    out_BTNH = out_BTKGH.reshape(B, T, N, H)
-    if not return_lse:
-        return out_BTNH.astype(q_BTNH.dtype)
-    return out_BTNH, lse_BKGT.transpose(0, 3, 1, 2).reshape(B, T, N)
+        def add(j: jax.Array, so_far):
+            dq_TKGH, sums = so_far
+            more_q, *more = _gradient(q, cut.block(row, j), how)
+            start, sizes = (row, j * cut.kv_block, 0, 0), (1, cut.kv_block, *k_shape[2:])
+
+            def grow(total: jax.Array, part: jax.Array) -> jax.Array:
+                part = jax.lax.dynamic_slice(total, start, sizes) + part[None]
+                return jax.lax.dynamic_update_slice(total, part, start)
+
+            return dq_TKGH + more_q, tuple(map(grow, sums, more))
+
+        nothing = jnp.zeros(q.q_TKGH.shape, jnp.float32)
+        dq_TKGH, sums = jax.lax.fori_loop(begin, end, add, (nothing, sums))
+        return sums, dq_TKGH.astype(x.q_BTNH.dtype)
+
+    with jax.named_scope("chunked_attention_backward"):
+        if cut.q_block == x.q_BTNH.shape[1] and cut.kv_block == x.k_BSKH.shape[1]:
+            dq, dk, dv = jax.vmap(lambda q, keys: _gradient(q, keys, how))(cut.queries, cut.keys)
+        else:
+            nothing = jnp.zeros(k_shape, jnp.float32)
+            blocks = (cut.queries, cut.row, cut.met.begin, cut.met.end)
+            (dk, dv), dq = jax.lax.scan(attend, (nothing, nothing), blocks)
+    S = x.k_BSKH.shape[1]
+    dq_BTNH = _join(dq, x.q_BTNH).astype(x.q_BTNH.dtype)
+    return dq_BTNH, dk[:, :S].astype(x.k_BSKH.dtype), dv[:, :S].astype(x.v_BSKH.dtype)
 
 
 def merge_attention(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Combine attention over disjoint sets of keys. See `api.merge_attention`."""
     top = jax.lax.stop_gradient(lses.max(0))
     weights = jnp.exp(lses - top)
-    total = jnp.maximum(weights.sum(0), 1e-37)
+    total = weights.sum(0)
     out = (outs * weights[..., None]).sum(0) / total[..., None]
     return out, jnp.where(top > NEGATIVE / 2, top + jnp.log(total), NEGATIVE)

@@ -1,126 +1,99 @@
+import contextlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.attention import reference
-from kernels_pallas.attention.api import chunked_attention, merge_attention
+import kernels_pallas
+from kernels_pallas import chunked_attention, merge_attention
+from kernels_pallas.attention import reference, visibility
+from tests.kernels_pallas import definition
+from tests.kernels_pallas.attention_cases import CASES, Case
 
-N, K, H = 4, 2, 8
-
-
-def visible_by_hand(q, kv, qs, ks, chunk):
-    return 0 <= kv <= q and qs == ks and (chunk is None or q // chunk == kv // chunk)
-
-
-def definition(q, k, v, q_pos, kv_pos, q_seg, kv_seg, chunk, temperature):
-    """Scalar loops in float64."""
-    out, lse = np.zeros(q.shape), np.full(q.shape[:3], -1e30)
-    for b, t, n in np.ndindex(*q.shape[:3]):
-        p = q_pos[b, t]
-        seen = [
-            s
-            for s in range(k.shape[1])
-            if visible_by_hand(p, kv_pos[b, s], q_seg[b, t], kv_seg[b, s], chunk)
-        ]
-        if not seen:
-            continue
-        logits = k[b, seen, n // (N // K)] @ q[b, t, n] / np.sqrt(H)
-        if temperature:
-            logits *= 1 + temperature[1] * np.log(np.floor((p + 1) / temperature[0]) + 1)
-        lse[b, t, n] = np.log(np.exp(logits).sum())
-        out[b, t, n] = np.exp(logits - lse[b, t, n]) @ v[b, seen, n // (N // K)]
-    return out, lse
+# In float32 the error is that of sums of a few hundred terms. In bfloat16 a result is rounded to 8
+# bits, and so are probabilities and their gradients before they are multiplied, beside values of
+# about 4: 2^-8 * 4 for what is stored, as much again for what went in.
+TOLERANCE = {"float32": 2e-5, "bfloat16": 4e-2}
 
 
-def make(T, S, *, q_start=0, seed=0):
-    rng = np.random.default_rng(seed)
-    q, k, v = (rng.normal(size=(2, n, h, H)) for n, h in ((T, N), (S, K), (S, K)))
-    q_pos = np.broadcast_to(q_start + np.arange(T), (2, T)).astype(np.int32)
-    kv_pos = np.broadcast_to(np.arange(S), (2, S)).astype(np.int32)
-    return q, k, v, q_pos, kv_pos
+def run(case, arrays, integers, backend):
+    q, k, v, dout, dlse = arrays
+    q_pos, kv_pos, q_seg, kv_seg = integers
 
-
-CASES = [
-    pytest.param(11, 11, 0, None, None, id="causal"),
-    pytest.param(23, 23, 0, 5, None, id="chunks_of_odd_size"),
-    pytest.param(23, 23, 0, 1, None, id="one_token_chunks"),
-    pytest.param(16, 16, 0, 8, (4, 0.1), id="whole_chunks_warm"),
-    pytest.param(3, 20, 17, None, (4, 0.5), id="continuation_warm"),
-    pytest.param(3, 20, 17, 6, None, id="continuation_over_a_boundary"),
-]
-
-
-@pytest.mark.parametrize(("T", "S", "start", "chunk", "temperature"), CASES)
-def test_equals_scalar_loops_in_float64(T, S, start, chunk, temperature):
-    q, k, v, q_pos, kv_pos = make(T, S, q_start=start)
-    zeros = np.zeros_like
-    out, lse = chunked_attention(
-        *(jnp.float32(a) for a in (q, k, v)),
-        q_positions_BT=q_pos,
-        kv_positions_BS=kv_pos,
-        chunk_size=chunk,
-        temperature=temperature,
-        return_lse=True,
-    )
-    want = definition(q, k, v, q_pos, kv_pos, zeros(q_pos), zeros(kv_pos), chunk, temperature)
-    np.testing.assert_allclose(out, want[0], atol=2e-6)
-    np.testing.assert_allclose(lse, want[1], atol=2e-6)
-
-
-def test_packed_segments_and_padding_are_invisible_to_each_other():
-    q, k, v, _, _ = make(12, 12)
-    positions = np.array([[0, 1, 2, 3, 0, 1, 2, 3, 4, 5, -1, -1]] * 2, np.int32)
-    segments = np.array([[1, 1, 1, 1, 2, 2, 2, 2, 2, 2, 0, 0]] * 2, np.int32)
-    out = chunked_attention(
-        *(jnp.float32(a) for a in (q, k, v)),
-        q_positions_BT=positions,
-        kv_positions_BS=positions,
-        q_segments_BT=segments,
-        kv_segments_BS=segments,
-        chunk_size=4,
-    )
-    want, _ = definition(q, k, v, positions, positions, segments, segments, 4, None)
-    np.testing.assert_allclose(out, want, atol=2e-6)
-    np.testing.assert_array_equal(out[:, 10:], 0)
-
-
-@pytest.mark.parametrize("key_block", [8192, 7])
-def test_blocks_of_queries_and_keys_change_nothing(monkeypatch, key_block):
-    q, k, v, q_pos, kv_pos = make(29, 29)
-    arguments = [jnp.float32(a) for a in (q, k, v)]
-
-    def run(*arrays):
+    def attend(q, k, v):
         return chunked_attention(
-            *arrays, q_positions_BT=q_pos, kv_positions_BS=kv_pos, chunk_size=10, return_lse=True
+            q,
+            k,
+            v,
+            q_positions_BT=q_pos,
+            kv_positions_BS=kv_pos,
+            q_segments_BT=q_seg,
+            kv_segments_BS=kv_seg,
+            chunk_size=case.chunk,
+            temperature=case.temperature,
+            scale=case.scale,
+            return_lse=True,
+            backend=backend,
         )
 
-    whole = run(*arguments)
-    whole_grad = jax.grad(lambda *a: (run(*a)[0] ** 2).sum(), (0, 1, 2))(*arguments)
-    monkeypatch.setattr(reference, "QUERY_BLOCK", 8)
-    monkeypatch.setattr(reference, "KEY_BLOCK", key_block)
-    blocks = run(*arguments)
-    blocks_grad = jax.grad(lambda *a: (run(*a)[0] ** 2).sum(), (0, 1, 2))(*arguments)
-    for a, b in zip(whole + whole_grad, blocks + blocks_grad, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
+    (out, lse), pull = jax.vjp(attend, q, k, v)
+    return out, lse, *pull((dout.astype(out.dtype), jnp.asarray(dlse)))
 
 
-def test_padding_may_hold_nan_free_garbage_of_any_size():
-    q, k, v, q_pos, kv_pos = make(6, 6)
-    kv_pos = kv_pos.copy()
-    kv_pos[:, 4:] = -1
-    arrays = [jnp.float32(a) for a in (q, k, v)]
-    huge = [arrays[0], arrays[1].at[:, 4:].set(1e30), arrays[2].at[:, 4:].set(1e30)]
-    run = lambda a: chunked_attention(*a, q_positions_BT=q_pos, kv_positions_BS=kv_pos)  # noqa: E731
-    np.testing.assert_array_equal(run(arrays), run(huge))
+def check(case, backend, dtype):
+    arrays, integers = case.arrays(dtype)
+    want = case.expected(arrays, integers)
+    simulated = contextlib.nullcontext() if backend == "reference" else kernels_pallas.interpreted()
+    with simulated:
+        got = jax.jit(lambda arrays: run(case, arrays, integers, backend))(arrays)
+    for name, a, b in zip(("out", "lse", "dq", "dk", "dv"), got, want, strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), b, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], err_msg=name
+        )
+
+
+def ids(case):
+    return case.name
+
+
+@pytest.mark.parametrize("blocks", [None, 16], ids=["whole", "in_blocks"])
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_reference_equals_the_definition(monkeypatch, case, blocks):
+    if blocks:
+        monkeypatch.setattr(reference, "BLOCK", blocks)
+        monkeypatch.setattr(reference, "MAX_DENSE", 0)
+    check(case, "reference", "float32")
+
+
+@pytest.mark.parametrize("case", CASES[:3], ids=ids)
+def test_reference_takes_bfloat16(case):
+    check(case, "reference", "bfloat16")
+
+
+def self_attention(T, backend=None, *, poison=slice(0), dtype="float32", **how):
+    """Attention among T tokens with ordinary positions; values of `poison` are NaN."""
+    case = Case(name="", q_positions=(tuple(range(T)),), kv_positions=(tuple(range(T)),))
+    (q, k, v, _, _), (q_pos, kv_pos, _, _) = case.arrays(dtype)
+    k, v = k.at[:, poison].set(jnp.nan), v.at[:, poison].set(jnp.nan)
+    return chunked_attention(
+        q, k, v, q_positions_BT=q_pos, kv_positions_BS=kv_pos, backend=backend, **how
+    )
+
+
+def test_blocks_that_nobody_sees_are_not_computed(monkeypatch):
+    monkeypatch.setattr(reference, "BLOCK", 16)
+    monkeypatch.setattr(reference, "MAX_DENSE", 0)
+    out = self_attention(64, chunk_size=32, poison=slice(0, 32))
+    assert np.isfinite(out[:, 32:]).all(), "0 * NaN is NaN, had the block been multiplied"
 
 
 @pytest.mark.parametrize("temperature", [None, (4, 0.1)])
 def test_merging_shards_of_the_keys_equals_seeing_them_all(temperature):
-    q, k, v, q_pos, kv_pos = make(5, 24, q_start=19)
-    q, k, v = (jnp.float32(a) for a in (q, k, v))
+    (case,) = (c for c in CASES if c.name == "keys_in_no_order")
+    (q, k, v, *_), (q_pos, kv_pos, *_) = case.arrays("float32")
 
-    def run(part):
+    def attend(part):
         return chunked_attention(
             q,
             k[:, part],
@@ -131,25 +104,102 @@ def test_merging_shards_of_the_keys_equals_seeing_them_all(temperature):
             return_lse=True,
         )
 
-    parts = [run(slice(i, i + 6)) for i in range(0, 24, 6)]
+    parts = [attend(slice(i, i + 50)) for i in range(0, 150, 50)]
     merged = merge_attention(*(jnp.stack(p) for p in zip(*parts, strict=True)))
-    for a, b in zip(merged, run(slice(None)), strict=True):
+    for a, b in zip(merged, attend(slice(None)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-6)
+
+
+def test_the_gradient_passes_through_a_merge_of_shards():
+    (case,) = (c for c in CASES if c.name == "keys_in_no_order")
+    (q, k, v, *_), (q_pos, kv_pos, *_) = case.arrays("float32")
+
+    def loss(size, q, k, v):
+        parts = [
+            chunked_attention(
+                q,
+                k[:, i : i + size],
+                v[:, i : i + size],
+                q_positions_BT=q_pos,
+                kv_positions_BS=kv_pos[:, i : i + size],
+                return_lse=True,
+            )
+            for i in range(0, 150, size)
+        ]
+        out, lse = merge_attention(*(jnp.stack(p) for p in zip(*parts, strict=True)))
+        return (out**2).sum() + jnp.sin(lse).sum()
+
+    whole = jax.grad(loss, (1, 2, 3))(150, q, k, v)
+    for a, b in zip(jax.grad(loss, (1, 2, 3))(50, q, k, v), whole, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-5, rtol=1e-5)  # sums of 40 terms as large as 8
+
+
+def test_merging_shards_that_all_see_nothing_gives_nothing():
+    outs, lses = jnp.zeros((3, 2, 5)), jnp.full((3, 2), visibility.NEGATIVE)
+    out, lse = merge_attention(outs, lses)
+    np.testing.assert_array_equal(out, 0)
+    np.testing.assert_array_equal(lse, np.float32(visibility.NEGATIVE))
 
 
 def test_temperature_steps_one_token_before_each_multiple_of_the_floor():
     positions = jnp.array([8190, 8191, 16382, 16383, 131_071, 1_048_575, 10_485_759])
     golden = [1.000000, 1.069315, 1.069315, 1.109861, 1.283321, 1.485981, 1.715540]
     np.testing.assert_allclose(
-        reference.attention_temperature(positions, (8192, 0.1)), golden, atol=1e-6
+        visibility.attention_temperature(positions, (8192, 0.1)), golden, atol=1e-6
     )
 
 
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_summaries_of_blocks_agree_with_the_mask(case):
+    (q, k, v, *_), integers = case.arrays("float32")
+    x = visibility.Inputs(q, k, v, *integers)
+    q_block, kv_block = 8, 16
+    q_blocks, kv_blocks = visibility.summarize(x, case.chunk, q_block, kv_block)
+    mask = definition.mask_of(*integers, case.chunk)
+    for b, i, j in np.ndindex(*q_blocks.begin.shape, kv_blocks.begin.shape[1]):
+        part = mask[b, i * q_block : (i + 1) * q_block, j * kv_block : (j + 1) * kv_block]
+        one_q = visibility.QueryBlocks(*(int(a[b, i]) for a in q_blocks))
+        one_kv = visibility.KeyBlocks(*(int(a[b, j]) for a in kv_blocks))
+        if part.any():
+            assert visibility.may_see(one_q, one_kv)
+            assert one_q.begin <= j < one_q.end
+            assert one_kv.begin <= i < one_kv.end
+        if visibility.sees_all(one_q, one_kv):
+            assert part.all()
+            assert part.shape == (q_block, kv_block), "a partial block is never seen whole"
+
+
+def test_summaries_skip_all_that_a_long_chunked_row_cannot_see():
+    positions = jnp.arange(4096)[None]
+    none = jnp.zeros((1, 4096, 1, 1))
+    x = visibility.Inputs(none, none, none, positions, positions, None, None)
+    q_blocks, kv_blocks = visibility.summarize(x, 512, 64, 128)
+    i, j = np.arange(64), np.arange(32)
+    np.testing.assert_array_equal(q_blocks.begin[0], i // 8 * 4)
+    np.testing.assert_array_equal(q_blocks.end[0], i // 2 + 1)
+    np.testing.assert_array_equal(kv_blocks.begin[0], j * 2)
+    np.testing.assert_array_equal(kv_blocks.end[0], j // 4 * 8 + 8)
+
+
 def test_shapes_that_disagree_and_half_given_segments_are_refused():
-    q, k, v, q_pos, kv_pos = (jnp.asarray(a) for a in make(4, 6))
+    case = Case(name="", q_positions=((0, 1),), kv_positions=((0, 1, 2),))
+    (q, k, v, *_), (q_pos, kv_pos, *_) = case.arrays("float32")
+    attend = lambda **how: chunked_attention(q, k, v, q_positions_BT=q_pos, **how)  # noqa: E731
     with pytest.raises(ValueError, match="kv_positions_BS has shape"):
-        chunked_attention(q, k, v, q_positions_BT=q_pos, kv_positions_BS=q_pos)
+        attend(kv_positions_BS=q_pos)
     with pytest.raises(ValueError, match="together"):
-        chunked_attention(
-            q, k, v, q_positions_BT=q_pos, kv_positions_BS=kv_pos, q_segments_BT=q_pos
-        )
+        attend(kv_positions_BS=kv_pos, q_segments_BT=q_pos)
+    with pytest.raises(ValueError, match="kv_segments_BS has shape"):
+        attend(kv_positions_BS=kv_pos, q_segments_BT=q_pos, kv_segments_BS=q_pos)
+    with pytest.raises(ValueError, match=r"chunk_size \(0\)"):
+        attend(kv_positions_BS=kv_pos, chunk_size=0)
+    with pytest.raises(ValueError, match="floor"):
+        attend(kv_positions_BS=kv_pos, temperature=(0, 0.1))
+
+
+def test_a_named_backend_runs_or_says_why_not():
+    with pytest.raises(ValueError, match="'cuda' is unknown; choose from reference, tpu, gpu"):
+        self_attention(4, "cuda")
+    for backend, dtype in (("tpu", "float32"), ("gpu", "bfloat16")):
+        with pytest.raises(NotImplementedError, match=f"needs a {backend.upper()}, and this is"):
+            self_attention(4, backend, dtype=dtype)

@@ -1,0 +1,85 @@
+"""Decode attention in plain XLA: row by row, block by block, over the slots that are seen.
+
+A row's cache is a list of pages; without a page table it is one page. The loop over blocks has its
+bounds from the lengths, known only at run time, so an empty cache costs nothing however long.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.attention.reference import Partial, dot_f32
+from kernels_pallas.attention.visibility import (
+    NEGATIVE,
+    Settings,
+    attention_temperature,
+    visible,
+)
+from kernels_pallas.decode.inputs import Inputs, slots_seen
+
+BLOCK = 1024
+
+
+def refusal(x: Inputs, how: Settings) -> None:
+    """Refuse nothing."""
+
+
+def forward(x: Inputs, how: Settings, *, out_dtype: jax.typing.DTypeLike):
+    """Attend. Returns out_BTNH in out_dtype and lse_BTN in float32."""
+    (B, T, N, H), (_, page, K, _) = x.q_BTNH.shape, x.k_BSKH.shape
+    block = min(BLOCK, page)
+    blocks_of_page = -(-page // block)
+    table_BP = jnp.arange(B)[:, None] if x.page_table_BP is None else x.page_table_BP
+    # Heads before slots, as a cache is best stored: then these swaps cancel the caller's.
+    k_PKSH, v_PKSH = x.k_BSKH.swapaxes(1, 2), x.v_BSKH.swapaxes(1, 2)
+    k_scale_PKS = None if x.k_scale_BSK is None else x.k_scale_BSK.swapaxes(1, 2)
+    v_scale_PKS = None if x.v_scale_BSK is None else x.v_scale_BSK.swapaxes(1, 2)
+    begin_B, end_B = slots_seen(x, how)
+
+    def number(slot: jax.Array) -> jax.Array:
+        """Return the block that holds a slot."""
+        return slot // page * blocks_of_page + slot % page // block
+
+    def attend(q_TNH, positions_T, table_P, start, begin, end):
+        q_TKGH = q_TNH.reshape(T, K, N // K, H)
+        scale_T = jnp.full((T,), how.scale, jnp.float32)
+        if how.temperature is not None:
+            scale_T *= attention_temperature(positions_T, how.temperature)
+
+        def add(i: jax.Array, seen: Partial) -> Partial:
+            # The last block of a page starts early enough to be whole.
+            wanted = i % blocks_of_page * block
+            first = jnp.minimum(wanted, page - block)
+
+            def part(x_PKS: jax.Array) -> jax.Array:
+                at = (table_P[i // blocks_of_page], 0, first) + (0,) * (x_PKS.ndim - 3)
+                return jax.lax.dynamic_slice(x_PKS, at, (1, K, block, *x_PKS.shape[3:]))[0]
+
+            slot_S = first + jnp.arange(block)
+            is_new_S = slot_S >= wanted
+            slot_S += i // blocks_of_page * page
+            held_S = is_new_S & (slot_S >= begin) & (slot_S < end)
+            mask_TS = held_S & visible(
+                positions_T[:, None], start + slot_S[None], None, None, how.chunk_size
+            )
+            k_KSH, v_KSH = (part(a).astype(q_TNH.dtype) for a in (k_PKSH, v_PKSH))
+            logits_KGTS = dot_f32("TKGH,KSH->KGTS", q_TKGH, k_KSH) * scale_T[:, None]
+            if k_scale_PKS is not None:
+                logits_KGTS *= part(k_scale_PKS)[:, None, None]
+
+            def weigh(weights_KGTS: jax.Array) -> jax.Array:
+                if v_scale_PKS is not None:
+                    weights_KGTS *= jnp.where(held_S, part(v_scale_PKS), 0)[:, None, None]
+                clean_KSH = jnp.where(held_S[:, None], v_KSH, 0)
+                return dot_f32("KGTS,KSH->TKGH", weights_KGTS.astype(v_KSH.dtype), clean_KSH)
+
+            return seen.add(jnp.where(mask_TS, logits_KGTS, NEGATIVE), weigh)
+
+        nothing = Partial.nothing(T, K, N // K, H)
+        stop = jnp.where(end > begin, number(end - 1) + 1, 0)
+        out_TKGH, lse_KGT = jax.lax.fori_loop(number(begin), stop, add, nothing).finish()
+        return out_TKGH.reshape(T, N, H).astype(out_dtype), lse_KGT.transpose(2, 0, 1)
+
+    with jax.named_scope("decode_attention"):
+        rows = (x.q_BTNH, x.q_positions_BT, table_BP, x.kv_start_B, begin_B, end_B)
+        out_BTNH, lse_BTKG = jax.lax.map(lambda row: attend(*row), rows)
+    return out_BTNH, lse_BTKG.reshape(B, T, N)

@@ -1,0 +1,181 @@
+"""Attention on Hopper GPUs: wgmma on tiles that TMA brings, blocks that cannot meet left out.
+
+One block of threads serves 128 queries of one head: two warpgroups multiply, each for 64 queries,
+while a third copies the keys and values that both read, some stages ahead. Softmax is online, in
+base 2, and its weights go from registers straight into the second product.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import backend, tuning
+from kernels_pallas.attention import gpu_blocks
+from kernels_pallas.attention.gpu_blocks import (
+    LN2,
+    OF_ROWS,
+    ROWS,
+    accumulate,
+    across,
+    filled,
+    load,
+    product,
+    visible,
+)
+from kernels_pallas.attention.visibility import (
+    NEGATIVE,
+    Inputs,
+    QueryBlocks,
+    Settings,
+    may_see,
+    sees_all,
+)
+
+refusal = gpu_blocks.refusal
+
+_MULTIPLIERS = 2  # warpgroups that multiply; one more copies
+_Q_BLOCK = ROWS * _MULTIPLIERS
+
+
+def _attend(*refs: Any, how: Settings, segmented: bool, kv_block: int, stages: int) -> None:
+    (q, k, v, rows, columns, q_table, kv_table, out, lse), scratch = refs[:9], refs[9:]
+    q_smem, k_smem, v_smem, out_smem, lse_smem, q_ready, k_ready, v_ready, k_free, v_free = scratch
+    b, n = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
+    i = q_table.shape[1] - 1 - jax.lax.axis_index("block")  # the longest of causal rows first
+    group = jax.lax.axis_index("warpgroup")
+    kv_head = n // (q.shape[2] // k.shape[2])
+    H = q.shape[3]
+
+    def queries() -> QueryBlocks:
+        return gpu_blocks.query_block(q_table, b, i)
+
+    def walk(step: Any, carry: Any) -> Any:
+        def meets(j: jax.Array) -> jax.Array:
+            return may_see(queries(), gpu_blocks.key_block(kv_table, b, j))
+
+        return gpu_blocks.walk(q_table[b, i, 6], q_table[b, i, 7], meets, step, carry)
+
+    def copy() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+
+        def fetch(turn: jax.Array, j: jax.Array, _: None) -> None:
+            slot = jax.lax.rem(turn, jnp.int32(stages))
+            block = (b, pl.ds(j * kv_block, kv_block), kv_head)
+            for ref, smem, ready, free in (
+                (k, k_smem, k_ready, k_free),
+                (v, v_smem, v_ready, v_free),
+            ):
+
+                @pl.when(turn >= stages)
+                def _reuse(free: Any = free) -> None:
+                    plgpu.barrier_wait(free.at[slot])
+
+                plgpu.copy_gmem_to_smem(ref.at[block], smem.at[slot], ready.at[slot])
+
+        turns, _ = walk(fetch, None)
+        for slot in range(stages):
+
+            @pl.when(slot < turns)
+            def _drain(slot: int = slot) -> None:
+                plgpu.barrier_wait(k_free.at[slot])
+                plgpu.barrier_wait(v_free.at[slot])
+
+    def multiply() -> None:
+        plgpu.set_max_registers(232, action="increase")
+        tokens = pl.ds(i * _Q_BLOCK + group * ROWS, ROWS)
+        plgpu.copy_gmem_to_smem(q.at[b, tokens, n], q_smem.at[group], q_ready.at[group])
+        factor = gpu_blocks.row_factors(load(rows.at[b, 1, tokens], OF_ROWS), how)
+        plgpu.barrier_wait(q_ready.at[group])
+
+        def masked(j: jax.Array, s: jax.Array) -> jax.Array:
+            keys = pl.ds(j * kv_block, kv_block)
+            seen = visible(rows.at[b, :, tokens], columns.at[b, :, keys], segmented)
+            return jnp.where(seen, s, -jnp.inf)
+
+        def step(turn: jax.Array, j: jax.Array, carry: Any) -> Any:
+            acc, m, total = carry
+            slot = jax.lax.rem(turn, jnp.int32(stages))
+            plgpu.barrier_wait(k_ready.at[slot])
+            s = product(q_smem.at[group], k_smem.at[slot].transpose((1, 0)))
+            plgpu.barrier_arrive(k_free.at[slot])
+            is_whole = sees_all(queries(), gpu_blocks.key_block(kv_table, b, j))
+            s = jax.lax.cond(is_whole, lambda s: s, functools.partial(masked, j), s)
+            m_new = jnp.maximum(m, s.max(axis=1) * factor)
+            alpha = jnp.exp2(m - m_new)
+            p = jnp.exp2(s * across(factor, s.shape) - across(m_new, s.shape))
+            total = total * alpha + p.sum(axis=1)
+            p = p.astype(v.dtype)
+            plgpu.barrier_wait(v_ready.at[slot])
+            acc *= across(alpha, acc.shape)
+            acc = accumulate(acc, p, v_smem.at[slot])
+            plgpu.barrier_arrive(v_free.at[slot])
+            return acc, m_new, total
+
+        start = (
+            filled(0, (ROWS, H), plgpu.Layout.WGMMA),
+            filled(NEGATIVE, (ROWS,), OF_ROWS),
+            filled(0, (ROWS,), OF_ROWS),
+        )
+        _, (acc, m, total) = walk(step, start)
+        acc *= across(jnp.where(total > 0, 1 / total, 0.0), acc.shape)
+        lse_smem.at[group][...] = jnp.where(total > 0, (m + jnp.log2(total)) * LN2, NEGATIVE)
+        acc = acc.astype(out.dtype)
+        staging = (q_smem if out_smem is None else out_smem).at[group]
+        width = staging.shape[1]
+        for c in range(0, H, width):
+            staging[...] = acc[:, c : c + width]
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(staging, out.at[b, tokens, n, pl.ds(c, width)])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        plgpu.copy_smem_to_gmem(lse_smem.at[group], lse.at[b, n, tokens])
+        plgpu.wait_smem_to_gmem(0)
+
+    pl.when(group < _MULTIPLIERS)(multiply)
+    pl.when(group == _MULTIPLIERS)(copy)
+
+
+def forward(x: Inputs, how: Settings, *, out_dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Attend; see `api.chunked_attention`.
+
+    Returns:
+        (out_BTNH in out_dtype, lse_BTN float32)
+    """
+    B, T, N, head_dim = x.q_BTNH.shape
+    dtype = x.q_BTNH.dtype
+    default = {"kv_block": 128 if head_dim <= 128 else 64, "stages": 2}
+    sizes = tuning.lookup("chunked_attention.forward", default, head_dim=head_dim, dtype=dtype.name)
+    kv_block, stages = sizes["kv_block"], sizes["stages"]
+    padded = gpu_blocks.operands(x, how, _Q_BLOCK, kv_block)
+    _, length, _, H = padded.q_BTNH.shape
+    is_same = jnp.dtype(out_dtype) == dtype
+    ready = plgpu.Barrier(num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=stages)
+    kernel = plgpu.kernel(
+        functools.partial(_attend, how=how, segmented=x.q_segments_BT is not None, **sizes),
+        out_type=(
+            jax.ShapeDtypeStruct((B, length, N, H), out_dtype),
+            jax.ShapeDtypeStruct((B, N, length), jnp.float32),
+        ),
+        scratch_types=(
+            plgpu.SMEM((_MULTIPLIERS, ROWS, H), dtype),
+            plgpu.SMEM((stages, kv_block, H), dtype),
+            plgpu.SMEM((stages, kv_block, H), dtype),
+            None if is_same else plgpu.SMEM((_MULTIPLIERS, ROWS, 32), out_dtype),
+            plgpu.SMEM((_MULTIPLIERS, ROWS), jnp.float32),
+            plgpu.Barrier(num_barriers=_MULTIPLIERS),
+            *(ready, ready, free, free),
+        ),
+        grid=(B, length // _Q_BLOCK, N),
+        grid_names=("batch", "block", "head"),
+        num_threads=_MULTIPLIERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        cost_estimate=gpu_blocks.cost(x, how, products=2, block=_Q_BLOCK),
+        interpret=backend.gpu_interpreter(),
+    )
+    out_BTNH, lse_BNT = kernel(*padded)
+    return out_BTNH[:, :T, :, :head_dim], lse_BNT[:, :, :T].swapaxes(1, 2)

@@ -1,13 +1,21 @@
-"""Block sizes found by measuring, one JSON file per chip; `experiments/benchmark.py` writes them."""
+"""Block sizes, one JSON file per chip; `experiments/benchmark.py` measures them."""
 
+import contextlib
+import contextvars
 import functools
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+
+import jax
 
 from kernels_pallas import backend
 
 FOLDER = pathlib.Path(__file__).parent
+
+# Part of what jax.jit keeps programs by: other sizes give another program.
+_overrides = jax.make_user_context(default_value=())
+_found: contextvars.ContextVar[dict | None] = contextvars.ContextVar("found", default=None)
 
 
 def chip(device_kind: str) -> str:
@@ -33,14 +41,43 @@ def lookup(operation: str, default: Mapping[str, int], **shape: int | str) -> di
 
     Args:
         operation: such as "chunked_attention.forward".
-        default: block sizes where nothing was measured.
+        default: block sizes where nothing was measured. An entry may set others besides, which
+            belong to another kernel of the same operation and are left out.
         **shape: what the entry must agree with, such as head_dim=128; an entry that does not
             mention a key agrees with any value of it.
     """
+    blocks: Mapping[str, int] = {}
     for entry in _table(chip(backend.device_kind())):
-        wanted = entry["shape"]
         if entry["operation"] == operation and all(
-            shape.get(key) == value for key, value in wanted.items()
+            shape.get(key) == value for key, value in entry["shape"].items()
         ):
-            return {**default, **entry["blocks"]}
-    return dict(default)
+            blocks = entry["blocks"]
+            break
+    blocks = {**blocks, **dict(dict(_overrides.value).get(operation, ()))}
+    sizes = {**default, **{name: size for name, size in blocks.items() if name in default}}
+    found = _found.get()
+    if found is not None:
+        found[operation] = {"blocks": sizes, "shape": shape}
+    return sizes
+
+
+@contextlib.contextmanager
+def overridden(blocks: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
+    """Let kernels that are traced inside use other block sizes.
+
+    Args:
+        blocks: of each operation, the sizes that differ.
+    """
+    with _overrides(tuple((name, tuple(sizes.items())) for name, sizes in blocks.items())):
+        yield
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[dict[str, dict]]:
+    """Collect what kernels that are traced inside look up: of each operation, blocks and shape."""
+    found: dict[str, dict] = {}
+    token = _found.set(found)
+    try:
+        yield found
+    finally:
+        _found.reset(token)

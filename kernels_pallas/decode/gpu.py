@@ -47,7 +47,7 @@ _HOPPER = ("H100", "H200", "H800", "H20")  # GH200 contains H200
 _SMEM = 225 * 1024  # of one multiprocessor, less what the programs on it have besides the tiles
 _TILE = plgpu.Layout.WGMMA
 _ROW, _COLUMN = _TILE.reduce(1), _TILE.reduce(0)  # a value for each row; for each column
-_HAS_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
+_TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 
 
 class _Plan(NamedTuple):
@@ -274,6 +274,7 @@ class _State(NamedTuple):
 def _walk(a: _Arrays, plan: _Plan, ring: _Ring) -> _State:
     """Attend to the blocks of this program."""
     block, H, stages, copy = plan.block, plan.head_dim, plan.stages, plan.copy
+    width = min(H, 128)
     b, h = lax.axis_index("batch"), lax.axis_index("head")
     begin, end = a.seen_B2[b, 0], a.seen_B2[b, 1]
     base = lax.div(begin, block)
@@ -311,10 +312,15 @@ def _walk(a: _Arrays, plan: _Plan, ring: _Ring) -> _State:
         """Return the tile as wgmma can read it."""
         if wide is None:
             return tile
-        values = tile[...]
-        if values.dtype == jnp.float8_e4m3fn:
-            values = values.astype(jnp.float32)
-        wide[...] = values.astype(wide.dtype)
+
+        @pl.loop(0, H // width)
+        def _(i):
+            at = pl.ds(pl.multiple_of(i * width, width), width)
+            values = plgpu.load(tile.at[:, at], layout=_TILE)
+            if values.dtype == jnp.float8_e4m3fn:
+                values = values.astype(jnp.float32)
+            wide[:, at] = values.astype(wide.dtype)
+
         return wide
 
     def scales(scale_smem: Any, stage: jax.Array) -> jax.Array:
@@ -322,17 +328,17 @@ def _walk(a: _Arrays, plan: _Plan, ring: _Ring) -> _State:
         return lax.broadcast_in_dim(scale_S.astype(jnp.float32), (_ROWS, block), [1])
 
     def clear_unseen(v_tile: Any, start: jax.Array) -> None:
-        slots_SH = plgpu.broadcasted_iota(jnp.int32, (block, H), 0, layout=_TILE) + start
-        v_SH = plgpu.load(v_tile, layout=_TILE)
-        is_seen = (slots_SH >= begin) & (slots_SH < end)
-        v_tile[...] = jnp.where(is_seen, v_SH, jnp.zeros_like(v_SH))
+        slots_SH = plgpu.broadcasted_iota(jnp.int32, (block, width), 0, layout=_TILE) + start
+        is_seen_SH = (slots_SH >= begin) & (slots_SH < end)
+        for part in range(0, H, width):
+            v_SH = plgpu.load(v_tile.at[:, pl.ds(part, width)], layout=_TILE)
+            v_tile[:, pl.ds(part, width)] = jnp.where(is_seen_SH, v_SH, jnp.zeros_like(v_SH))
 
     plgpu.copy_gmem_to_smem(a.q_BKRH.at[b, h], ring.q, ring.q_ready)
     for step in range(stages):
         pl.when(step < steps)(functools.partial(fetch, jnp.int32(step)))
-    first_R, last_R, factor_R = (
-        plgpu.load(ref.at[b], layout=_ROW, optimized=False) for ref in a.rows
-    )
+    rows: list[Any] = [ref.at[b] for ref in a.rows]
+    first_R, last_R, factor_R = (plgpu.load(ref, layout=_ROW, optimized=False) for ref in rows)
     plgpu.barrier_wait(ring.q_ready)
 
     def attend(step: jax.Array, state: _State) -> _State:
@@ -345,8 +351,10 @@ def _walk(a: _Arrays, plan: _Plan, ring: _Ring) -> _State:
         x_RS = _multiply(ring.q, k_tile.transpose((1, 0))) * _across(factor_R, block)
         if ring.k_scale is not None:
             x_RS *= scales(ring.k_scale, stage)
-        slots_RS = plgpu.broadcasted_iota(jnp.int32, (_ROWS, block), 1, layout=_TILE) + start
-        is_seen_RS = (slots_RS >= _across(first_R, block)) & (slots_RS <= _across(last_R, block))
+        slots_RS = plgpu.broadcasted_iota(jnp.int32, (_ROWS, block), 1, layout=_TILE)
+        is_seen_RS = (slots_RS >= _across(first_R - start, block)) & (
+            slots_RS <= _across(last_R - start, block)
+        )
         x_RS = jnp.where(is_seen_RS, x_RS, NEGATIVE)
 
         # Before its first visible slot a row weighs all of them 1; `decay` erases that later.
@@ -364,14 +372,13 @@ def _walk(a: _Arrays, plan: _Plan, ring: _Ring) -> _State:
         is_partial = (start < begin) | (start + block > end)
         pl.when(is_partial)(functools.partial(clear_unseen, v_tile, start))
         plgpu.commit_smem()
-        parts, width = [], H // len(state.parts)
+        parts = []
         for i, part in enumerate(state.parts):
             more = _multiply(p_tile, v_tile.at[:, pl.ds(i * width, width)])
-            parts.append(part * _across(decay_R, width) + more)
+            parts.append(lax.optimization_barrier(part * _across(decay_R, width) + more))
         pl.when(step + stages < steps)(lambda: fetch(step + stages))
         return _State(tuple(parts), top_R, sum_R)
 
-    width = min(H, 128)
     nothing = jnp.zeros((_ROWS, width), jnp.float32)
     state = _State(
         tuple(plgpu.layout_cast(nothing, _TILE) for _ in range(0, H, width)),
@@ -445,6 +452,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: Any) -> tuple[jax.Array, jax
         _write(state, plan, out_ref, lse_ref)
 
     shape = (B, plan.num_kv_heads, plan.splits)
+    cost: dict[str, Any] = {"cost_estimate": _cost(x, how, plan)} if _TAKES_COST else {}
     out_BKARH, lse_BKAR = plgpu.kernel(
         decode_attention,
         out_type=(
@@ -457,7 +465,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: Any) -> tuple[jax.Array, jax
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         interpret=backend.gpu_interpreter(),
-        **({"cost_estimate": _cost(x, how, plan)} if _HAS_COST else {}),
+        **cost,
     )(*leaves)
     return _merge(out_BKARH, lse_BKAR, x.q_BTNH.shape, out_dtype)
 

@@ -1,0 +1,263 @@
+"""Decode attention on TPUs: the schedule of one call, and the call of the kernel.
+
+The cache is given with heads first, as the model keeps it, so the swaps of axes cancel in XLA and
+nothing of it is copied. What a row has to read is worked out here, in O(B * T) steps, and handed
+to the kernel as scalars. See `tpu_kernel` for the rest.
+"""
+
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import backend, tuning
+from kernels_pallas.attention.visibility import NEGATIVE, Settings, first_visible
+from kernels_pallas.decode.inputs import Inputs, slots_seen
+from kernels_pallas.decode.tpu_kernel import (
+    LANES,
+    TILE,
+    Cache,
+    Row,
+    Scratch,
+    Sizes,
+    attend_row,
+    round_up,
+)
+
+_COPY_BYTES = 2**20  # of one block of keys: enough in flight to hide the latency of HBM
+_MAX_BLOCK = 2048
+_MAX_HEADS = 32  # the kernel's code repeats itself for every kv head
+_WINDOW = 1024  # entries of the page table in SMEM at a time
+_TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # devices whose programs run on two cores
+
+
+def refusal(x: Inputs, how: Settings) -> str | None:
+    """Return why the kernel cannot take these shapes and dtypes, or None if it can."""
+    del how
+    floats = (jnp.bfloat16, jnp.float32)
+    if x.q_BTNH.dtype not in floats:
+        return f"queries of {x.q_BTNH.dtype} are neither bfloat16 nor float32"
+    for dtype in (x.k_BSKH.dtype, x.v_BSKH.dtype):
+        if dtype not in (*floats, jnp.int8, jnp.float8_e4m3fn):
+            return f"a cache of {dtype} is none of bfloat16, float32, int8 and float8_e4m3fn"
+    K, H = x.k_BSKH.shape[2:]
+    if H % 8 or H > 512:
+        return f"head_dim ({H}) is not a multiple of 8 up to 512"
+    if K > _MAX_HEADS:
+        return f"{K} kv heads are more than {_MAX_HEADS}"
+    if x.page_table_BP is not None:
+        page = x.k_BSKH.shape[1]
+        has_scales = x.k_scale_BSK is not None or x.v_scale_BSK is not None
+        itemsize = min(x.k_BSKH.dtype.itemsize, x.v_BSKH.dtype.itemsize)
+        unit = LANES if has_scales else 32 // itemsize
+        if page % unit:
+            return f"the page size ({page}) is not a multiple of {unit}"
+    return None
+
+
+def _sizes(x: Inputs) -> Sizes:
+    """Choose the sizes of blocks and copies."""
+    B, T, N, H = x.q_BTNH.shape
+    K = x.k_BSKH.shape[2]
+    itemsize = max(x.k_BSKH.dtype.itemsize, x.v_BSKH.dtype.itemsize)
+    fitting = _power_of_two(_COPY_BYTES // (K * round_up(H, LANES) * itemsize))
+    default = {
+        "kv": min(max(fitting, LANES), _MAX_BLOCK),
+        "depth": 3,
+        "splits": 2 if backend.device_kind() in _TWO_CORES else 1,
+    }
+    shape = {"head_dim": H, "dtype": str(x.k_BSKH.dtype), "kv_heads": K}
+    tuned = tuning.lookup("decode_attention", default, **shape)
+    block = piece = min(tuned["kv"], round_up(x.num_slots, LANES))
+    page = None if x.page_table_BP is None else x.k_BSKH.shape[1]
+    if page is not None and page <= block:
+        piece, block = page, page * _power_of_two(min(block // page, _WINDOW))
+    elif page is not None:
+        piece = block = math.gcd(page, block)
+    return Sizes(
+        batch=B,
+        queries=T,
+        kv_heads=K,
+        group=N // K,
+        slots=x.num_slots if page else round_up(x.num_slots, TILE),
+        block=block,
+        piece=piece,
+        page=page,
+        depth=tuned["depth"],
+        splits=tuned["splits"],
+    )
+
+
+def _power_of_two(x: int) -> int:
+    """Return the largest power of two up to x, 1 at least."""
+    return 1 << (max(x, 1).bit_length() - 1)
+
+
+def _plan(x: Inputs, how: Settings, sizes: Sizes) -> jax.Array:
+    """Return the fields of every `Row`, int32 [splits * batch * fields]."""
+    B, splits = sizes.batch, sizes.splits
+    begin_B, end_B = slots_seen(x, how)
+    real_BT = x.q_positions_BT >= 0
+    lo_BT = first_visible(x.q_positions_BT, how.chunk_size)
+    clear_begin_B = jnp.where(real_BT, lo_BT, 0).max(1) - x.kv_start_B
+    last_B = jnp.where(real_BT, x.q_positions_BT, jnp.iinfo(jnp.int32).max).min(1)
+    clear_end_B = jnp.minimum(last_B - x.kv_start_B, end_B - 1) + 1
+
+    # Blocks of pages start at multiples of themselves, so that none straddles two windows.
+    unit = LANES if sizes.page is None else sizes.block
+    first_B = begin_B // unit * unit
+    whole_blocks_B = pl.cdiv(jnp.minimum(end_B, sizes.whole) - first_B, sizes.block)
+    blocks_B = jnp.where(end_B > begin_B, whole_blocks_B + (end_B > sizes.whole), 0)
+    share_B = pl.cdiv(blocks_B, splits)
+    split_C1 = jnp.arange(splits, dtype=jnp.int32)[:, None]
+    blocks_CB = jnp.clip(blocks_B - split_C1 * share_B, 0, share_B)
+    first_CB = first_B + split_C1 * share_B * sizes.block
+    busy_CB = jnp.where(blocks_CB > 0, jnp.arange(B, dtype=jnp.int32), B)
+    busy_CB = jax.lax.cummin(busy_CB, axis=1, reverse=True)
+    follow_CB = jnp.pad(busy_CB[:, 1:], ((0, 0), (0, 1)), constant_values=B)
+    row = Row(
+        first=first_CB,
+        blocks=blocks_CB,
+        follow=follow_CB,
+        begin=begin_B,
+        end=end_B,
+        clear_begin=clear_begin_B,
+        clear_end=clear_end_B,
+        kv_start=x.kv_start_B,
+        positions=list(x.q_positions_BT.T),
+    )
+    fields = [jnp.broadcast_to(field, (splits, B)) for field in jax.tree.leaves(row)]
+    return jnp.stack(fields, axis=-1).astype(jnp.int32).reshape(-1)
+
+
+def _heads_first(x: Inputs, sizes: Sizes) -> Cache:
+    """Return the cache with slots after heads.
+
+    Without pages, an odd number of slots is padded to whole tiles, which copies the cache: 8 slots,
+    or 128 for scales.
+    """
+
+    def swap(part: jax.Array | None, unit: int) -> jax.Array | None:
+        if part is None:
+            return None
+        part = part.astype(jnp.float32) if part.ndim == 3 else part
+        missing = -part.shape[1] % unit if sizes.page is None else 0
+        if missing:
+            part = jnp.pad(part, [(0, missing) if i == 1 else (0, 0) for i in range(part.ndim)])
+        return part.swapaxes(1, 2)
+
+    scales = swap(x.k_scale_BSK, LANES), swap(x.v_scale_BSK, LANES)
+    return Cache(swap(x.k_BSKH, TILE), swap(x.v_BSKH, TILE), *scales)
+
+
+def _windows(table_BP: jax.Array | None) -> jax.Array | None:
+    """Cut the page table into windows: [B * windows, 1, entries]."""
+    if table_BP is None:
+        return None
+    entries = min(_WINDOW, max(LANES, _power_of_two(2 * table_BP.shape[1] - 1)))
+    padded_BP = jnp.pad(table_BP, ((0, 0), (0, -table_BP.shape[1] % entries)))
+    return padded_BP.astype(jnp.int32).reshape(-1, 1, entries)
+
+
+def _cost(
+    x: Inputs, how: Settings, sizes: Sizes, cache: Cache, outs: tuple[jax.ShapeDtypeStruct, ...]
+) -> pl.CostEstimate:
+    """Estimate for rows that are full: lengths are not known."""
+    B, T, N, H = x.q_BTNH.shape
+    seen = sizes.slots if how.chunk_size is None else min(how.chunk_size, sizes.slots)
+    out_bytes = sum(out.size * out.dtype.itemsize for out in outs)
+    head_bytes = sum(part.dtype.itemsize * math.prod(part.shape[3:]) for part in cache.parts())
+    return pl.CostEstimate(
+        flops=4 * B * T * N * seen * H,
+        transcendentals=B * T * N * seen,
+        bytes_accessed=B * seen * sizes.kv_heads * head_bytes + x.q_BTNH.nbytes + out_bytes,
+    )
+
+
+def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Array, jax.Array]:
+    """Attend; see `api.decode_attention`.
+
+    Args:
+        x: arrays that `refusal` does not refuse.
+        how: static settings.
+        out_dtype: dtype of the output.
+
+    Returns:
+        (out_BTNH in out_dtype, lse_BTN float32).
+    """
+    sizes = _sizes(x)
+    B, T, N, H = x.q_BTNH.shape
+    K, G, rows, splits = sizes.kv_heads, sizes.group, sizes.rows, sizes.splits
+    is_float = x.k_BSKH.dtype in (jnp.bfloat16, jnp.float32)
+    compute_dtype = jnp.promote_types(x.q_BTNH.dtype, x.k_BSKH.dtype if is_float else jnp.bfloat16)
+    q_BKTGH = x.q_BTNH.astype(compute_dtype).reshape(B, T, K, G, H).swapaxes(1, 2)
+    q_BKRH = q_BKTGH.reshape(B, K, T * G, H)
+    q_BKRH = jnp.pad(q_BKRH, ((0, 0), (0, 0), (0, rows - T * G), (0, 0)))
+    cache = _heads_first(x, sizes)
+    windows = _windows(x.page_table_BP)
+
+    def ring(part: jax.Array) -> Any:
+        return pltpu.VMEM((sizes.depth, K, sizes.block, *part.shape[3:]), part.dtype)
+
+    scratch = Scratch(
+        buffers=jax.tree.map(ring, cache),
+        arrived=pltpu.SemaphoreType.DMA((sizes.depth,)),
+        cursor=pltpu.SMEM((len(("row", "block", "asked", "attended", "window")),), jnp.int32),
+        window=None if windows is None else pltpu.SMEM(windows.shape[1:], jnp.int32),
+        window_arrived=None if windows is None else pltpu.SemaphoreType.DMA,
+        top=pltpu.VMEM((K, rows, LANES), jnp.float32),
+        sum=pltpu.VMEM((K, rows, LANES), jnp.float32),
+        acc=pltpu.VMEM((K, rows, H), jnp.float32),
+    )
+    split_dtype = out_dtype if splits == 1 else jnp.float32
+    outs = (
+        jax.ShapeDtypeStruct((splits, B, K, rows, H), split_dtype),
+        jax.ShapeDtypeStruct((splits, B, rows, LANES), jnp.float32),
+    )
+    # Not pl.ANY, with which XLA may bring a small cache into VMEM, all of it.
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    out_CBKRH, lse_CBRK = pl.pallas_call(
+        functools.partial(attend_row, sizes=sizes, how=how),
+        out_shape=outs,
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=1,
+            grid=(splits, B),
+            in_specs=[
+                pl.BlockSpec((None, K, rows, H), lambda c, b, _: (b, 0, 0, 0)),
+                jax.tree.map(lambda _: hbm, cache),
+                jax.tree.map(lambda _: hbm, windows),
+            ],
+            out_specs=(
+                pl.BlockSpec((None, None, K, rows, H), lambda c, b, _: (c, b, 0, 0, 0)),
+                pl.BlockSpec((None, None, rows, LANES), lambda c, b, _: (c, b, 0, 0)),
+            ),
+            scratch_shapes=[scratch],
+        ),
+        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        cost_estimate=_cost(x, how, sizes, cache, outs),
+        interpret=backend.tpu_interpreter(),
+        name="decode_attention",
+    )(_plan(x, how, sizes), q_BKRH, cache, windows)
+
+    out_CBKTGH = out_CBKRH[:, :, :, : T * G].reshape(splits, B, K, T, G, H)
+    out_CBTNH = out_CBKTGH.swapaxes(2, 3).reshape(splits, B, T, N, H)
+    lse_CBTGK = lse_CBRK[:, :, : T * G, :K].reshape(splits, B, T, G, K)
+    lse_CBTN = lse_CBTGK.swapaxes(3, 4).reshape(splits, B, T, N)
+    if splits == 1:
+        return out_CBTNH[0], lse_CBTN[0]
+    out_BTNH, lse_BTN = _merge(out_CBTNH, lse_CBTN)
+    return out_BTNH.astype(out_dtype), lse_BTN
+
+
+def _merge(out_CBTNH: jax.Array, lse_CBTN: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Merge the splits by their log-sum-exp."""
+    top_BTN = lse_CBTN.max(0)
+    weight_CBTN = jnp.exp(lse_CBTN - top_BTN)
+    sum_BTN = weight_CBTN.sum(0)
+    out_BTNH = (out_CBTNH * weight_CBTN[..., None]).sum(0) / sum_BTN[..., None]
+    seen_BTN = top_BTN > NEGATIVE / 2
+    return out_BTNH, jnp.where(seen_BTN, top_BTN + jnp.log(sum_BTN), NEGATIVE)

@@ -2,9 +2,10 @@
 
 A query at position p sees the keys at positions lo..hi of its own segment, hi = p and lo = 0 or the
 start of p's chunk. That is the whole mask, so a block of queries and a block of keys need no table
-of pairs: the extremes of lo and hi in one, and of the positions in the other, tell whether they can
-meet (`may_see`) and whether they meet everywhere (`sees_all`). The summaries take O(T + S) steps on
-the device; the kernels read them as scalars.
+of pairs: order tokens by segment and then position, and the extremes of (segment, lo) and (segment,
+hi) in one block, of (segment, position) in the other, tell whether they can meet (`may_see`) and
+whether they meet everywhere (`sees_all`). For rows in order, packed ones included, nothing is
+copied in vain. The summaries take O(T + S) steps on the device; kernels read them as scalars.
 """
 
 from typing import NamedTuple
@@ -75,9 +76,11 @@ class QueryBlocks(NamedTuple):
     """Extremes over each block of queries; int32 [B, blocks]. Scalars inside a kernel.
 
     Attributes:
-        lo_min, lo_max: of the first position seen; padding left out of lo_min.
-        hi_min, hi_max: of the last position seen; -1 if there is padding, so that hi_min < lo_min.
-        segment_min, segment_max: padding left out.
+        lo_min: first position seen by the queries of the first segment; padding left out.
+        lo_max: largest first position seen.
+        hi_min: smallest last position seen; -1 if there is padding.
+        hi_max: last position seen by the queries of the last segment.
+        segment_min, segment_max: first and last segment; padding left out.
         begin, end: blocks of keys from the first to after the last that some query may see.
     """
 
@@ -95,9 +98,10 @@ class KeyBlocks(NamedTuple):
     """Extremes over each block of keys; int32 [B, blocks]. Scalars inside a kernel.
 
     Attributes:
-        min, max: of the positions, padding left out; max is -1 if there is nothing else.
+        min: first position in the first segment; padding left out.
+        max: last position in the last segment; -1 if all is padding.
         padding: 1 if the block has padding, else 0.
-        segment_min, segment_max: padding left out.
+        segment_min, segment_max: first and last segment; padding left out.
         begin, end: blocks of queries from the first to after the last that may see some key.
     """
 
@@ -112,8 +116,13 @@ class KeyBlocks(NamedTuple):
 
 def may_see(q: QueryBlocks, kv: KeyBlocks) -> jax.Array:
     """Whether some query of a block may see some key of another; never wrongly False."""
-    meets = (kv.max >= q.lo_min) & (kv.min <= q.hi_max)
-    return meets & (kv.segment_max >= q.segment_min) & (kv.segment_min <= q.segment_max)
+    is_after_lo = (kv.segment_max > q.segment_min) | (
+        (kv.segment_max == q.segment_min) & (kv.max >= q.lo_min)
+    )
+    is_before_hi = (kv.segment_min < q.segment_max) | (
+        (kv.segment_min == q.segment_max) & (kv.min <= q.hi_max)
+    )
+    return is_after_lo & is_before_hi
 
 
 def sees_all(q: QueryBlocks, kv: KeyBlocks) -> jax.Array:
@@ -142,36 +151,35 @@ def summarize(
         return padded.reshape(B, -1, size)
 
     def segments(segments_BT: jax.Array | None, real: jax.Array, size: int):
+        """Return each token's segment, and the first and the last one of each block."""
         if segments_BT is None:
             zero = jnp.zeros(real.shape[:2], jnp.int32)
-            return zero, zero
+            return jnp.zeros(real.shape, jnp.int32), zero, zero
         s = blocks(segments_BT, size, 0)
-        return jnp.where(real, s, _FAR).min(-1), jnp.where(real, s, -_FAR).max(-1)
+        first, last = jnp.where(real, s, _FAR).min(-1), jnp.where(real, s, -_FAR).max(-1)
+        return s, first, last
 
-    p = blocks(x.q_positions_BT, q_block, -1)
-    real = p >= 0
-    lo = first_visible(p, chunk_size)
-    nothing = jnp.zeros(p.shape[:2], jnp.int32)
-    q = QueryBlocks(
-        jnp.where(real, lo, _FAR).min(-1),
-        lo.max(-1),
-        p.min(-1),
-        p.max(-1),
-        *segments(x.q_segments_BT, real, q_block),
-        nothing,
-        nothing,
-    )
+    def least(p: jax.Array, real: jax.Array, s: jax.Array, first: jax.Array) -> jax.Array:
+        return jnp.where(real & (s == first[..., None]), p, _FAR).min(-1)
+
+    def largest(p: jax.Array, real: jax.Array, s: jax.Array, last: jax.Array) -> jax.Array:
+        return jnp.where(real & (s == last[..., None]), p, -1).max(-1)
+
+    hi = blocks(x.q_positions_BT, q_block, -1)
+    lo, real = first_visible(hi, chunk_size), hi >= 0
+    s, first, last = segments(x.q_segments_BT, real, q_block)
+    extremes = (least(lo, real, s, first), lo.max(-1), hi.min(-1), largest(hi, real, s, last))
+    nothing = jnp.zeros(first.shape, jnp.int32)
+    q = QueryBlocks(*extremes, first, last, nothing, nothing)
+
     p = blocks(x.kv_positions_BS, kv_block, -1)
     real = p >= 0
-    nothing = jnp.zeros(p.shape[:2], jnp.int32)
-    kv = KeyBlocks(
-        jnp.where(real, p, _FAR).min(-1),
-        p.max(-1),
-        (~real).any(-1).astype(jnp.int32),
-        *segments(x.kv_segments_BS, real, kv_block),
-        nothing,
-        nothing,
-    )
+    s, first, last = segments(x.kv_segments_BS, real, kv_block)
+    padding = (~real).any(-1).astype(jnp.int32)
+    extremes = (least(p, real, s, first), largest(p, real, s, last), padding)
+    nothing = jnp.zeros(first.shape, jnp.int32)
+    kv = KeyBlocks(*extremes, first, last, nothing, nothing)
+
     rows = jax.tree.map(lambda a: a[:, :, None], q)
     columns = jax.tree.map(lambda a: a[:, None, :], kv)
     seen = may_see(QueryBlocks(*rows), KeyBlocks(*columns))

@@ -181,6 +181,19 @@ def test_summaries_skip_all_that_a_long_chunked_row_cannot_see():
     np.testing.assert_array_equal(kv_blocks.end[0], j // 4 * 8 + 8)
 
 
+@pytest.mark.parametrize("chunk", [None, 8, 50])
+def test_no_block_of_packed_rows_is_copied_in_vain(chunk):
+    (case,) = (c for c in CASES if c.name == "packed_rows_whose_positions_restart")
+    (q, k, v, *_), integers = case.arrays("float32")
+    q_blocks, kv_blocks = visibility.summarize(visibility.Inputs(q, k, v, *integers), chunk, 8, 16)
+    mask = definition.mask_of(*integers, chunk)
+    for b, i, j in np.ndindex(*q_blocks.begin.shape, kv_blocks.begin.shape[1]):
+        one_q = visibility.QueryBlocks(*(int(a[b, i]) for a in q_blocks))
+        one_kv = visibility.KeyBlocks(*(int(a[b, j]) for a in kv_blocks))
+        part = mask[b, i * 8 : (i + 1) * 8, j * 16 : (j + 1) * 16]
+        assert visibility.may_see(one_q, one_kv) == part.any(), (b, i, j)
+
+
 def test_shapes_that_disagree_and_half_given_segments_are_refused():
     case = Case(name="", q_positions=((0, 1),), kv_positions=((0, 1, 2),))
     (q, k, v, *_), (q_pos, kv_pos, *_) = case.arrays("float32")

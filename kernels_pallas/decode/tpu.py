@@ -135,7 +135,7 @@ def _plan(x: Inputs, how: Settings, sizes: Sizes) -> jax.Array:
 
 
 def _heads_first(x: Inputs, sizes: Sizes) -> Cache:
-    """Return the cache with slots after heads.
+    """Return the cache with slots after heads, held in HBM: XLA would bring a small one into VMEM.
 
     Without pages, an odd number of slots is padded to whole tiles, which copies the cache: 8 slots,
     or 128 for scales.
@@ -148,7 +148,7 @@ def _heads_first(x: Inputs, sizes: Sizes) -> Cache:
         missing = -part.shape[1] % unit if sizes.page is None else 0
         if missing:
             part = jnp.pad(part, [(0, missing) if i == 1 else (0, 0) for i in range(part.ndim)])
-        return part.swapaxes(1, 2)
+        return pltpu.with_memory_space_constraint(part.swapaxes(1, 2), pltpu.HBM)
 
     scales = swap(x.k_scale_BSK, LANES), swap(x.v_scale_BSK, LANES)
     return Cache(swap(x.k_BSKH, TILE), swap(x.v_BSKH, TILE), *scales)
@@ -218,7 +218,6 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
         jax.ShapeDtypeStruct((splits, B, K, rows, H), split_dtype),
         jax.ShapeDtypeStruct((splits, B, rows, LANES), jnp.float32),
     )
-    # Not pl.ANY, with which XLA may bring a small cache into VMEM, all of it.
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     out_CBKRH, lse_CBRK = pl.pallas_call(
         functools.partial(attend_row, sizes=sizes, how=how),

@@ -14,17 +14,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import backend, tuning
-from kernels_pallas.attention import gpu_blocks
+from kernels_pallas.attention import gpu_backward, gpu_blocks
 from kernels_pallas.attention.gpu_blocks import (
     LN2,
     OF_ROWS,
     ROWS,
+    Stream,
     accumulate,
     across,
     filled,
     load,
+    mask,
     product,
-    visible,
 )
 from kernels_pallas.attention.visibility import (
     NEGATIVE,
@@ -36,6 +37,7 @@ from kernels_pallas.attention.visibility import (
 )
 
 refusal = gpu_blocks.refusal
+backward = gpu_backward.backward
 
 _MULTIPLIERS = 2  # warpgroups that multiply; one more copies
 _Q_BLOCK = ROWS * _MULTIPLIERS
@@ -57,32 +59,29 @@ def _attend(*refs: Any, how: Settings, segmented: bool, kv_block: int, stages: i
         def meets(j: jax.Array) -> jax.Array:
             return may_see(queries(), gpu_blocks.key_block(kv_table, b, j))
 
-        return gpu_blocks.walk(q_table[b, i, 6], q_table[b, i, 7], meets, step, carry)
+        begin, end = queries().begin, queries().end
+        return gpu_blocks.walk(begin, end, meets, step, jnp.int32(0), carry)
 
     def copy() -> None:
         plgpu.set_max_registers(40, action="decrease")
 
+        def of(ref: Any, smem: Any) -> Any:
+            def copies(j: jax.Array, slot: jax.Array) -> Any:
+                tokens = pl.ds(j * kv_block, kv_block)
+                return [(ref.at[b, tokens, kv_head], smem.at[slot])]
+
+            return copies
+
+        keys = Stream(of(k, k_smem), k_ready, k_free)
+        values = Stream(of(v, v_smem), v_ready, v_free)
+
         def fetch(turn: jax.Array, j: jax.Array, _: None) -> None:
-            slot = jax.lax.rem(turn, jnp.int32(stages))
-            block = (b, pl.ds(j * kv_block, kv_block), kv_head)
-            for ref, smem, ready, free in (
-                (k, k_smem, k_ready, k_free),
-                (v, v_smem, v_ready, v_free),
-            ):
-
-                @pl.when(turn >= stages)
-                def _reuse(free: Any = free) -> None:
-                    plgpu.barrier_wait(free.at[slot])
-
-                plgpu.copy_gmem_to_smem(ref.at[block], smem.at[slot], ready.at[slot])
+            keys.fetch(turn, j)
+            values.fetch(turn, j)
 
         turns, _ = walk(fetch, None)
-        for slot in range(stages):
-
-            @pl.when(slot < turns)
-            def _drain(slot: int = slot) -> None:
-                plgpu.barrier_wait(k_free.at[slot])
-                plgpu.barrier_wait(v_free.at[slot])
+        keys.drain(turns)
+        values.drain(turns)
 
     def multiply() -> None:
         plgpu.set_max_registers(232, action="increase")
@@ -93,14 +92,13 @@ def _attend(*refs: Any, how: Settings, segmented: bool, kv_block: int, stages: i
 
         def masked(j: jax.Array, s: jax.Array) -> jax.Array:
             keys = pl.ds(j * kv_block, kv_block)
-            seen = visible(rows.at[b, :, tokens], columns.at[b, :, keys], segmented)
-            return jnp.where(seen, s, -jnp.inf)
+            return mask(s, rows.at[b, :, tokens], columns.at[b, :, keys], segmented)
 
         def step(turn: jax.Array, j: jax.Array, carry: Any) -> Any:
             acc, m, total = carry
             slot = jax.lax.rem(turn, jnp.int32(stages))
             plgpu.barrier_wait(k_ready.at[slot])
-            s = product(q_smem.at[group], k_smem.at[slot].transpose((1, 0)))
+            s = product((q_smem.at[group], k_smem.at[slot]))
             plgpu.barrier_arrive(k_free.at[slot])
             is_whole = sees_all(queries(), gpu_blocks.key_block(kv_table, b, j))
             s = jax.lax.cond(is_whole, lambda s: s, functools.partial(masked, j), s)
@@ -149,8 +147,10 @@ def forward(x: Inputs, how: Settings, *, out_dtype: Any) -> tuple[jax.Array, jax
     default = {"kv_block": 128 if head_dim <= 128 else 64, "stages": 2}
     sizes = tuning.lookup("chunked_attention.forward", default, head_dim=head_dim, dtype=dtype.name)
     kv_block, stages = sizes["kv_block"], sizes["stages"]
-    padded = gpu_blocks.operands(x, how, _Q_BLOCK, kv_block)
-    _, length, _, H = padded.q_BTNH.shape
+    padded = gpu_blocks.padded(x, _Q_BLOCK, kv_block)
+    q, k, v, *_ = padded
+    v = gpu_blocks.without_padding(v, padded.kv_positions_BS)
+    _, length, _, H = q.shape
     is_same = jnp.dtype(out_dtype) == dtype
     ready = plgpu.Barrier(num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=stages)
@@ -177,5 +177,9 @@ def forward(x: Inputs, how: Settings, *, out_dtype: Any) -> tuple[jax.Array, jax
         cost_estimate=gpu_blocks.cost(x, how, products=2, block=_Q_BLOCK),
         interpret=backend.gpu_interpreter(),
     )
-    out_BTNH, lse_BNT = kernel(*padded)
+    out_BTNH, lse_BNT = kernel(
+        *(q, k, v),
+        *gpu_blocks.describe(padded, how),
+        *gpu_blocks.tables(padded, how, _Q_BLOCK, kv_block),
+    )
     return out_BTNH[:, :T, :, :head_dim], lse_BNT[:, :, :T].swapaxes(1, 2)

@@ -5,7 +5,7 @@ kernel the same sequence: the warpgroup that copies and those that multiply each
 same scalars, so that nothing but barriers passes between them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +20,6 @@ from kernels_pallas.attention.visibility import Inputs, KeyBlocks, QueryBlocks, 
 ROWS = 64  # of the tile that one warpgroup multiplies
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-_FIELDS = 8  # scalars that describe one block in a table
 OF_ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector with one number per row of a tile
 OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # and one with a number per column
 
@@ -42,25 +41,6 @@ def refusal(x: Inputs, how: Settings) -> str | None:
     return None
 
 
-class Operands(NamedTuple):
-    """Arrays padded to whole blocks, and what the kernels know of each token and block.
-
-    Attributes:
-        q_BTNH, k_BSKH, v_BSKH: padded; H is a multiple of 64.
-        rows_BCT: int32 [B, 3, T], the first and last position each query sees and its segment.
-        columns_BCS: int32 [B, 2, S], position and segment of each key.
-        q_table_BIF, kv_table_BJF: int32, the fields of `QueryBlocks` and `KeyBlocks`.
-    """
-
-    q_BTNH: jax.Array
-    k_BSKH: jax.Array
-    v_BSKH: jax.Array
-    rows_BCT: jax.Array
-    columns_BCS: jax.Array
-    q_table_BIF: jax.Array
-    kv_table_BJF: jax.Array
-
-
 def pad(x: jax.Array, axis: int, multiple: int, value: int = 0) -> jax.Array:
     """Lengthen an axis to a multiple."""
     widths = [(0, 0)] * x.ndim
@@ -68,9 +48,27 @@ def pad(x: jax.Array, axis: int, multiple: int, value: int = 0) -> jax.Array:
     return jnp.pad(x, widths, constant_values=value) if widths[axis][1] else x
 
 
-def pad_tokens(x_BTNH: jax.Array, multiple: int) -> jax.Array:
-    """Lengthen the tokens to whole blocks and the head to whole tiles."""
-    return pad(pad(x_BTNH, 1, multiple), 3, 64)
+def pad_head(x_BTNH: jax.Array) -> jax.Array:
+    """Lengthen the head to 64, 128 or 256, what the tensor core and the backward pass divide."""
+    H = x_BTNH.shape[-1]
+    return pad(x_BTNH, 3, 64 if H <= 128 else 256)
+
+
+def padded(x: Inputs, q_multiple: int, kv_multiple: int) -> Inputs:
+    """Lengthen tokens to whole blocks, and the head; tokens are else as they came."""
+
+    def longer(a: jax.Array | None, multiple: int, value: int = 0) -> jax.Array | None:
+        return None if a is None else pad(a, 1, multiple, value)
+
+    return Inputs(
+        pad(pad_head(x.q_BTNH), 1, q_multiple),
+        pad(pad_head(x.k_BSKH), 1, kv_multiple),
+        pad(pad_head(x.v_BSKH), 1, kv_multiple),
+        pad(x.q_positions_BT, 1, q_multiple, -1),
+        pad(x.kv_positions_BS, 1, kv_multiple, -1),
+        longer(x.q_segments_BT, q_multiple),
+        longer(x.kv_segments_BS, kv_multiple),
+    )
 
 
 def without_padding(x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
@@ -78,30 +76,27 @@ def without_padding(x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
     return jnp.where((positions_BT >= 0)[:, :, None, None], x_BTNH, jnp.zeros_like(x_BTNH))
 
 
-def _table(blocks: QueryBlocks | KeyBlocks) -> jax.Array:
-    fields = [*blocks] + [jnp.zeros_like(blocks.begin)] * (_FIELDS - len(blocks))
-    return jnp.stack(fields, axis=-1)
+def describe(x: Inputs, how: Settings) -> tuple[jax.Array, jax.Array]:
+    """Collect what masks depend on.
 
-
-def operands(x: Inputs, how: Settings, q_block: int, kv_block: int) -> Operands:
-    """Pad the arrays and summarise the blocks; v is zero at padding, q and k are as they came."""
-    positions_BT = pad(x.q_positions_BT, 1, q_block, -1)
-    positions_BS = pad(x.kv_positions_BS, 1, kv_block, -1)
+    Returns:
+        rows_BCT: int32 [B, 3, T], the first and last position each query sees and its segment.
+        columns_BCS: int32 [B, 2, S], position and segment of each key.
+    """
+    positions_BT, positions_BS = x.q_positions_BT, x.kv_positions_BS
+    lo_BT = visibility.first_visible(positions_BT, how.chunk_size)
     q_segments_BT, kv_segments_BS = jnp.zeros_like(positions_BT), jnp.zeros_like(positions_BS)
     if x.q_segments_BT is not None and x.kv_segments_BS is not None:
-        q_segments_BT = pad(x.q_segments_BT, 1, q_block)
-        kv_segments_BS = pad(x.kv_segments_BS, 1, kv_block)
-    lo_BT = visibility.first_visible(positions_BT, how.chunk_size)
-    q_blocks, kv_blocks = visibility.summarize(x, how.chunk_size, q_block, kv_block)
-    return Operands(
-        pad_tokens(x.q_BTNH, q_block),
-        pad_tokens(x.k_BSKH, kv_block),
-        pad_tokens(without_padding(x.v_BSKH, x.kv_positions_BS), kv_block),
-        jnp.stack([lo_BT, positions_BT, q_segments_BT], axis=1),
-        jnp.stack([positions_BS, kv_segments_BS], axis=1),
-        _table(q_blocks),
-        _table(kv_blocks),
-    )
+        q_segments_BT, kv_segments_BS = x.q_segments_BT, x.kv_segments_BS
+    rows_BCT = jnp.stack([lo_BT, positions_BT, q_segments_BT], axis=1)
+    return rows_BCT, jnp.stack([positions_BS, kv_segments_BS], axis=1)
+
+
+def tables(x: Inputs, how: Settings, q_block: int, kv_block: int) -> list[jax.Array]:
+    """Return the fields of `QueryBlocks` [B, blocks, 8] and of `KeyBlocks`, int32."""
+    both = visibility.summarize(x, how.chunk_size, q_block, kv_block)
+    rows = [[*blocks] + [jnp.zeros_like(blocks.begin)] * (8 - len(blocks)) for blocks in both]
+    return [jnp.stack(fields, axis=-1) for fields in rows]
 
 
 def query_block(table_BIF: Any, b: Any, i: Any) -> QueryBlocks:
@@ -119,6 +114,7 @@ def walk[Carry](
     end: jax.Array,
     meets: Callable[[jax.Array], jax.Array],
     step: Callable[[jax.Array, jax.Array, Carry], Carry],
+    turn: jax.Array,
     carry: Carry,
 ) -> tuple[jax.Array, Carry]:
     """Visit the blocks begin..end that meet, passing over the others.
@@ -126,11 +122,12 @@ def walk[Carry](
     Args:
         begin, end: the range.
         meets: of a block, whether to visit it.
-        step: (turn, block, carry) -> carry; turn counts the blocks visited before.
+        step: (turn, block, carry) -> carry; turn counts the visits.
+        turn: what the first visit counts as.
         carry: what the first step takes.
 
     Returns:
-        (blocks visited, last carry)
+        (what a next visit would count as, last carry)
     """
 
     def seek(block: jax.Array) -> jax.Array:
@@ -144,9 +141,44 @@ def walk[Carry](
         turn, block, carry = state
         return turn + 1, seek(block + 1), step(turn, block, carry)
 
-    start = jnp.int32(0), seek(begin), carry
-    turns, _, carry = jax.lax.while_loop(lambda state: state[1] < end, visit, start)
-    return turns, carry
+    turn, _, carry = jax.lax.while_loop(
+        lambda state: state[1] < end, visit, (turn, seek(begin), carry)
+    )
+    return turn, carry
+
+
+class Stream(NamedTuple):
+    """Tiles that come through a ring of buffers in shared memory.
+
+    Attributes:
+        copies: (block, slot) -> pairs of a tile of global memory and its buffer.
+        ready: a barrier for each slot, at which each copy arrives.
+        free: a barrier for each slot, at which each reader arrives when it is done.
+    """
+
+    copies: Callable[[jax.Array, jax.Array], Sequence[tuple[Any, Any]]]
+    ready: Any
+    free: Any
+
+    def fetch(self, turn: jax.Array, block: jax.Array) -> None:
+        """Bring a block into the slot of this turn, once its readers are done with the last one."""
+        stages = self.ready.shape[0]
+        slot = jax.lax.rem(turn, jnp.int32(stages))
+
+        @pl.when(turn >= stages)
+        def _reuse() -> None:
+            plgpu.barrier_wait(self.free.at[slot])
+
+        for source, target in self.copies(block, slot):
+            plgpu.copy_gmem_to_smem(source, target, self.ready.at[slot])
+
+    def drain(self, turns: jax.Array) -> None:
+        """Wait until all that was brought has been read."""
+        for slot in range(self.ready.shape[0]):
+
+            @pl.when(slot < turns)
+            def _drain(slot: int = slot) -> None:
+                plgpu.barrier_wait(self.free.at[slot])
 
 
 def across(vector: jax.Array, shape: tuple[int, ...]) -> jax.Array:
@@ -164,26 +196,43 @@ def load(ref: Any, layout: Any) -> jax.Array:
     return plgpu.load(ref, layout=layout, optimized=False)
 
 
-def visible(rows_CT: Any, columns_CS: Any, segmented: bool) -> jax.Array:
-    """Return the mask of one tile from what is known of its queries and keys; see `Operands`."""
-    shape = rows_CT.shape[1], columns_CS.shape[1]
-    position = down(load(columns_CS.at[0], OF_COLUMNS), shape)
-    seen = position >= across(load(rows_CT.at[0], OF_ROWS), shape)
-    seen &= position <= across(load(rows_CT.at[1], OF_ROWS), shape)
-    if segmented:
-        segment = down(load(columns_CS.at[1], OF_COLUMNS), shape)
-        seen &= segment == across(load(rows_CT.at[2], OF_ROWS), shape)
-    return seen
+def mask(
+    s: jax.Array, q_CT: Any, kv_CS: Any, segmented: bool, *, transposed: bool = False
+) -> jax.Array:
+    """Put -inf where a query does not see a key.
+
+    Args:
+        s: a tile, queries by keys, or transposed.
+        q_CT, kv_CS: what `describe` says of its queries and keys, in global memory.
+        segmented: whether segments count.
+        transposed: whether the rows of the tile are keys.
+    """
+
+    def of_rows(ref: Any) -> jax.Array:
+        return across(load(ref, OF_ROWS), s.shape)
+
+    def of_columns(ref: Any) -> jax.Array:
+        return down(load(ref, OF_COLUMNS), s.shape)
+
+    of_q, of_kv = (of_columns, of_rows) if transposed else (of_rows, of_columns)
+    position = of_kv(kv_CS.at[0])
+    s = jnp.where(position >= of_q(q_CT.at[0]), s, -jnp.inf)
+    s = jnp.where(position <= of_q(q_CT.at[1]), s, -jnp.inf)
+    if not segmented:
+        return s
+    return jnp.where(of_kv(kv_CS.at[1]) == of_q(q_CT.at[2]), s, -jnp.inf)
 
 
-def product(a: Any, b: Any) -> jax.Array:
-    """Multiply two tiles of shared memory, [ROWS, D] and [D, C], in float32."""
+def product(*pairs: tuple[Any, Any]) -> jax.Array:
+    """Sum the products of tiles of shared memory, [ROWS, D] and [C, D] transposed, in float32."""
 
     def body(acc: Any) -> jax.Array:
-        plgpu.wgmma(acc, a, b)
+        for a, b in pairs:
+            plgpu.wgmma(acc, a, b.transpose((1, 0)))
         return acc[...]
 
-    return pl.run_scoped(body, plgpu.ACC((a.shape[0], b.shape[1]), jnp.float32))
+    a, b = pairs[0]
+    return pl.run_scoped(body, plgpu.ACC((a.shape[0], b.shape[0]), jnp.float32))
 
 
 def accumulate(acc: jax.Array, a: jax.Array, b: Any) -> jax.Array:
@@ -196,7 +245,8 @@ def accumulate(acc: jax.Array, a: jax.Array, b: Any) -> jax.Array:
         tile = b[...]
         plgpu.commit_smem()
         return acc + jnp.dot(a, tile, preferred_element_type=jnp.float32)
-    return pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))(plgpu.ACC.init(acc))
+    run: Any = pl.run_state(lambda ref: plgpu.wgmma(ref, a, b))
+    return run(plgpu.ACC.init(acc))
 
 
 def filled(value: float, shape: tuple[int, ...], layout: Any) -> jax.Array:

@@ -1,0 +1,369 @@
+"""Gradients of attention on Hopper GPUs: one kernel for dq, another for dk and dv.
+
+Neither the products nor the weights were kept: both kernels compute them again from the
+log-sum-exp, p = exp(s - lse), and with dp = dout v^T and delta = sum(out dout) - dlse have
+ds = p (dp - delta). The first is built like the forward pass, with dq = ds k in the place of the
+output. The second holds keys and values and walks over the queries of all heads that read them, so
+that dk = ds^T q and dv = p^T dout stay in registers; its tiles are transposed, keys by queries.
+
+Two warpgroups multiply. In the second kernel each has 64 keys of its own up to a head of 128; a
+head of 256 leaves no registers for that, and each has one half of the columns of the same 64 keys.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import backend, tuning
+from kernels_pallas.attention import gpu_blocks
+from kernels_pallas.attention.gpu_blocks import (
+    LN2,
+    LOG2E,
+    OF_COLUMNS,
+    OF_ROWS,
+    ROWS,
+    Stream,
+    accumulate,
+    across,
+    down,
+    filled,
+    load,
+    mask,
+    product,
+)
+from kernels_pallas.attention.visibility import (
+    Inputs,
+    KeyBlocks,
+    QueryBlocks,
+    Settings,
+    may_see,
+    sees_all,
+)
+
+_MULTIPLIERS = 2  # warpgroups that multiply; one more copies
+_LONG = ROWS * _MULTIPLIERS
+_FACTOR, _LSE, _DELTA = range(3)  # what is known of a query: see `_numbers`
+
+
+def _dq(*refs: Any, segmented: bool, kv_block: int, stages: int) -> None:
+    (q, k, v, do, numbers, rows, columns, q_table, kv_table, dq), scratch = refs[:10], refs[10:]
+    q_smem, do_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free = scratch
+    b, n = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
+    i = q_table.shape[1] - 1 - jax.lax.axis_index("block")
+    group = jax.lax.axis_index("warpgroup")
+    kv_head = n // (q.shape[2] // k.shape[2])
+
+    def queries() -> QueryBlocks:
+        return gpu_blocks.query_block(q_table, b, i)
+
+    def walk(step: Any, carry: Any) -> Any:
+        def meets(j: jax.Array) -> jax.Array:
+            return may_see(queries(), gpu_blocks.key_block(kv_table, b, j))
+
+        begin, end = queries().begin, queries().end
+        return gpu_blocks.walk(begin, end, meets, step, jnp.int32(0), carry)
+
+    def copy() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+
+        def of(ref: Any, smem: Any) -> Any:
+            def copies(j: jax.Array, slot: jax.Array) -> Any:
+                tokens = pl.ds(j * kv_block, kv_block)
+                return [(ref.at[b, tokens, kv_head], smem.at[slot])]
+
+            return copies
+
+        keys = Stream(of(k, k_smem), k_ready, k_free)
+        values = Stream(of(v, v_smem), v_ready, v_free)
+
+        def fetch(turn: jax.Array, j: jax.Array, _: None) -> None:
+            keys.fetch(turn, j)
+            values.fetch(turn, j)
+
+        turns, _ = walk(fetch, None)
+        keys.drain(turns)
+        values.drain(turns)
+
+    def multiply() -> None:
+        plgpu.set_max_registers(232, action="increase")
+        tokens = pl.ds(i * _LONG + group * ROWS, ROWS)
+        for ref, smem in ((q, q_smem), (do, do_smem)):
+            plgpu.copy_gmem_to_smem(ref.at[b, tokens, n], smem.at[group], q_ready.at[group])
+        factor, lse, delta = (load(numbers.at[b, n, c, tokens], OF_ROWS) for c in range(3))
+        plgpu.barrier_wait(q_ready.at[group])
+
+        def masked(j: jax.Array, s: jax.Array) -> jax.Array:
+            keys = pl.ds(j * kv_block, kv_block)
+            return mask(s, rows.at[b, :, tokens], columns.at[b, :, keys], segmented)
+
+        def step(turn: jax.Array, j: jax.Array, acc: jax.Array) -> jax.Array:
+            slot = jax.lax.rem(turn, jnp.int32(stages))
+            plgpu.barrier_wait(k_ready.at[slot])
+            s = product((q_smem.at[group], k_smem.at[slot]))
+            is_whole = sees_all(queries(), gpu_blocks.key_block(kv_table, b, j))
+            s = jax.lax.cond(is_whole, lambda s: s, functools.partial(masked, j), s)
+            p = jnp.exp2(s * across(factor, s.shape) - across(lse, s.shape))
+            plgpu.barrier_wait(v_ready.at[slot])
+            dp = product((do_smem.at[group], v_smem.at[slot]))
+            plgpu.barrier_arrive(v_free.at[slot])
+            ds = p * (dp - across(delta, s.shape))
+            acc = accumulate(acc, ds.astype(k.dtype), k_smem.at[slot])
+            plgpu.barrier_arrive(k_free.at[slot])
+            return acc
+
+        _, acc = walk(step, filled(0, (ROWS, q.shape[3]), plgpu.Layout.WGMMA))
+        q_smem.at[group][...] = (acc * across(factor * LN2, acc.shape)).astype(dq.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_smem.at[group], dq.at[b, tokens, n])
+        plgpu.wait_smem_to_gmem(0)
+
+    pl.when(group < _MULTIPLIERS)(multiply)
+    pl.when(group == _MULTIPLIERS)(copy)
+
+
+def _dkv(*refs: Any, segmented: bool, q_block: int, stages: int) -> None:
+    (q, k, v, do, numbers, rows, columns, q_table, kv_table, dk, dv), scratch = refs[:11], refs[11:]
+    (k_smem, v_smem, q_smem, do_smem, numbers_smem), barriers = scratch[:5], scratch[5:]
+    kv_ready, q_ready, do_ready, q_free, do_free, done = barriers
+    b, kv_head = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
+    j, group = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
+    heads = q.shape[2] // k.shape[2]  # that read one kv head
+    parts, width = q_smem.shape[1], q_smem.shape[3]  # of the columns
+    is_split = parts > 1
+
+    def place(of: Any) -> tuple[Any, Any]:
+        """Return the keys and the columns that a warpgroup has."""
+        first = j * ROWS if is_split else j * _LONG + of * ROWS
+        return pl.ds(first, ROWS), pl.ds(of * width if is_split else 0, width)
+
+    def keys() -> KeyBlocks:
+        return gpu_blocks.key_block(kv_table, b, j)
+
+    def walk(step: Any, carry: Any) -> Any:
+        def meets(i: jax.Array) -> jax.Array:
+            return may_see(gpu_blocks.query_block(q_table, b, i), keys())
+
+        def of_head(g: jax.Array, state: Any) -> Any:
+            turn, carry = state
+            n = kv_head * heads + g
+            visit = functools.partial(step, n)
+            return gpu_blocks.walk(keys().begin, keys().end, meets, visit, turn, carry)
+
+        return jax.lax.fori_loop(0, heads, of_head, (jnp.int32(0), carry))
+
+    def copy() -> None:
+        plgpu.set_max_registers(40, action="decrease")
+        for of in range(_MULTIPLIERS):
+            tokens, part = place(of)
+            for ref, smem in ((k, k_smem), (v, v_smem)):
+                source = ref.at[b, tokens, kv_head, part]
+                plgpu.copy_gmem_to_smem(source, smem.at[of], kv_ready)
+
+        def tiles(ref: Any, smem: Any, tokens: Any, n: Any, slot: Any) -> Any:
+            return [
+                (ref.at[b, tokens, n, pl.ds(c * width, width)], smem.at[slot, c])
+                for c in range(parts)
+            ]
+
+        def fetch(n: jax.Array, turn: jax.Array, i: jax.Array, _: None) -> None:
+            queries(n).fetch(turn, i)
+            gradients(n).fetch(turn, i)
+
+        def queries(n: Any) -> Stream:
+            def copies(i: jax.Array, slot: jax.Array) -> Any:
+                tokens = pl.ds(i * q_block, q_block)
+                vectors = (numbers.at[b, n, :, tokens], numbers_smem.at[slot])
+                return [*tiles(q, q_smem, tokens, n, slot), vectors]
+
+            return Stream(copies, q_ready, q_free)
+
+        def gradients(n: Any) -> Stream:
+            def copies(i: jax.Array, slot: jax.Array) -> Any:
+                return tiles(do, do_smem, pl.ds(i * q_block, q_block), n, slot)
+
+            return Stream(copies, do_ready, do_free)
+
+        turns, _ = walk(fetch, None)
+        queries(0).drain(turns)
+        gradients(0).drain(turns)
+
+    def multiply() -> None:
+        plgpu.set_max_registers(232, action="increase")
+        mine, part = place(group)
+        plgpu.barrier_wait(kv_ready)
+
+        def masked(i: jax.Array, s: jax.Array) -> jax.Array:
+            tokens = pl.ds(i * q_block, q_block)
+            q_side, kv_side = rows.at[b, :, tokens], columns.at[b, :, mine]
+            return mask(s, q_side, kv_side, segmented, transposed=True)
+
+        def by_queries(smem: Any, ring: Any, slot: jax.Array) -> jax.Array:
+            pairs = [(smem.at[c if is_split else group], ring.at[slot, c]) for c in range(parts)]
+            return product(*pairs)
+
+        def step(n: jax.Array, turn: jax.Array, i: jax.Array, carry: Any) -> Any:
+            dk_acc, dv_acc = carry
+            slot = jax.lax.rem(turn, jnp.int32(stages))
+            own = slot, jax.lax.rem(group, jnp.int32(parts))
+            plgpu.barrier_wait(q_ready.at[slot])
+            s = by_queries(k_smem, q_smem, slot)
+            is_whole = sees_all(gpu_blocks.query_block(q_table, b, i), keys())
+            s = jax.lax.cond(is_whole, lambda s: s, functools.partial(masked, i), s)
+
+            def number(c: int) -> jax.Array:
+                return down(plgpu.load(numbers_smem.at[slot, c], layout=OF_COLUMNS), s.shape)
+
+            p = jnp.exp2(s * number(_FACTOR) - number(_LSE))
+            plgpu.barrier_wait(do_ready.at[slot])
+            dv_acc = accumulate(dv_acc, p.astype(k.dtype), do_smem.at[own])
+            dp = by_queries(v_smem, do_smem, slot)
+            plgpu.barrier_arrive(do_free.at[slot])
+            ds = p * (dp - number(_DELTA)) * number(_FACTOR)
+            plgpu.commit_smem()
+            dk_acc = accumulate(dk_acc, ds.astype(k.dtype), q_smem.at[own])
+            plgpu.barrier_arrive(q_free.at[slot])
+            return dk_acc, dv_acc
+
+        zero = filled(0, (ROWS, width), plgpu.Layout.WGMMA)
+        _, (dk_acc, dv_acc) = walk(step, (zero, zero))
+        if is_split:  # the other warpgroup may still read what is overwritten below
+            plgpu.barrier_arrive(done)
+            plgpu.barrier_wait(done)
+        k_smem.at[group][...] = (dk_acc * LN2).astype(dk.dtype)
+        v_smem.at[group][...] = dv_acc.astype(dv.dtype)
+        plgpu.commit_smem()
+        for smem, ref in ((k_smem, dk), (v_smem, dv)):
+            plgpu.copy_smem_to_gmem(smem.at[group], ref.at[b, mine, kv_head, part])
+        plgpu.wait_smem_to_gmem(0)
+
+    pl.when(group < _MULTIPLIERS)(multiply)
+    pl.when(group == _MULTIPLIERS)(copy)
+
+
+def _numbers(
+    x: Inputs,
+    how: Settings,
+    out_BTNH: jax.Array,
+    lse_BTN: jax.Array,
+    dout_BTNH: jax.Array,
+    dlse_BTN: jax.Array,
+) -> jax.Array:
+    """Collect three float32 numbers per query, [B, N, 3, T].
+
+    The factor that takes its products to logits in base 2, the log-sum-exp in base 2, and delta.
+    """
+    product_BTNH = out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32)
+    delta_BTN = product_BTNH.sum(-1) - dlse_BTN
+    is_real_BT1 = (x.q_positions_BT >= 0)[:, :, None]
+    delta_BTN = jnp.where(is_real_BT1, delta_BTN, 0)
+    factor_BT1 = gpu_blocks.row_factors(x.q_positions_BT, how)[:, :, None]
+    factor_BTN = jnp.broadcast_to(factor_BT1, delta_BTN.shape)
+    return jnp.stack([factor_BTN, lse_BTN * LOG2E, delta_BTN], axis=2).transpose(0, 3, 2, 1)
+
+
+def backward(
+    x: Inputs,
+    how: Settings,
+    out_BTNH: jax.Array,
+    lse_BTN: jax.Array,
+    dout_BTNH: jax.Array,
+    dlse_BTN: jax.Array,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Compute the gradients of q, k and v, each in its dtype, from those of the two outputs."""
+    T, S, head_dim = x.q_BTNH.shape[1], x.k_BSKH.shape[1], x.q_BTNH.shape[3]
+    numbers_BNCT = _numbers(x, how, out_BTNH, lse_BTN, dout_BTNH, dlse_BTN)
+    numbers_BNCT = gpu_blocks.pad(numbers_BNCT, 3, _LONG, 1)  # a factor of 0 makes NaN of -inf
+    longer = gpu_blocks.padded(x, _LONG, _LONG)
+    clean = longer._replace(
+        q_BTNH=gpu_blocks.without_padding(longer.q_BTNH, longer.q_positions_BT),
+        k_BSKH=gpu_blocks.without_padding(longer.k_BSKH, longer.kv_positions_BS),
+        v_BSKH=gpu_blocks.without_padding(longer.v_BSKH, longer.kv_positions_BS),
+    )
+    do_BTNH = gpu_blocks.pad(gpu_blocks.pad_head(dout_BTNH.astype(x.q_BTNH.dtype)), 1, _LONG)
+    do_BTNH = gpu_blocks.without_padding(do_BTNH, longer.q_positions_BT)
+    dq = _backward_q(clean, how, do_BTNH, numbers_BNCT)
+    dk, dv = _backward_kv(clean, how, do_BTNH, numbers_BNCT)
+    return dq[:, :T, :, :head_dim], dk[:, :S, :, :head_dim], dv[:, :S, :, :head_dim]
+
+
+def _backward_q(x: Inputs, how: Settings, do_BTNH: jax.Array, numbers_BNCT: jax.Array) -> jax.Array:
+    q, k, v, *_ = x
+    B, T, N, H = q.shape
+    default = {"kv_block": 64, "stages": 3} if H <= 128 else {"kv_block": 64, "stages": 1}
+    sizes = tuning.lookup("chunked_attention.backward_q", default, head_dim=H, dtype=q.dtype.name)
+    kv_block, stages = sizes["kv_block"], sizes["stages"]
+    once = plgpu.Barrier(num_arrivals=2, num_barriers=_MULTIPLIERS)
+    ready = plgpu.Barrier(num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=stages)
+    kernel = plgpu.kernel(
+        functools.partial(_dq, segmented=x.q_segments_BT is not None, **sizes),
+        out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
+        scratch_types=(
+            plgpu.SMEM((_MULTIPLIERS, ROWS, H), q.dtype),
+            plgpu.SMEM((_MULTIPLIERS, ROWS, H), q.dtype),
+            plgpu.SMEM((stages, kv_block, H), q.dtype),
+            plgpu.SMEM((stages, kv_block, H), q.dtype),
+            *(once, ready, ready, free, free),
+        ),
+        grid=(B, T // _LONG, N),
+        grid_names=("batch", "block", "head"),
+        num_threads=_MULTIPLIERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        cost_estimate=gpu_blocks.cost(x, how, products=3, block=_LONG),
+        interpret=backend.gpu_interpreter(),
+    )
+    return kernel(
+        *(q, k, v, do_BTNH, numbers_BNCT),
+        *gpu_blocks.describe(x, how),
+        *gpu_blocks.tables(x, how, _LONG, kv_block),
+    )
+
+
+def _backward_kv(
+    x: Inputs, how: Settings, do_BTNH: jax.Array, numbers_BNCT: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    q, k, v, *_ = x
+    B, S, K, H = k.shape
+    parts = 1 if H <= 128 else 2
+    width, kv_block = H // parts, _LONG // parts
+    sizes = tuning.lookup(
+        "chunked_attention.backward_kv",
+        {"q_block": 64, "stages": 3 if H <= 128 else 2},
+        head_dim=H,
+        dtype=q.dtype.name,
+    )
+    q_block, stages = sizes["q_block"], sizes["stages"]
+    free = plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=stages)
+    kernel = plgpu.kernel(
+        functools.partial(_dkv, segmented=x.q_segments_BT is not None, **sizes),
+        out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
+        scratch_types=(
+            plgpu.SMEM((_MULTIPLIERS, ROWS, width), k.dtype),
+            plgpu.SMEM((_MULTIPLIERS, ROWS, width), v.dtype),
+            plgpu.SMEM((stages, parts, q_block, width), q.dtype),
+            plgpu.SMEM((stages, parts, q_block, width), q.dtype),
+            plgpu.SMEM((stages, 3, q_block), jnp.float32),
+            plgpu.Barrier(num_arrivals=2 * _MULTIPLIERS),
+            plgpu.Barrier(num_arrivals=parts + 1, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=parts, num_barriers=stages),
+            *(free, free),
+            plgpu.Barrier(num_arrivals=_MULTIPLIERS),
+        ),
+        grid=(B, S // kv_block, K),
+        grid_names=("batch", "block", "head"),
+        num_threads=_MULTIPLIERS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        cost_estimate=gpu_blocks.cost(x, how, products=4, block=kv_block),
+        interpret=backend.gpu_interpreter(),
+    )
+    return kernel(
+        *(q, k, v, do_BTNH, numbers_BNCT),
+        *gpu_blocks.describe(x, how),
+        *gpu_blocks.tables(x, how, q_block, kv_block),
+    )

@@ -60,7 +60,7 @@ def _attend(*refs: Any, how: Settings, segmented: bool, kv_block: int, stages: i
             return may_see(queries(), gpu_blocks.key_block(kv_table, b, j))
 
         begin, end = queries().begin, queries().end
-        return gpu_blocks.walk(begin, end, meets, step, jnp.int32(0), carry)
+        return gpu_blocks.walk(begin, end, meets, step, carry)
 
     def copy() -> None:
         plgpu.set_max_registers(40, action="decrease")

@@ -8,6 +8,8 @@ that dk = ds^T q and dv = p^T dout stay in registers; its tiles are transposed, 
 
 Two warpgroups multiply. In the second kernel each has 64 keys of its own up to a head of 128; a
 head of 256 leaves no registers for that, and each has one half of the columns of the same 64 keys.
+Its two accumulators take more registers than a block with a third warpgroup for the copies could
+give, so there the first warpgroup starts the copies as well.
 """
 
 import functools
@@ -65,7 +67,7 @@ def _dq(*refs: Any, segmented: bool, kv_block: int, stages: int) -> None:
             return may_see(queries(), gpu_blocks.key_block(kv_table, b, j))
 
         begin, end = queries().begin, queries().end
-        return gpu_blocks.walk(begin, end, meets, step, jnp.int32(0), carry)
+        return gpu_blocks.walk(begin, end, meets, step, carry)
 
     def copy() -> None:
         plgpu.set_max_registers(40, action="decrease")
@@ -134,114 +136,117 @@ def _dkv(*refs: Any, segmented: bool, q_block: int, stages: int) -> None:
     heads = q.shape[2] // k.shape[2]  # that read one kv head
     parts, width = q_smem.shape[1], q_smem.shape[3]  # of the columns
     is_split = parts > 1
+    distance = stages // 2  # of fetching ahead; the other buffers are slack between warpgroups
+
+    def keys() -> KeyBlocks:
+        return gpu_blocks.key_block(kv_table, b, j)
 
     def place(of: Any) -> tuple[Any, Any]:
         """Return the keys and the columns that a warpgroup has."""
         first = j * ROWS if is_split else j * _LONG + of * ROWS
         return pl.ds(first, ROWS), pl.ds(of * width if is_split else 0, width)
 
-    def keys() -> KeyBlocks:
-        return gpu_blocks.key_block(kv_table, b, j)
+    mine, part = place(group)
 
-    def walk(step: Any, carry: Any) -> Any:
-        def meets(i: jax.Array) -> jax.Array:
-            return may_see(gpu_blocks.query_block(q_table, b, i), keys())
+    # Visits: the blocks of queries of one head in order, then those of the next.
+    begin, length = keys().begin, keys().end - keys().begin
+    end = heads * length
 
-        def of_head(g: jax.Array, state: Any) -> Any:
-            turn, carry = state
-            n = kv_head * heads + g
-            visit = functools.partial(step, n)
-            return gpu_blocks.walk(keys().begin, keys().end, meets, visit, turn, carry)
+    def locate(visit: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return head and block of a visit."""
+        some = jnp.maximum(length, 1)
+        return kv_head * heads + jax.lax.div(visit, some), begin + jax.lax.rem(visit, some)
 
-        return jax.lax.fori_loop(0, heads, of_head, (jnp.int32(0), carry))
+    def meets(visit: jax.Array) -> jax.Array:
+        return may_see(gpu_blocks.query_block(q_table, b, locate(visit)[1]), keys())
 
-    def copy() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+    def tiles(ref: Any, smem: Any, visit: jax.Array, slot: jax.Array) -> Any:
+        n, i = locate(visit)
+        source = ref.at[b, pl.ds(i * q_block, q_block), n]
+        return [(source.at[:, pl.ds(c * width, width)], smem.at[slot, c]) for c in range(parts)]
+
+    def tiles_and_numbers(visit: jax.Array, slot: jax.Array) -> Any:
+        n, i = locate(visit)
+        vectors = numbers.at[b, n, :, pl.ds(i * q_block, q_block)], numbers_smem.at[slot]
+        return [*tiles(q, q_smem, visit, slot), vectors]
+
+    queries = Stream(tiles_and_numbers, q_ready, q_free)
+    gradients = Stream(functools.partial(tiles, do, do_smem), do_ready, do_free)
+
+    def fetch(turn: jax.Array, visit: jax.Array) -> jax.Array:
+        """Have the first warpgroup bring what a visit needs; return the visit after it."""
+
+        @pl.when((group == 0) & (visit < end))
+        def _copy() -> None:
+            queries.fetch(turn, visit)
+            gradients.fetch(turn, visit)
+
+        return gpu_blocks.seek(visit + 1, end, meets)
+
+    def masked(i: jax.Array, s: jax.Array) -> jax.Array:
+        tokens = pl.ds(i * q_block, q_block)
+        q_side, kv_side = rows.at[b, :, tokens], columns.at[b, :, mine]
+        return mask(s, q_side, kv_side, segmented, transposed=True)
+
+    def by_queries(smem: Any, ring: Any, slot: jax.Array) -> jax.Array:
+        pairs = [(smem.at[c if is_split else group], ring.at[slot, c]) for c in range(parts)]
+        return product(*pairs)
+
+    def step(turn: jax.Array, visit: jax.Array, carry: Any) -> Any:
+        ahead, dk_acc, dv_acc = carry
+        ahead = fetch(turn + distance, ahead)
+        _, i = locate(visit)
+        slot = jax.lax.rem(turn, jnp.int32(stages))
+        own = slot, jax.lax.rem(group, jnp.int32(parts))
+        plgpu.barrier_wait(q_ready.at[slot])
+        s = by_queries(k_smem, q_smem, slot)
+        is_whole = sees_all(gpu_blocks.query_block(q_table, b, i), keys())
+        s = jax.lax.cond(is_whole, lambda s: s, functools.partial(masked, i), s)
+
+        def number(c: int) -> jax.Array:
+            return down(plgpu.load(numbers_smem.at[slot, c], layout=OF_COLUMNS), s.shape)
+
+        p = jnp.exp2(s * number(_FACTOR) - number(_LSE))
+        plgpu.barrier_wait(do_ready.at[slot])
+        dv_acc = accumulate(dv_acc, p.astype(k.dtype), do_smem.at[own])
+        dp = by_queries(v_smem, do_smem, slot)
+        plgpu.barrier_arrive(do_free.at[slot])
+        ds = p * (dp - number(_DELTA)) * number(_FACTOR)
+        plgpu.commit_smem()
+        dk_acc = accumulate(dk_acc, ds.astype(k.dtype), q_smem.at[own])
+        plgpu.barrier_arrive(q_free.at[slot])
+        return ahead, dk_acc, dv_acc
+
+    @pl.when(group == 0)
+    def _copy_keys() -> None:
         for of in range(_MULTIPLIERS):
-            tokens, part = place(of)
+            tokens, columns_of = place(of)
             for ref, smem in ((k, k_smem), (v, v_smem)):
-                source = ref.at[b, tokens, kv_head, part]
+                source = ref.at[b, tokens, kv_head, columns_of]
                 plgpu.copy_gmem_to_smem(source, smem.at[of], kv_ready)
 
-        def tiles(ref: Any, smem: Any, tokens: Any, n: Any, slot: Any) -> Any:
-            return [
-                (ref.at[b, tokens, n, pl.ds(c * width, width)], smem.at[slot, c])
-                for c in range(parts)
-            ]
+    ahead = gpu_blocks.seek(jnp.int32(0), end, meets)
+    for turn in range(distance):
+        ahead = fetch(jnp.int32(turn), ahead)
+    plgpu.barrier_wait(kv_ready)
+    zero = filled(0, (ROWS, width), plgpu.Layout.WGMMA)
+    start = ahead, zero, zero
+    turns, (_, dk_acc, dv_acc) = gpu_blocks.walk(jnp.int32(0), end, meets, step, start)
 
-        def fetch(n: jax.Array, turn: jax.Array, i: jax.Array, _: None) -> None:
-            queries(n).fetch(turn, i)
-            gradients(n).fetch(turn, i)
+    @pl.when(group == 0)
+    def _drain() -> None:
+        queries.drain(turns)
+        gradients.drain(turns)
 
-        def queries(n: Any) -> Stream:
-            def copies(i: jax.Array, slot: jax.Array) -> Any:
-                tokens = pl.ds(i * q_block, q_block)
-                vectors = (numbers.at[b, n, :, tokens], numbers_smem.at[slot])
-                return [*tiles(q, q_smem, tokens, n, slot), vectors]
-
-            return Stream(copies, q_ready, q_free)
-
-        def gradients(n: Any) -> Stream:
-            def copies(i: jax.Array, slot: jax.Array) -> Any:
-                return tiles(do, do_smem, pl.ds(i * q_block, q_block), n, slot)
-
-            return Stream(copies, do_ready, do_free)
-
-        turns, _ = walk(fetch, None)
-        queries(0).drain(turns)
-        gradients(0).drain(turns)
-
-    def multiply() -> None:
-        plgpu.set_max_registers(232, action="increase")
-        mine, part = place(group)
-        plgpu.barrier_wait(kv_ready)
-
-        def masked(i: jax.Array, s: jax.Array) -> jax.Array:
-            tokens = pl.ds(i * q_block, q_block)
-            q_side, kv_side = rows.at[b, :, tokens], columns.at[b, :, mine]
-            return mask(s, q_side, kv_side, segmented, transposed=True)
-
-        def by_queries(smem: Any, ring: Any, slot: jax.Array) -> jax.Array:
-            pairs = [(smem.at[c if is_split else group], ring.at[slot, c]) for c in range(parts)]
-            return product(*pairs)
-
-        def step(n: jax.Array, turn: jax.Array, i: jax.Array, carry: Any) -> Any:
-            dk_acc, dv_acc = carry
-            slot = jax.lax.rem(turn, jnp.int32(stages))
-            own = slot, jax.lax.rem(group, jnp.int32(parts))
-            plgpu.barrier_wait(q_ready.at[slot])
-            s = by_queries(k_smem, q_smem, slot)
-            is_whole = sees_all(gpu_blocks.query_block(q_table, b, i), keys())
-            s = jax.lax.cond(is_whole, lambda s: s, functools.partial(masked, i), s)
-
-            def number(c: int) -> jax.Array:
-                return down(plgpu.load(numbers_smem.at[slot, c], layout=OF_COLUMNS), s.shape)
-
-            p = jnp.exp2(s * number(_FACTOR) - number(_LSE))
-            plgpu.barrier_wait(do_ready.at[slot])
-            dv_acc = accumulate(dv_acc, p.astype(k.dtype), do_smem.at[own])
-            dp = by_queries(v_smem, do_smem, slot)
-            plgpu.barrier_arrive(do_free.at[slot])
-            ds = p * (dp - number(_DELTA)) * number(_FACTOR)
-            plgpu.commit_smem()
-            dk_acc = accumulate(dk_acc, ds.astype(k.dtype), q_smem.at[own])
-            plgpu.barrier_arrive(q_free.at[slot])
-            return dk_acc, dv_acc
-
-        zero = filled(0, (ROWS, width), plgpu.Layout.WGMMA)
-        _, (dk_acc, dv_acc) = walk(step, (zero, zero))
-        if is_split:  # the other warpgroup may still read what is overwritten below
-            plgpu.barrier_arrive(done)
-            plgpu.barrier_wait(done)
-        k_smem.at[group][...] = (dk_acc * LN2).astype(dk.dtype)
-        v_smem.at[group][...] = dv_acc.astype(dv.dtype)
-        plgpu.commit_smem()
-        for smem, ref in ((k_smem, dk), (v_smem, dv)):
-            plgpu.copy_smem_to_gmem(smem.at[group], ref.at[b, mine, kv_head, part])
-        plgpu.wait_smem_to_gmem(0)
-
-    pl.when(group < _MULTIPLIERS)(multiply)
-    pl.when(group == _MULTIPLIERS)(copy)
+    if is_split:  # the other warpgroup may still read what is overwritten below
+        plgpu.barrier_arrive(done)
+        plgpu.barrier_wait(done)
+    k_smem.at[group][...] = (dk_acc * LN2).astype(dk.dtype)
+    v_smem.at[group][...] = dv_acc.astype(dv.dtype)
+    plgpu.commit_smem()
+    for smem, ref in ((k_smem, dk), (v_smem, dv)):
+        plgpu.copy_smem_to_gmem(smem.at[group], ref.at[b, mine, kv_head, part])
+    plgpu.wait_smem_to_gmem(0)
 
 
 def _numbers(
@@ -333,7 +338,7 @@ def _backward_kv(
     width, kv_block = H // parts, _LONG // parts
     sizes = tuning.lookup(
         "chunked_attention.backward_kv",
-        {"q_block": 64, "stages": 3 if H <= 128 else 2},
+        {"q_block": 64, "stages": 4 if H <= 128 else 2},
         head_dim=H,
         dtype=q.dtype.name,
     )
@@ -356,7 +361,7 @@ def _backward_kv(
         ),
         grid=(B, S // kv_block, K),
         grid_names=("batch", "block", "head"),
-        num_threads=_MULTIPLIERS + 1,
+        num_threads=_MULTIPLIERS,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),
         cost_estimate=gpu_blocks.cost(x, how, products=4, block=kv_block),

@@ -109,12 +109,21 @@ def key_block(table_BJF: Any, b: Any, j: Any) -> KeyBlocks:
     return KeyBlocks(*(table_BJF[b, j, f] for f in range(len(KeyBlocks._fields))))
 
 
+def seek(block: jax.Array, end: jax.Array, meets: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    """Return the first block from this one on that meets, or one past the last."""
+
+    def passes(block: jax.Array) -> jax.Array:
+        last = jnp.maximum(end - 1, 0)  # some block that the tables have
+        return (block < end) & ~meets(jnp.minimum(block, last))
+
+    return jax.lax.while_loop(passes, lambda block: block + 1, block)
+
+
 def walk[Carry](
     begin: jax.Array,
     end: jax.Array,
     meets: Callable[[jax.Array], jax.Array],
     step: Callable[[jax.Array, jax.Array, Carry], Carry],
-    turn: jax.Array,
     carry: Carry,
 ) -> tuple[jax.Array, Carry]:
     """Visit the blocks begin..end that meet, passing over the others.
@@ -122,29 +131,20 @@ def walk[Carry](
     Args:
         begin, end: the range.
         meets: of a block, whether to visit it.
-        step: (turn, block, carry) -> carry; turn counts the visits.
-        turn: what the first visit counts as.
+        step: (turn, block, carry) -> carry; turn counts the blocks visited before.
         carry: what the first step takes.
 
     Returns:
-        (what a next visit would count as, last carry)
+        (blocks visited, last carry)
     """
-
-    def seek(block: jax.Array) -> jax.Array:
-        def passes(block: jax.Array) -> jax.Array:
-            inside = block < end
-            return inside & ~meets(jnp.where(inside, block, begin))
-
-        return jax.lax.while_loop(passes, lambda block: block + 1, block)
 
     def visit(state: tuple[jax.Array, jax.Array, Carry]) -> tuple[jax.Array, jax.Array, Carry]:
         turn, block, carry = state
-        return turn + 1, seek(block + 1), step(turn, block, carry)
+        return turn + 1, seek(block + 1, end, meets), step(turn, block, carry)
 
-    turn, _, carry = jax.lax.while_loop(
-        lambda state: state[1] < end, visit, (turn, seek(begin), carry)
-    )
-    return turn, carry
+    start = jnp.int32(0), seek(begin, end, meets), carry
+    turns, _, carry = jax.lax.while_loop(lambda state: state[1] < end, visit, start)
+    return turns, carry
 
 
 class Stream(NamedTuple):

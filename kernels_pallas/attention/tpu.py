@@ -13,6 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend
 from kernels_pallas.attention import tpu_blocks as tb
+from kernels_pallas.attention.tpu_backward import backward
 from kernels_pallas.attention.visibility import (
     NEGATIVE,
     Inputs,
@@ -21,6 +22,8 @@ from kernels_pallas.attention.visibility import (
     sees_all,
     summarize,
 )
+
+__all__ = ["backward", "forward", "refusal"]
 
 
 def refusal(x: Inputs, how: Settings) -> str | None:
@@ -36,9 +39,7 @@ def refusal(x: Inputs, how: Settings) -> str | None:
 
 def _cut(x: Inputs) -> tb.Shape:
     """Choose the blocks: some thousand rows of queries for each copy of a block of keys."""
-    group = x.q_BTNH.shape[2] // x.k_BSKH.shape[2]
-    q = max(256, min(1024, 2048 // group // 256 * 256))
-    return tb.cut(x, "forward", q=q, kv=512, q_tile=16, kv_tile=tb.LANES)
+    return tb.cut(x, "forward", q=tb.query_rows(x, 2048), kv=512, q_tile=16, kv_tile=tb.LANES)
 
 
 def _kernel(s: tb.Shape, how: Settings):
@@ -53,16 +54,9 @@ def _kernel(s: tb.Shape, how: Settings):
         q = tb.q_at(q_scalars, i)
 
         def copies(j, slot):
-            rows = pl.ds(j * s.bkv, s.bkv)
-            pairs = (
-                (kv_marks_hbm.at[b, j], kv_marks),
-                (k_hbm.at[b, h, rows], k_buf),
-                (v_hbm.at[b, h, rows], v_buf),
-            )
-            return [
-                pltpu.make_async_copy(source, buffer.at[slot], arrived.at[n, slot])
-                for n, (source, buffer) in enumerate(pairs)
-            ]
+            keys = pl.ds(j * s.bkv, s.bkv)
+            sources = (kv_marks_hbm.at[b, j], k_hbm.at[b, h, keys], v_hbm.at[b, h, keys])
+            return tb.copies(sources, (kv_marks, k_buf, v_buf), slot, arrived)
 
         def attend(slot, is_masked):
             mask = tb.mask(columns, kv_marks[slot]) if is_masked else None

@@ -79,6 +79,12 @@ def cut(x: Inputs, operation: str, *, q: int, kv: int, q_tile: int, kv_tile: int
     return Shape(B, T, S, K, N // K, H, bq, bkv)
 
 
+def query_rows(x: Inputs, rows: int) -> int:
+    """Return how many queries make a block of about so many rows, one for each head of a group."""
+    per_head = rows // (x.q_BTNH.shape[2] // x.k_BSKH.shape[2])
+    return max(128, min(1024, 1 << (max(per_head, 1).bit_length() - 1)))
+
+
 def scalar_bytes(s: Shape) -> int:
     """Return how much SMEM the summaries of one batch row take; rows come in eights."""
     return 8 * 4 * (s.nq + s.nkv)
@@ -205,6 +211,14 @@ def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+
+
+def copies(sources: Sequence[Any], buffers: Sequence[Any], slot: jax.Array, arrived: Any):
+    """Return the copies from HBM to one slot of the buffers, each with a semaphore of its own."""
+    return [
+        pltpu.make_async_copy(source, buffer.at[slot], arrived.at[n, slot])
+        for n, (source, buffer) in enumerate(zip(sources, buffers, strict=True))
+    ]
 
 
 def clear_padding(positions_row: jax.Array, *refs: Any) -> None:

@@ -1,16 +1,21 @@
 """Attention over divided sequences: the only collectives along tokens and cache slots.
 
-Chunk layers need none while every shard of a row holds whole chunks. NoPE layers gather keys and
-values in a full forward pass; against a cache that is divided over its slots, every shard attends
-to its own and the partial results are merged by their log-sum-exps.
+Chunk layers need none while every shard of a row holds whole chunks. In NoPE layers the keys and
+values of a full forward pass travel around a ring; against a cache that is divided over its slots,
+every shard attends to its own. Both merge partial results by their log-sum-exps. A cache is read
+where it lies: the kernel gets the arrays of all groups and, as a page table, this group's rows.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.attention.api import chunked_attention
+from kernels_pallas import chunked_attention, decode_attention, merge_attention
+from kernels_pallas.attention.visibility import NEGATIVE
+from kernels_pallas.decode.api import MAX_QUERIES
 from llama4_jax.parallel.shard import per_shard
 
 _QUERIES = ("batch", "seq", "q_heads", None)
@@ -37,11 +42,43 @@ def _own(x: jax.Array, axes: tuple[str, ...], length: int) -> jax.Array:
     return jax.lax.dynamic_slice_in_dim(x, jax.lax.axis_index(axes) * length, length, axis=1)
 
 
-def _fold_chunks(x_BT: jax.Array, chunk_size: int, fill: int = 0) -> jax.Array:
-    """Turn rows into a batch of chunks, the last one filled up."""
-    B, T = x_BT.shape[:2]
-    widths = [(0, 0), (0, -T % chunk_size)] + [(0, 0)] * (x_BT.ndim - 2)
-    return jnp.pad(x_BT, widths, constant_values=fill).reshape(-1, chunk_size, *x_BT.shape[2:])
+class _Keys(NamedTuple):
+    """Keys of one shard; S is its length."""
+
+    k_BSKH: jax.Array
+    v_BSKH: jax.Array
+    positions_BS: jax.Array
+    segments_BS: jax.Array | None
+
+
+def _around_ring(
+    attend: Callable[[_Keys], tuple[jax.Array, jax.Array]],
+    keys: _Keys,
+    axes: tuple[str, ...],
+    like: jax.Array,
+) -> jax.Array:
+    """Attend to every shard's keys while they travel from device to device, one step at a time.
+
+    No device ever holds more than two shards of them, and a step's transfer is under way while its
+    keys are attended to. Shards that lie in the future of these queries cost their transfer alone.
+    """
+    size = jax.lax.axis_size(axes)
+    to_next = [(i, (i + 1) % size) for i in range(size)]
+
+    def merged(seen: tuple, keys: _Keys) -> tuple[jax.Array, jax.Array]:
+        pairs = zip(seen, attend(keys), strict=True)
+        return merge_attention(*(jnp.stack(pair) for pair in pairs))
+
+    @jax.checkpoint
+    def step(carry: tuple, _: None) -> tuple[tuple, None]:
+        seen, keys = carry
+        following = jax.tree.map(lambda a: jax.lax.ppermute(a, axes, to_next), keys)
+        return (merged(seen, keys), following), None
+
+    B, T, N, _ = like.shape
+    nothing = jnp.zeros(like.shape, jnp.float32), jnp.full((B, T, N), NEGATIVE, jnp.float32)
+    (seen, keys), _ = jax.lax.scan(step, (nothing, keys), None, length=size - 1)
+    return merged(seen, keys)[0].astype(like.dtype)
 
 
 def self_attention(
@@ -60,15 +97,13 @@ def self_attention(
         q_BTNH, k_BTKH, v_BTKH: projections of the same tokens.
         positions_BT: int32 positions, -1 for padding.
         segments_BT: int32 segments of packed rows, or None.
-        in_order: promises that positions are 0, 1, 2, ... in every row, so that chunks can be cut
-            by index: then a chunk layer is causal attention on a batch of chunks.
+        in_order: promises that positions are 0, 1, 2, ... in every row, so that a shard of whole
+            chunks needs no other's keys in a chunk layer.
         sees: the layer's visibility.
 
     Returns:
         out_BTNH.
     """
-    if segments_BT is None:
-        segments_BT = jnp.zeros_like(positions_BT)
     chunk = sees.chunk_size
 
     def local(
@@ -77,35 +112,34 @@ def self_attention(
         k: jax.Array,
         v: jax.Array,
         positions: jax.Array,
-        segments: jax.Array,
+        segments: jax.Array | None = None,
     ) -> jax.Array:
-        (B, T, N, H), over = q.shape, divided["seq"]
-        is_whole = chunk is not None and (T % chunk == 0 if over else T > chunk)
-        if in_order and is_whole:
-            assert chunk is not None
-            q, k, v = (_fold_chunks(x, chunk) for x in (q, k, v))
-            positions = kv_positions = _fold_chunks(positions, chunk, fill=-1)
-            segments = kv_segments = _fold_chunks(segments, chunk)
-        else:
-            k, v = _gather(k, over), _gather(v, over)
-            kv_positions, kv_segments = _gather(positions, over), _gather(segments, over)
-        out = chunked_attention(
-            q,
-            k,
-            v,
-            q_positions_BT=positions,
-            kv_positions_BS=kv_positions,
-            q_segments_BT=segments,
-            kv_segments_BS=kv_segments,
-            chunk_size=chunk,
-            temperature=sees.temperature,
-        )
-        assert isinstance(out, jax.Array)
-        return out.reshape(B, -1, N, H)[:, :T]
+        def attend(keys: _Keys, return_lse: bool) -> Any:
+            return chunked_attention(
+                q,
+                keys.k_BSKH,
+                keys.v_BSKH,
+                q_positions_BT=positions,
+                kv_positions_BS=keys.positions_BS,
+                q_segments_BT=segments,
+                kv_segments_BS=keys.segments_BS,
+                chunk_size=chunk,
+                temperature=sees.temperature,
+                return_lse=return_lse,
+            )
 
-    axes = (_QUERIES, _KEYS, _KEYS, _TOKENS, _TOKENS)
-    arrays = (q_BTNH, k_BTKH, v_BTKH, positions_BT, segments_BT)
-    return per_shard(local, *arrays, axes=axes, out=_QUERIES)
+        own = _Keys(k, v, positions, segments)
+        is_alone = in_order and chunk is not None and q.shape[1] % chunk == 0
+        if is_alone or not divided["seq"]:  # no query sees a key of another shard
+            return attend(own, return_lse=False)
+        return _around_ring(lambda keys: attend(keys, return_lse=True), own, divided["seq"], q)
+
+    arrays = [q_BTNH, k_BTKH, v_BTKH, positions_BT]
+    axes = [_QUERIES, _KEYS, _KEYS, _TOKENS]
+    if segments_BT is not None:
+        arrays.append(segments_BT)
+        axes.append(_TOKENS)
+    return per_shard(local, *arrays, axes=tuple(axes), out=_QUERIES)
 
 
 def _write(
@@ -118,11 +152,6 @@ def _write(
     return cache_GBKSH.at[group, rows_B11, heads_1K1, slots_BT[:, None]].set(
         new_BTKH.swapaxes(1, 2).astype(cache_GBKSH.dtype), mode="drop"
     )
-
-
-def _read(cache_GBKSH: jax.Array, group: jax.Array) -> jax.Array:
-    """Return one group's cache, [B, S, K, H]."""
-    return jax.lax.dynamic_index_in_dim(cache_GBKSH, group, axis=0, keepdims=False).swapaxes(1, 2)
 
 
 def _merge_over(out: jax.Array, lse: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -155,10 +184,51 @@ class _Call:
             values_GBKSH=_write(self.values_GBKSH, v_BTKH, slots_BT, self.group),
         )
 
-    def held(self) -> tuple[jax.Array, jax.Array]:
-        """Return the cached keys and values of the group, [B, S, K, H], in the dtype of q."""
-        keys, values = _read(self.keys_GBKSH, self.group), _read(self.values_GBKSH, self.group)
-        return keys.astype(self.q_BTNH.dtype), values.astype(self.q_BTNH.dtype)
+    def attend(
+        self, starts_B: jax.Array, held_B: jax.Array, sees: Visibility
+    ) -> tuple[jax.Array, jax.Array]:
+        """Attend to the group's cache, whose first slots hold tokens. Returns float32 out, lse.
+
+        Args:
+            starts_B: int32 position of slot 0.
+            held_B: int32 slots that hold a token.
+            sees: the layer's visibility.
+        """
+        B, T = self.positions_BT.shape
+        groups, _, K, S, H = self.keys_GBKSH.shape
+        how = {"chunk_size": sees.chunk_size, "temperature": sees.temperature, "return_lse": True}
+        if T <= MAX_QUERIES:
+            k, v = (
+                cache.reshape(groups * B, K, S, H).swapaxes(1, 2)
+                for cache in (self.keys_GBKSH, self.values_GBKSH)
+            )
+            result = decode_attention(
+                self.q_BTNH,
+                k,
+                v,
+                lengths_B=held_B,
+                q_positions_BT=self.positions_BT,
+                kv_start_B=starts_B,
+                page_table_BP=(self.group * B + jnp.arange(B))[:, None],
+                **how,
+            )
+            assert isinstance(result, tuple)
+            return result
+        k, v = (
+            jax.lax.dynamic_index_in_dim(cache, self.group, axis=0, keepdims=False).swapaxes(1, 2)
+            for cache in (self.keys_GBKSH, self.values_GBKSH)
+        )
+        slots = jnp.arange(S)[None]
+        result = chunked_attention(
+            self.q_BTNH,
+            k.astype(self.q_BTNH.dtype),
+            v.astype(self.q_BTNH.dtype),
+            q_positions_BT=self.positions_BT,
+            kv_positions_BS=jnp.where(slots < held_B[:, None], starts_B[:, None] + slots, -1),
+            **how,
+        )
+        assert isinstance(result, tuple)
+        return result
 
 
 _Result = tuple[jax.Array, jax.Array, jax.Array]
@@ -172,56 +242,44 @@ def _attend_whole(divided: dict[str, tuple[str, ...]], call: _Call, sees: Visibi
     S = call.keys_GBKSH.shape[3]
     first = jax.lax.axis_index(slots_over) * S if slots_over else 0
     call = call.stored(k, v, jnp.where(positions < 0, -1, positions - first))
-    keys, values = call.held()
-    end = jnp.maximum(call.lengths_B, positions.max(1) + 1)
-    slot_positions = first + jnp.arange(S)
-    kv_positions = jnp.where(slot_positions[None] < end[:, None], slot_positions[None], -1)
-    out, lse = chunked_attention(
-        q,
-        keys,
-        values,
-        q_positions_BT=positions,
-        kv_positions_BS=kv_positions,
-        chunk_size=sees.chunk_size,
-        temperature=sees.temperature,
-        return_lse=True,
-    )
+    end_B = jnp.maximum(call.lengths_B, positions.max(1) + 1)
+    call = dataclasses.replace(call, q_BTNH=q, positions_BT=positions)
+    out, lse = call.attend(jnp.full_like(end_B, first), jnp.clip(end_B - first, 0, S), sees)
     out = _merge_over(out, lse, slots_over).astype(q.dtype)
     return _own(out, over, T), call.keys_GBKSH, call.values_GBKSH
 
 
 def _attend_chunk(divided: dict[str, tuple[str, ...]], call: _Call, sees: Visibility) -> _Result:
     """Attend with a cache of one chunk, which holds token p at slot p % chunk_size."""
-    chunk, over = sees.chunk_size, divided["seq"]
+    chunk, over, dtype = sees.chunk_size, divided["seq"], call.q_BTNH.dtype
     assert chunk is not None
     k, v = _gather(call.k_BTKH, over), _gather(call.v_BTKH, over)
     positions = _gather(call.positions_BT, over)
-    last = jnp.maximum(call.lengths_B - 1, positions.max(1))  # the last token after this call
-    is_kept = (positions >= 0) & (positions // chunk == last[:, None] // chunk)
-    slots = jnp.where(is_kept, positions % chunk, -1)
-    held = jnp.arange(call.keys_GBKSH.shape[3])[None]
-    if positions.shape[1] == 1:  # one token: store it, then read the cache in place
-        call = call.stored(k, v, slots)
-        k, v = call.held()
-        kv_positions = last[:, None] // chunk * chunk + held  # stale slots lie in the future
-    else:  # several may cross a boundary: read what the cache holds before it is overwritten
-        old_k, old_v = call.held()
-        before = call.lengths_B[:, None]
-        old = jnp.where(held < before % chunk, before // chunk * chunk + held, -1)
-        kv_positions = jnp.concatenate([old, positions], axis=1)
-        call = call.stored(k, v, slots)
-        k, v = jnp.concatenate([old_k, k], axis=1), jnp.concatenate([old_v, v], axis=1)
-    out = chunked_attention(
+    last_B = jnp.maximum(call.lengths_B - 1, positions.max(1))  # the last token after this call
+    is_kept = (positions >= 0) & (positions // chunk == last_B[:, None] // chunk)
+    stored = call.stored(k, v, jnp.where(is_kept, positions % chunk, -1))
+    if positions.shape[1] == 1:  # the cache holds all that one token sees
+        out, _ = stored.attend(
+            last_B // chunk * chunk, jnp.where(last_B < 0, 0, last_B % chunk + 1), sees
+        )
+        return out.astype(dtype), stored.keys_GBKSH, stored.values_GBKSH
+    # Several may cross a boundary and overwrite what the first of them see: attend to what the
+    # cache holds before, and to the new tokens.
+    before_B = call.lengths_B
+    old = call.attend(before_B // chunk * chunk, before_B % chunk, sees)
+    new = chunked_attention(
         call.q_BTNH,
         k,
         v,
         q_positions_BT=call.positions_BT,
-        kv_positions_BS=kv_positions,
+        kv_positions_BS=positions,
         chunk_size=chunk,
         temperature=sees.temperature,
+        return_lse=True,
     )
-    assert isinstance(out, jax.Array)
-    return out, call.keys_GBKSH, call.values_GBKSH
+    assert isinstance(new, tuple)
+    out, _ = merge_attention(*(jnp.stack(pair) for pair in zip(old, new, strict=True)))
+    return out.astype(dtype), stored.keys_GBKSH, stored.values_GBKSH
 
 
 def cached_attention(

@@ -29,7 +29,7 @@ SHALLOW = 8  # layers of the program that the full depth is compared with
 def define_flags(values: flags.FlagValues) -> None:
     """Define this command's flags."""
     flags.DEFINE_multi_enum(
-        "target", list(topologies.TARGETS), list(topologies.TARGETS),
+        "target", list(programs.TARGETS), list(programs.TARGETS),
         "Accelerator to compile for; may be repeated.", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(

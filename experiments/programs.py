@@ -20,6 +20,7 @@ from llama4_jax.serve.sampling import Sampling, row_keys
 from llama4_jax.serve.steps import Decoding, choose_more, read_piece
 
 GB = 1_000_000_000
+TARGETS = ("v5p", "h100")  # that the sizes below are chosen for
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

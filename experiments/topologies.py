@@ -6,11 +6,19 @@ import os
 import jax
 from jax.experimental import topologies
 
-# Slices of v5p by their number of chips.
-_V5P_SLICES = {4: "v5p:2x2x1", 8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4", 64: "v5p:4x4x4"}
+# Slices of TPUs by their number of devices; a chip of TPU7x is two.
+_SLICES = {
+    "v5e": {4: "v5e:2x2", 16: "v5e:4x4"},
+    "v5p": {
+        4: "v5p:2x2x1", 8: "v5p:2x2x2", 16: "v5p:2x2x4", 32: "v5p:2x4x4", 64: "v5p:4x4x4",
+    },
+    "v6e": {4: "v6e:2x2", 16: "v6e:4x4"},
+    "tpu7x": {8: "tpu7x:2x2x1"},
+}  # fmt: skip
 
-# One H100 SXM. Source: openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb.
-_H100 = """
+# One Hopper GPU (SXM) of a name, a memory and a bandwidth, which differ.
+# Source: openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb, h200.txtpb.
+_HOPPER = """
 gpu_device_info {
   threads_per_block_limit: 1024
   threads_per_warp: 32
@@ -22,10 +30,10 @@ gpu_device_info {
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000
+  memory_bandwidth: %(bandwidth)d
   l2_cache_size: 52428800
   clock_rate_ghz: 1.98
-  device_memory_size: 84942979072
+  device_memory_size: %(memory)d
   shared_memory_per_block_optin: 232448
   cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
   registers_per_core_limit: 65536
@@ -38,7 +46,7 @@ gpu_device_info {
   device_address_bits: 64
   pcie_bandwidth: 34359738368
   ecc_enabled: true
-  name: "NVIDIA H100 80GB HBM3"
+  name: "%(name)s"
   driver_version: "13.0.0"
   runtime_version: "12.8.0"
   compile_time_toolkit_version: "12.8.0"
@@ -47,7 +55,7 @@ gpu_device_info {
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "NVIDIA H100 80GB HBM3"
+device_description_str: "%(name)s"
 """
 
 
@@ -81,20 +89,36 @@ class Target:
             ) from error
 
     def _topology(self, count: int):
-        if self.name != "v5p":
+        if self.name not in _SLICES:
             text = f"1x1x{count}"  # hosts, processes of a host, devices of a process
+            config = _HOPPER % {**_HOPPERS[self.name], "memory": self.memory}
             return topologies.get_topology_desc(
-                self.name, "cuda", target_config=_H100, topology=text
+                self.name, "cuda", target_config=config, topology=text
             )
-        slices = [name for chips, name in _V5P_SLICES.items() if chips >= count]
-        if not slices:
-            raise ValueError(f"{count} chips of v5p are more than the {max(_V5P_SLICES)} known.")
-        return topologies.get_topology_desc(platform="tpu", topology_name=slices[0])
+        slices = _SLICES[self.name]
+        names = [name for devices, name in slices.items() if devices >= count]
+        if not names:
+            raise ValueError(
+                f"{count} devices of {self.name} are more than the {max(slices)} known."
+            )
+        return topologies.get_topology_desc(platform="tpu", topology_name=names[0])
 
+
+_HOPPERS = {
+    "h100": {"name": "NVIDIA H100 80GB HBM3", "bandwidth": 3_352_320_000_000},
+    "h200": {"name": "NVIDIA H200", "bandwidth": 4_800_000_000_000},
+}
 
 TARGETS = {
-    "v5p": Target(name="v5p", memory=95_000_000_000, package="libtpu"),
-    "h100": Target(name="h100", memory=84_942_979_072, package="jax[cuda13]"),
+    target.name: target
+    for target in (
+        Target(name="v5e", memory=17_179_869_184, package="libtpu"),
+        Target(name="v5p", memory=95_000_000_000, package="libtpu"),
+        Target(name="v6e", memory=34_359_738_368, package="libtpu"),
+        Target(name="tpu7x", memory=103_079_215_104, package="libtpu"),
+        Target(name="h100", memory=84_942_979_072, package="jax[cuda13]"),
+        Target(name="h200", memory=151_397_597_184, package="jax[cuda13]"),
+    )
 }
 
 

@@ -186,7 +186,7 @@ class Decode:
         return {"chunk_size": self.chunk_size, "temperature": self.temperature}
 
     def build(self, key: jax.Array) -> dict[str, jax.Array]:
-        """Draw the arrays of the call, by the names of its arguments."""
+        """Draw the arrays of the call as they are stored; see `arguments`."""
         keys = jax.random.split(key, 6)
         q_dtype = "float32" if self.dtype == "float32" else "bfloat16"
         q_BTNH = SHARPNESS * jax.random.normal(keys[0], (self.B, self.T, self.N, self.H))
@@ -198,20 +198,37 @@ class Decode:
         cache = [self._cache(each, pages, lengths_B) for each in keys[1:3]]
         arrays = {
             "q_BTNH": q_BTNH.astype(q_dtype),
-            "k_BSKH": cache[0],
-            "v_BSKH": cache[1],
+            "k_BKSH": cache[0],
+            "v_BKSH": cache[1],
             "lengths_B": lengths_B,
             "q_positions_BT": lengths_B[:, None] - self.T + jnp.arange(self.T),
         }
         for name, each in (("k_scale", keys[3]), ("v_scale", keys[4])):
             if self.dtype == "int8":
-                scale = jax.random.uniform(each, (rows, self.K, slots), minval=0.5) / 32
-                arrays[name] = scale.swapaxes(1, 2)
+                scale_BKS = jax.random.uniform(each, (rows, self.K, slots), minval=0.5) / 32
+                arrays[f"{name}_BKS"] = scale_BKS
             elif self.dtype == "float8_e4m3fn":
                 arrays[name] = jax.random.uniform(each, (self.K, self.H), minval=0.5)
         if self.page_size is not None:
             arrays["page_table_BP"] = pages.reshape(self.B, -1)
         return arrays
+
+    @staticmethod
+    def arguments(arrays: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+        """Return the arguments of the call from stored arrays: heads come before slots in those.
+
+        Call it inside of the program, where the swap back cancels this one.
+        """
+        names = {
+            "k_BKSH": "k_BSKH",
+            "v_BKSH": "v_BSKH",
+            "k_scale_BKS": "k_scale",
+            "v_scale_BKS": "v_scale",
+        }
+        return {
+            names.get(name, name): x.swapaxes(1, 2) if name in names else x
+            for name, x in arrays.items()
+        }
 
     def _rows(self) -> tuple[int, int]:
         """Return the leading dimension of the cache and the slots of each of its rows."""
@@ -236,7 +253,7 @@ class Decode:
             slot_RS = first_R[:, None] % self.S + jnp.arange(slots)
             held_RS = slot_RS < lengths_B[first_R // self.S][:, None]
             cache = jnp.where(held_RS[:, None, :, None], cache, jnp.asarray(jnp.nan, cache.dtype))
-        return cache.swapaxes(1, 2)
+        return cache
 
     def _visible(self, length: int) -> list[int]:
         """Return how many slots each query of a row sees."""

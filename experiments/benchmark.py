@@ -1,0 +1,114 @@
+"""Time the kernels on the device at hand, or compile them for chips that are not there.
+
+    python -m experiments.benchmark --suite=kernels [--shapes=scout_chunk_32k] [--output=F.json]
+    python -m experiments.benchmark --suite=compile [--target=v5p] [--output=F.json]
+    python -m experiments.benchmark --suite=kernels --tune
+
+The kernels suite checks each operation against the reference and prints its time, its rates, the
+share of what the device could do, and how it compares with others in the same run: on a CPU the
+reference itself on nano's shapes, two minutes. `--tune` first measures block sizes and keeps the
+best in kernels_pallas/tuning. The compile suite prints FLOPs, bytes and memory against the floor
+and against splash attention; `make kernels` brings its compilers. A result that is wrong, a program
+that does not compile or is beyond its bounds ends it with status 1.
+"""
+
+from typing import Any
+
+import jax
+from absl import flags
+
+from experiments import benchmark_cases, benchmark_compile, benchmark_timing, benchmark_tune
+from experiments import benchmark_report as report
+from experiments.launch import FlagError, launch
+from experiments.topologies import TARGETS, prepare
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define this command's flags."""
+    flags.DEFINE_enum(
+        "suite", None, ["kernels", "compile"],
+        "kernels times them on this device; compile compiles them for others.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_list(
+        "shapes", [], "Names from kernels_pallas/shapes.py; all, on a CPU those of nano.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_multi_enum(
+        "target", list(benchmark_compile.CHIPS), list(TARGETS),
+        "Chip to compile for; may be repeated.", flag_values=values,
+    )  # fmt: skip
+    backends = ["reference", "tpu", "gpu"]
+    flags.DEFINE_enum("backend", None, backends, "To time; the device's.", flag_values=values)
+    flags.DEFINE_bool("tune", False, "Measure block sizes first.", flag_values=values)
+    flags.DEFINE_string("output", None, "JSON file for the figures.", flag_values=values)
+
+
+def chosen_cases(values: flags.FlagValues, *, small: bool) -> list[benchmark_cases.Case]:
+    """List the cases that --shapes names; a FlagError if there are none."""
+    try:
+        return benchmark_cases.cases(values.shapes, small=small)
+    except ValueError as error:
+        raise FlagError(f"--shapes: {error}.") from error
+
+
+def check_backend(values: flags.FlagValues, platform: str) -> None:
+    """Refuse, with a FlagError, to time what would be simulated here."""
+    if values.backend not in (None, "reference", platform):
+        raise FlagError(
+            f"--backend={values.backend}: this device is a {platform.upper()}, where those kernels "
+            "run in an interpreter, whose time says nothing; leave the flag out."
+        )
+    if values.tune and (platform == "cpu" or values.backend == "reference"):
+        raise FlagError("--tune measures block sizes of kernels, and here only the reference runs.")
+
+
+def run_kernels(values: flags.FlagValues) -> dict[str, Any]:
+    """Time the kernels on this device."""
+    platform = jax.default_backend()
+    check_backend(values, platform)
+    cases = chosen_cases(values, small=platform == "cpu")
+    here = benchmark_timing.machine()
+    print(report.machine_line(here), flush=True)
+    if values.tune:
+        for told in benchmark_tune.tune(cases, here.platform):
+            print(told, flush=True)
+    print(report.TIMES_HEADER)
+    records = []
+    for case in cases:
+        for record in benchmark_timing.measure(case, here, values.backend):
+            records.append({**record, "sizes": case.sizes})
+            print("\n".join([report.times_line(record), *report.fault_lines(record)]), flush=True)
+    print(report.TIMES_NOTES)
+    return {"device": here.kind, "copy_bytes_per_second": here.copying, "records": records}
+
+
+def run_compile(values: flags.FlagValues) -> dict[str, Any]:
+    """Compile the kernels for chips that are not there."""
+    prepare()
+    cases = chosen_cases(values, small=False)
+    print(benchmark_compile.HEADER)
+    records = []
+    for name in dict.fromkeys(values.target):
+        for case in cases:
+            for record in benchmark_compile.compile_case(case, TARGETS[name]):
+                records.append({**record, "sizes": case.sizes})
+                lines = [benchmark_compile.line(record), *report.fault_lines(record)]
+                print("\n".join(lines), flush=True)
+    print(benchmark_compile.NOTES)
+    return {"records": records}
+
+
+def main(values: flags.FlagValues) -> None:
+    """Run a suite, keep its figures, judge."""
+    if values.suite is None:
+        raise FlagError("give --suite=kernels or --suite=compile.")
+    found = {"kernels": run_kernels, "compile": run_compile}[values.suite](values)
+    if values.output:
+        report.write_json(values.output, {"suite": values.suite, **found})
+    count = sum(bool(record["faults"]) for record in found["records"])
+    if count:
+        raise ValueError(f"{count} of {len(found['records'])} have faults; see above.")
+
+
+if __name__ == "__main__":
+    launch(define_flags, main)

@@ -1,0 +1,147 @@
+"""What a schedule of blocks multiplies and copies, counted from the positions, not by the kernel.
+
+A kernel's own cost estimate is an assertion. Here the blocks that some query may see are counted on
+the host from the same summaries that the kernel reads, for the block sizes that it looked up.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.attention import visibility
+from kernels_pallas.shapes import Attention, Decode
+
+# Rows that a block of threads of the GPU kernels owns; they are no choice of the tuning table.
+GPU_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """What a pass does.
+
+    Attributes:
+      flops: of the products of whole blocks.
+      bytes: to and from memory. Query heads that share keys share copies of them on TPUs; on GPUs
+        each copies for itself, and the cache between has most of it.
+      needed: the bytes if every block of queries read the keys it needs and no others; None where
+        this is not defined.
+      blocks: the sizes, for the table.
+    """
+
+    flops: int
+    bytes: int
+    needed: int | None
+    blocks: str
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Walk:
+    """One kernel of attention.
+
+    Attributes:
+      operations: under which the TPU's and the GPU's look up their block sizes.
+      owner: "q" if a program keeps a block of queries and walks over keys, or "kv".
+      products: matrix products of a pair of blocks.
+      owned: arrays of the owner's size that are read or written once.
+      walked: arrays of the other side that are read for each pair of blocks.
+    """
+
+    operations: tuple[str, ...]
+    owner: str
+    products: int
+    owned: int
+    walked: int
+
+
+# Forward: q, out against k, v. Backward: q, dout, dq, and out and dout once more for their product,
+# against k, v; then k, v, dk, dv against q, dout.
+FORWARD = (
+    Walk(operations=("chunked_attention.forward",), owner="q", products=2, owned=2, walked=2),
+)
+BACKWARD = (
+    Walk(
+        operations=("chunked_attention.backward_dq", "chunked_attention.backward_q"),
+        owner="q", products=3, owned=5, walked=2,
+    ),
+    Walk(
+        operations=("chunked_attention.backward_dkv", "chunked_attention.backward_kv"),
+        owner="kv", products=4, owned=4, walked=2,
+    ),
+)  # fmt: skip
+
+
+def fitted(n: int, size: int) -> int:
+    """Return the block size that cuts n tokens evenly into blocks of about a size."""
+    return -(-n // max(1, round(n / size)))
+
+
+def pairs_of_blocks(shape: Attention, q_block: int, kv_block: int) -> int:
+    """Count the pairs of a block of queries and one of keys that may see each other."""
+    positions_T, segments_T = shape.positions()
+    positions_BT = jnp.asarray(positions_T)[None]
+    segments_BT = None if segments_T is None else jnp.asarray(segments_T)[None]
+    none = jnp.zeros((1, shape.T, 1, 1))
+    x = visibility.Inputs(none, none, none, positions_BT, positions_BT, segments_BT, segments_BT)
+    q, kv = visibility.summarize(x, shape.chunk_size, q_block, kv_block)
+    rows = jax.tree.map(lambda field: field[0, :, None], q)
+    columns = jax.tree.map(lambda field: field[0, None, :], kv)
+    return shape.B * int(visibility.may_see(rows, columns).sum())
+
+
+def attention_work(
+    shape: Attention, direction: str, platform: str, found: Mapping[str, Any]
+) -> Work | None:
+    """Count chunked attention.
+
+    Args:
+      shape: the call.
+      direction: "forward" or "backward".
+      platform: "tpu" or "gpu".
+      found: block sizes by operation, as `tuning.recorded` collects them.
+    """
+    width = jnp.dtype(shape.dtype).itemsize
+    q_bytes, kv_bytes = shape.N * shape.H * width, shape.K * shape.H * width  # of one token
+    copied_bytes = q_bytes if platform == "gpu" else kv_bytes
+    flops = traffic = 0
+    needed, texts = None, []
+    for walk in FORWARD if direction == "forward" else BACKWARD:
+        name = next((name for name in walk.operations if name in found), None)
+        if name is None:
+            return None
+        sizes = found[name]["blocks"]
+        if platform == "gpu":
+            q_block, kv_block = sizes.get("q_block", GPU_ROWS), sizes.get("kv_block", GPU_ROWS)
+        else:
+            q_block, kv_block = fitted(shape.T, sizes["q"]), fitted(shape.T, sizes["kv"])
+        pairs = pairs_of_blocks(shape, q_block, kv_block)
+        flops += 2 * walk.products * shape.H * shape.N * pairs * q_block * kv_block
+        mine, others, other_block = q_bytes, copied_bytes, kv_block
+        if walk.owner == "kv":
+            mine, others, other_block = kv_bytes, q_bytes, q_block
+        traffic += (
+            walk.owned * shape.B * shape.T * mine + walk.walked * pairs * other_block * others
+        )
+        texts.append(f"{q_block}x{kv_block}")
+        if direction == "forward":
+            sharing = dataclasses.replace(shape, K=shape.N) if platform == "gpu" else shape
+            needed = sharing.bytes_in_blocks(q_block)
+    return Work(flops=flops, bytes=traffic, needed=needed, blocks=" ".join(texts))
+
+
+def decode_work(
+    shape: Decode, direction: str, platform: str, found: Mapping[str, Any]
+) -> Work | None:
+    """Count decode attention; see `attention_work`."""
+    del direction, platform
+    if "decode_attention" not in found:
+        return None
+    kv_block = min(found["decode_attention"]["blocks"]["kv"], shape.page_size or shape.S)
+    return Work(
+        flops=shape.flops(),
+        bytes=shape.bytes(kv_block),
+        needed=shape.bytes(),
+        blocks=str(kv_block),
+    )

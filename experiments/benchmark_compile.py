@@ -1,0 +1,245 @@
+"""Compile the operations for chips that are not there, and judge what the compilers say of them.
+
+A Pallas call enters a compiler's estimate with what the kernel says of itself, so that the figures
+are also counted from the schedule of blocks (`benchmark_blocks`), and a kernel that asserts other
+bytes than it copies is a fault, as is one beyond its bounds.
+"""
+
+import dataclasses
+import json
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+from jax.experimental.layout import Format, Layout
+
+from experiments.benchmark_blocks import Work
+from experiments.benchmark_cases import Case, one_pass
+from experiments.hlo_bytes import bytes_moved
+from experiments.topologies import Target
+from kernels_pallas import tuning
+
+HONEST = 0.05  # relative error of a kernel's estimate of its bytes
+CHIPS = ("v5e", "v5p", "v6e", "tpu7x", "h100")
+
+HEADER = (
+    f"{'chip':6} {'operation':18} {'pass':8} {'shape':22} {'blocks':>16} {'GFLOP':>9} "
+    f"{'/floor':>6} {'in blocks':>9} {'GB':>8} {'/floor':>6} {'in blocks':>9} {'temp MB':>8} "
+    f"{'VMEM KB':>8} {'SMEM KB':>8} {'s':>4}  splash: GFLOP, GB in blocks, temp MB, VMEM KB"
+)
+NOTES = """
+GFLOP and GB: the compiler's figures, in which a kernel counts as it says of itself (on GPUs, whose
+compiler estimates nothing, what the kernels say and the bytes of the operations around them). in
+blocks: what the schedule of blocks multiplies and copies, counted from the positions. The floor of
+FLOPs is that of visible pairs; of bytes, going forward, that each block of queries reads the keys
+it needs and no others; going back, that every array moves once. On GPUs a block belongs to one
+head, so that the bytes of long attention are copies, most of which the L2 cache serves. VMEM: the
+most that a kernel uses at a time, by the compiler; SMEM: scalars in TPU kernels, shared memory of a
+block of threads on GPUs, as the kernel declares them. Splash estimates nothing; both its figures
+are in blocks."""
+
+_SCOPED = re.compile(r'"used_scoped_memory_configs":(\[[^\]]*\])')
+_COST = re.compile(r'cost_estimate_json = "(\{.*?\})"')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Figures:
+    """What a compiler says of one program.
+
+    Attributes:
+      flops, bytes: estimated; None where nobody says.
+      arguments, temp: bytes of memory.
+      vmem, smem: most bytes that one of its kernels uses; 0 if there is none.
+      seconds: to compile.
+    """
+
+    flops: float | None
+    bytes: float | None
+    arguments: int
+    temp: int
+    vmem: int
+    smem: int
+    seconds: float
+
+
+def abstract_pass(
+    function: Callable, case: Case, direction: str, device: jax.Device
+) -> tuple[Callable, tuple]:
+    """Return the program of one pass, and its arguments without numbers.
+
+    The kernels ask the mesh in force which device they are traced for.
+    """
+    way = one_pass(function, case.wrt, direction)
+    arrays = jax.eval_shape(case.build, jax.random.key(0))
+    mesh = jax.sharding.Mesh([device], ("device",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return way.run, jax.eval_shape(way.prepare, arrays)
+
+
+def compile_pass(run: Callable, arguments: tuple, device: jax.Device) -> Figures:
+    """Compile one program for a device, its arrays laid out as it wants them, and read figures."""
+    place = jax.sharding.SingleDeviceSharding(device)
+    where = Format(Layout.AUTO, place) if device.platform == "tpu" else place
+    mesh = jax.sharding.Mesh([device], ("device",))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        traced = jax.jit(run, in_shardings=where, out_shardings=where).trace(*arguments)
+        lowered = traced.lower()
+        start = time.monotonic()
+        executable = lowered.compile()
+        spent = time.monotonic() - start
+    memory, text = executable.memory_analysis(), executable.as_text() or ""
+    cost = executable.cost_analysis() or {}
+    if device.platform == "gpu":
+        cost = _gpu_cost(text)
+    scoped = [each for found in _SCOPED.findall(text) for each in json.loads(found)]
+    return Figures(
+        flops=cost.get("flops"),
+        bytes=cost.get("bytes accessed"),
+        arguments=memory.argument_size_in_bytes if memory else 0,
+        temp=memory.temp_size_in_bytes if memory else 0,
+        vmem=max((int(each["size"]) for each in scoped if each["memory_space"] == "1"), default=0),
+        smem=declared_smem(traced.jaxpr.jaxpr),
+        seconds=spent,
+    )
+
+
+def _gpu_cost(text: str) -> dict[str, float]:
+    """Add up what the kernels of a GPU program say of themselves, and the bytes of the rest."""
+    said = [json.loads(found.replace(r"\22", '"')) for found in _COST.findall(text)]
+    if not said:
+        return {}
+    rest = "\n".join(line for line in text.splitlines() if "mosaic_gpu" not in line)
+    return {
+        "flops": sum(each["flops"] for each in said),
+        "bytes accessed": sum(each["bytes_accessed"] for each in said) + (bytes_moved(rest) or 0),
+    }
+
+
+def declared_smem(jaxpr: Any) -> int:
+    """Return the most bytes of SMEM that a kernel in a program declares."""
+
+    def own(variables: Any) -> int:
+        total = 0
+        for variable in variables:
+            space = getattr(variable.aval, "memory_space", None)
+            dtype = getattr(variable.aval, "dtype", None)
+            if str(space).lower() == "smem" and hasattr(dtype, "itemsize"):
+                total += math.prod(variable.aval.shape) * dtype.itemsize
+        return total
+
+    def inner(value: Any) -> Iterator[Any]:
+        if isinstance(value, tuple | list):
+            for each in value:
+                yield from inner(each)
+        elif hasattr(value, "jaxpr"):
+            yield value.jaxpr
+        elif hasattr(value, "eqns"):
+            yield value
+
+    most = 0
+    for equation in jaxpr.eqns:
+        for value in equation.params.values():
+            for body in inner(value):
+                declares = equation.primitive.name in ("run_scoped", "pallas_call")
+                most = max(most, declared_smem(body) + (own(body.invars) if declares else 0))
+    return most
+
+
+def judge(case: Case, direction: str, target: Target, found: Figures, work: Work | None):
+    """Yield what is wrong with a pass that compiles."""
+    if found.arguments + found.temp > target.memory:
+        yield f"needs {(found.arguments + found.temp) / 1e9:.1f} GB of memory"
+    if direction not in case.bounds or work is None:
+        return
+    bounds = dict(zip(("FLOPs", "bytes"), case.bounds[direction], strict=True))
+    floors = {"FLOPs": case.floors[direction].flops, "bytes": work.needed or work.bytes}
+    for name, said, counted in (
+        ("FLOPs", found.flops, work.flops),
+        ("bytes", found.bytes, work.bytes),
+    ):
+        for source, value in (("estimate", said), ("schedule", counted)):
+            if value is not None and value > bounds[name] * floors[name]:
+                yield (
+                    f"{name} by {source} are {value / floors[name]:.3f} times the floor, over "
+                    f"{bounds[name]}"
+                )
+    if found.bytes is not None and abs(found.bytes - work.bytes) > HONEST * work.bytes:
+        yield (
+            f"says that it moves {found.bytes / 1e9:.3f} GB, and its blocks are "
+            f"{work.bytes / 1e9:.3f} GB"
+        )
+
+
+def compile_case(case: Case, target: Target) -> Iterator[dict[str, Any]]:
+    """Compile each pass of a case and its peers for a target, and yield the records."""
+    device = target.devices(1)[0]
+
+    def operation(**arrays: jax.Array) -> jax.Array:
+        return case.function(**arrays, backend=device.platform)
+
+    for direction, floor in case.floors.items():
+        record: dict[str, Any] = {
+            "chip": target.name, "operation": case.operation, "pass": direction,
+            "shape": case.shape, "floor": dataclasses.asdict(floor), "peers": {}, "faults": [],
+        }  # fmt: skip
+        try:
+            with tuning.recorded() as blocks:
+                run, arguments = abstract_pass(operation, case, direction, device)
+                size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments))
+                if size > 0.9 * target.memory:
+                    yield {**record, "skipped": f"{size / 1e9:.0f} GB of arrays do not fit"}
+                    continue
+                found = compile_pass(run, arguments, device)
+        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+            yield {**record, "faults": [f"does not compile: {str(error)[:500]}"]}
+            continue
+        work = case.work(direction, device.platform, blocks)
+        record["figures"] = dataclasses.asdict(found)
+        record["work"] = None if work is None else dataclasses.asdict(work)
+        record["faults"] = list(judge(case, direction, target, found, work))
+        for peer in case.peers:
+            if device.platform not in peer.platforms or peer.work is None:
+                continue
+            try:
+                theirs = compile_pass(
+                    *abstract_pass(peer.function, case, direction, device), device
+                )
+                counted = peer.work(direction)
+                record["peers"][peer.name] = {
+                    **dataclasses.asdict(theirs),
+                    "work": None if counted is None else dataclasses.asdict(counted),
+                }
+            except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
+                record["peers"][peer.name] = {"fails": str(error)[:200]}
+        yield record
+
+
+def line(record: dict[str, Any]) -> str:
+    """Lay a record out as one line of the table."""
+    head = f"{record['chip']:6} {record['operation']:18} {record['pass']:8} {record['shape']:22} "
+    if "figures" not in record:
+        return f"{head} {record.get('skipped', 'FAULT')}"
+    found, work, floor = record["figures"], record["work"] or {}, record["floor"]
+    least = work.get("needed") or floor["bytes"]
+
+    def scaled(value: float | None, unit: float) -> str:
+        return "n/a" if value is None else f"{value / unit:.4g}"
+
+    theirs = [
+        f"{name} {each['fails'].splitlines()[0][:60]}"
+        if "fails" in each
+        else f"{scaled(each['work']['flops'], 1e9)}, {scaled(each['work']['bytes'], 1e9)}, "
+        f"{each['temp'] / 1e6:.0f}, {each['vmem'] / 1024:.0f}"
+        for name, each in record["peers"].items()
+    ]
+    return (
+        f"{head}{work.get('blocks', 'n/a'):>16} {scaled(found['flops'], 1e9):>9} "
+        f"{scaled(found['flops'], floor['flops']):>6} {scaled(work.get('flops'), 1e9):>9} "
+        f"{scaled(found['bytes'], 1e9):>8} {scaled(found['bytes'], least):>6} "
+        f"{scaled(work.get('bytes'), 1e9):>9} {found['temp'] / 1e6:8.1f} "
+        f"{found['vmem'] / 1024:8.0f} {found['smem'] / 1024:8.0f} {found['seconds']:4.0f}  "
+        f"{'; '.join(theirs)}"
+    )

@@ -1,0 +1,107 @@
+"""Named shapes: the work they claim is the work that their own arrays ask for."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels_pallas.attention.visibility import visible
+from kernels_pallas.shapes import SHAPES, Attention, Decode
+
+KEY = jax.random.key(0)
+SMALL = [s for s in SHAPES.values() if s.name.startswith(("odd", "nano", "vision"))]
+TINY = {"B": 1, "N": 2, "K": 1, "H": 4, "dtype": "float32"}
+
+
+def mask_of(shape, arrays):
+    if isinstance(shape, Attention):
+        segments = [arrays.get(name) for name in ("q_segments_BT", "kv_segments_BS")]
+        q, kv = arrays["q_positions_BT"], arrays["kv_positions_BS"]
+        if segments[0] is not None:
+            segments = [segments[0][:, :, None], segments[1][:, None, :]]
+        return visible(q[:, :, None], kv[:, None, :], *segments, shape.chunk_size)
+    slots = jnp.arange(shape.S)
+    held = slots < arrays["lengths_B"][:, None, None]
+    return held & visible(arrays["q_positions_BT"][:, :, None], slots, None, None, shape.chunk_size)
+
+
+def test_names_are_unique_and_every_shape_is_found_by_its_own():
+    assert all(name == shape.name for name, shape in SHAPES.items())
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.name)
+def test_pairs_are_those_of_the_mask(shape):
+    assert shape.pairs() == int(mask_of(shape, jax.jit(shape.build)(KEY)).sum())
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=lambda shape: shape.name)
+def test_bytes_are_at_least_those_of_the_arrays_that_are_read(shape):
+    arrays = jax.eval_shape(shape.build, KEY)
+    q = arrays["q_BTNH"].size * arrays["q_BTNH"].dtype.itemsize
+    rest = [x for name, x in arrays.items() if name.startswith(("k_B", "v_B"))]
+    stored = sum(x.size * x.dtype.itemsize for x in rest)
+    is_full = isinstance(shape, Attention) or not shape.lengths
+    if is_full:
+        assert 2 * q + stored <= shape.bytes() <= 1.04 * (2 * q + stored)  # scales of int8
+    else:
+        assert shape.bytes() < 2 * q + stored
+
+
+def test_a_chunk_of_three_by_hand():
+    #   0 1 2 0 1   position in the chunk: 1 + 2 + 3 + 1 + 2 pairs
+    shape = Attention(name="", T=5, chunk_size=3, **TINY)
+    assert shape.pairs() == 9
+    assert shape.flops() == 4 * 4 * 2 * 9
+    assert shape.flops(backward=True) == 10 * 4 * 2 * 9
+    # q and out are 32 bytes a token, k and v 16; going back also their gradients, out and lse.
+    assert shape.bytes() == 5 * (32 + 32 + 16 + 16)
+    assert shape.bytes(backward=True) == 5 * (4 * 32 + 4 * 16 + 8)
+    # Blocks of two queries see keys 0..1, 0..3 (the block spans the chunks) and 3..4.
+    assert shape.bytes_in_blocks(2) == 5 * 64 + (2 + 4 + 2) * 32
+
+
+def test_blocks_of_packed_queries_read_their_own_segments():
+    shape = Attention(name="", T=7, segments=(2, 4), padding=1, **TINY)
+    # Tokens 0..1 of the first segment, then 2..5: blocks see 0..1, 2..3, 2..5 and padding nothing.
+    assert shape.pairs() == 3 + 10
+    assert shape.bytes_in_blocks(2) == 7 * 64 + (2 + 2 + 4) * 32
+
+
+def test_a_cache_by_hand():
+    shape = Decode(name="", S=10, T=2, lengths=(9,), chunk_size=4, **TINY)
+    # Positions 7 and 8: four slots of their chunk, and the first of the next.
+    assert shape.pairs() == 4 + 1
+    assert shape.bytes() == 2 * 5 * 16 + 2 * 2 * 2 * 4 * 4
+    assert shape.bytes(kv_block=8) == 2 * 16 * 16 + 2 * 2 * 2 * 4 * 4  # slots 0..15
+
+
+@pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.name)
+def test_what_nobody_sees_is_poison_and_all_else_is_not(shape):
+    arrays = shape.build(KEY)
+    poisoned = any(
+        bool(jnp.isnan(x.astype(jnp.float32)).any())
+        for x in arrays.values()
+        if jnp.issubdtype(x.dtype, jnp.inexact)
+    )
+    hidden = shape.padding if isinstance(shape, Attention) else shape.lengths
+    assert poisoned == bool(hidden and getattr(shape, "dtype", None) != "int8")
+
+
+def test_pages_hold_the_tokens_that_the_table_names():
+    paged = SHAPES["odd_decode_fp8"]
+    arrays = paged.build(KEY)
+    k = np.asarray(arrays["k_BKSH"].astype(jnp.float32))[np.asarray(arrays["page_table_BP"])]
+    k_BSKH = k.swapaxes(2, 3).reshape(paged.B, paged.S, paged.K, paged.H)
+    for row, length in enumerate(paged.lengths):
+        assert np.isfinite(k_BSKH[row, :length]).all() and np.isnan(k_BSKH[row, length:]).all()
+
+
+def test_sizes_that_disagree_are_refused():
+    with pytest.raises(ValueError, match="must add up to the 5 tokens"):
+        Attention(name="", T=5, segments=(2, 2), **TINY)
+    with pytest.raises(ValueError, match="lengths"):
+        dataclasses.replace(SHAPES["odd_decode"], lengths=(1,))
+    with pytest.raises(ValueError, match="pages of 128 slots"):
+        dataclasses.replace(SHAPES["odd_decode_fp8"], S=1000)

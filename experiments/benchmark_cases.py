@@ -1,6 +1,6 @@
 """What the benchmarks run: each operation on each of its named shapes, as one entry.
 
-To benchmark another operation, make its cases in a function like `attention_cases` and add it to
+To benchmark another operation, make a case of it in a function like `decode_case` and add it to
 `cases`. Everything else reads the entries: timing, checking, tuning and compiling ahead of time.
 """
 
@@ -95,51 +95,44 @@ def one_pass(function: Callable[..., jax.Array], wrt: tuple[str, ...], direction
     return Pass(prepare=prepare, run=lambda pull, dout: pull(dout))
 
 
-def attention_cases() -> list[Case]:
-    """List chunked attention on its shapes, forward and backward."""
-    return [
-        Case(
-            operation="chunked_attention",
-            shape=shape.name,
-            sizes=dataclasses.asdict(shape),
-            build=shape.build,
-            function=functools.partial(kernels_pallas.chunked_attention, **shape.settings),
-            floors={
-                direction: Floor(
-                    flops=shape.flops(backward=direction == "backward"),
-                    bytes=shape.bytes(backward=direction == "backward"),
-                )
-                for direction in ("forward", "backward")
-            },
-            wrt=("q_BTNH", "k_BSKH", "v_BSKH"),
-            peers=benchmark_peers.of_attention(shape),
-            work=functools.partial(attention_work, shape),
-            candidates=attention_candidates,
-            bounds={"forward": (1.15, 1.3)} if shape.name.startswith("scout") else {},
+def attention_case(shape: shapes.Attention) -> Case:
+    """Return chunked attention on a shape, forward and backward."""
+    floors = {
+        direction: Floor(
+            flops=shape.flops(backward=direction == "backward"),
+            bytes=shape.bytes(backward=direction == "backward"),
         )
-        for shape in shapes.SHAPES.values()
-        if isinstance(shape, shapes.Attention)
-    ]
+        for direction in ("forward", "backward")
+    }
+    return Case(
+        operation="chunked_attention",
+        shape=shape.name,
+        sizes=dataclasses.asdict(shape),
+        build=shape.build,
+        function=functools.partial(kernels_pallas.chunked_attention, **shape.settings),
+        floors=floors,
+        wrt=("q_BTNH", "k_BSKH", "v_BSKH"),
+        peers=benchmark_peers.of_attention(shape),
+        work=functools.partial(attention_work, shape),
+        candidates=attention_candidates,
+        bounds={"forward": (1.15, 1.3)} if shape.name.startswith("scout") else {},
+    )
 
 
-def decode_cases() -> list[Case]:
-    """List decode attention on its shapes."""
-    return [
-        Case(
-            operation="decode_attention",
-            shape=shape.name,
-            sizes=dataclasses.asdict(shape),
-            build=shape.build,
-            function=functools.partial(_decode, shape),
-            floors={"forward": Floor(flops=shape.flops(), bytes=shape.bytes())},
-            peers=benchmark_peers.of_decode(shape),
-            work=functools.partial(decode_work, shape),
-            candidates=decode_candidates,
-            bounds={"forward": (1.15, 1.05)} if "_1m" in shape.name else {},
-        )
-        for shape in shapes.SHAPES.values()
-        if isinstance(shape, shapes.Decode)
-    ]
+def decode_case(shape: shapes.Decode) -> Case:
+    """Return decode attention on a shape."""
+    return Case(
+        operation="decode_attention",
+        shape=shape.name,
+        sizes=dataclasses.asdict(shape),
+        build=shape.build,
+        function=functools.partial(_decode, shape),
+        floors={"forward": Floor(flops=shape.flops(), bytes=shape.bytes())},
+        peers=benchmark_peers.of_decode(shape),
+        work=functools.partial(decode_work, shape),
+        candidates=decode_candidates,
+        bounds={"forward": (1.15, 1.05)} if "_1m" in shape.name else {},
+    )
 
 
 def _decode(shape: shapes.Decode, *, backend: Any, **arrays: jax.Array) -> Any:
@@ -173,7 +166,10 @@ def cases(names: list[str] | None = None, *, small: bool = False) -> list[Case]:
     Raises:
       ValueError: a name is no shape.
     """
-    known = [*attention_cases(), *decode_cases()]
+    known = [
+        attention_case(shape) if isinstance(shape, shapes.Attention) else decode_case(shape)
+        for shape in shapes.SHAPES.values()
+    ]
     every = {case.shape: case for case in known}
     for name in names or ():
         if name not in every:

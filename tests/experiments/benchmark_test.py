@@ -1,0 +1,280 @@
+"""Benchmarks check before they time, count what blocks copy, and refuse what would mislead."""
+
+import dataclasses
+import functools
+import itertools
+import json
+
+import jax
+import jax.numpy as jnp
+import pytest
+from absl import flags
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from experiments import (
+    benchmark,
+    benchmark_blocks,
+    benchmark_cases,
+    benchmark_compile,
+    benchmark_report,
+    benchmark_timing,
+    benchmark_tune,
+)
+from experiments.benchmark_cases import Case, Floor
+from experiments.benchmark_timing import Limits, Machine
+from experiments.launch import FlagError
+from kernels_pallas import tuning
+from kernels_pallas.shapes import Attention, Decode
+
+ATTENTION = Attention(
+    name="tiny", B=1, T=24, N=2, K=1, H=8, chunk_size=10, temperature=(4, 0.1), dtype="float32"
+)
+DECODE = Decode(name="tiny_decode", B=2, S=16, T=2, N=2, K=1, H=8, lengths=(16, 9))
+HERE = Machine(
+    kind="cpu", platform="cpu", limits=Limits(flops=1e9, bandwidth=1e9), copying=1e9
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def once(monkeypatch):
+    monkeypatch.setattr(benchmark_timing, "REPEATS", 1)
+
+
+def values_of(*arguments):
+    values = flags.FlagValues()
+    benchmark.define_flags(values)
+    values(["command", *arguments])
+    return values
+
+
+def doubling(wrong=0.0, sizes=None):
+    """An operation of one array; its backend "tpu" is off by `wrong`."""
+
+    def function(*, x, backend):
+        if sizes is not None:
+            sizes.append(tuning.lookup("doubling.forward", {"block": 1}, width=x.shape[0])["block"])
+        return 2 * x + (wrong if backend == "tpu" else 0.0)
+
+    return Case(
+        operation="doubling", shape="line", sizes={}, function=function,
+        build=lambda key: {"x": jax.random.normal(key, (256,))},
+        floors={"forward": Floor(flops=256, bytes=2048), "backward": Floor(flops=256, bytes=2048)},
+        wrt=("x",),
+        candidates=lambda direction, platform: [{"doubling.forward": {"block": n}} for n in (2, 4)],
+    )  # fmt: skip
+
+
+def test_the_kernels_suite_times_both_passes_and_compares_them_with_a_peer():
+    records = benchmark_timing.measure(benchmark_cases.attention_case(ATTENTION), HERE, None)
+    assert [record["pass"] for record in records] == ["forward", "backward"]
+    for record in records:
+        assert record["backend"] == "reference" and not record["faults"]
+        assert record["seconds"] > 0 and record["ratios"]["xla"] > 0
+        assert record["relative_error"] < 1e-4  # float32, another order of sums
+        assert record["of_limit"] == pytest.approx(
+            ATTENTION.flops(backward=record["pass"] == "backward") / 1e9 / record["seconds"]
+        )
+        assert "xla" in benchmark_report.times_line(record)
+
+
+def test_decoding_is_timed_forward_alone():
+    (record,) = benchmark_timing.measure(benchmark_cases.decode_case(DECODE), HERE, None)
+    assert record["gbps"] == pytest.approx(DECODE.bytes() / record["seconds"] / 1e9)
+
+
+def test_a_wrong_result_is_a_fault():
+    forward, backward = benchmark_timing.measure(doubling(wrong=0.1), HERE, "tpu")
+    assert "differs from the reference" in forward["faults"][0]
+    assert not backward["faults"], "a constant has no gradient"
+    assert benchmark_report.fault_lines(forward)[0].startswith("FAULT")
+
+
+def test_nan_is_a_fault():
+    forward, _ = benchmark_timing.measure(doubling(wrong=float("nan")), HERE, "tpu")
+    assert forward["faults"]
+
+
+def test_a_program_that_repeats_another_gives_the_same():
+    x = jnp.arange(4.0)
+    repeated = benchmark_timing.chained(lambda x, n: {"y": x * n}, 3)
+    assert repeated(x, jnp.int32(2))["y"].tolist() == [0, 2, 4, 6]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--suite=kernels", "--backend=tpu"], "run in an interpreter"),
+        (["--suite=kernels", "--tune"], "only the reference runs"),
+        (["--suite=kernels", "--shapes=scuot"], "'scuot' is no shape; choose from scout_chunk_32k"),
+        ([], "give --suite=kernels or --suite=compile"),
+    ],
+)
+def test_what_would_mislead_is_refused(arguments, says):
+    with pytest.raises(FlagError, match=says):
+        benchmark.main(values_of(*arguments))
+
+
+def test_a_cpu_runs_nano_unless_it_is_told_otherwise():
+    assert {case.shape for case in benchmark_cases.cases(small=True)} == {
+        "nano_chunk", "nano_nope", "nano_decode",
+    }  # fmt: skip
+    (case,) = benchmark_cases.cases(["vision"], small=True)
+    assert case.shape == "vision"
+
+
+def test_the_command_prints_a_table_and_writes_its_figures(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(benchmark_timing, "machine", lambda: HERE)
+    monkeypatch.setattr(benchmark_cases, "cases", lambda *_, **__: [doubling()])
+    path = tmp_path / "new" / "figures.json"
+    benchmark.main(values_of("--suite=kernels", f"--output={path}"))
+    assert "doubling" in capsys.readouterr().out
+    written = json.loads(path.read_text())
+    assert written["suite"] == "kernels" and len(written["records"]) == 2
+
+
+def test_a_file_of_figures_is_whole_or_stays_as_it_was(tmp_path):
+    path = tmp_path / "figures.json"
+    benchmark_report.write_json(path, {"a": 1})
+    with pytest.raises(TypeError):
+        benchmark_report.write_json(path, {"a": object()})
+    assert json.loads(path.read_text())["a"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_tuning_keeps_the_fastest_and_what_it_did_not_try(monkeypatch, tmp_path):
+    used = []
+    durations = itertools.cycle([2.0, 1.0])  # of blocks of 2 and of 4
+
+    def seconds(run, arguments):
+        jax.eval_shape(run, *arguments)
+        return next(durations)
+
+    monkeypatch.setattr(benchmark_tune, "seconds", seconds)
+    other = {"operation": "other", "shape": {}, "blocks": {"q": 1}, "seconds": {}}
+    (tmp_path / "cpu.json").write_text(json.dumps({"entries": [other]}))
+    told = list(benchmark_tune.tune([doubling(sizes=used)], "tpu", tmp_path))
+    assert len(told) == 2 and set(used) == {2, 4}
+    entries = json.loads((tmp_path / "cpu.json").read_text())["entries"]
+    assert [entry["operation"] for entry in entries] == ["doubling.forward", "other"]
+    assert entries[0]["blocks"] == {"block": 4} and entries[0]["shape"] == {"width": 256}
+    monkeypatch.setattr(tuning, "FOLDER", tmp_path)
+    tuning._table.cache_clear()
+    try:
+        assert tuning.lookup("doubling.forward", {"block": 1}, width=256) == {"block": 4}
+        assert tuning.lookup("doubling.forward", {"block": 1}, width=8) == {"block": 1}
+        assert tuning.lookup("doubling.forward", {"size": 1}, width=256) == {"size": 1}
+    finally:
+        tuning._table.cache_clear()
+
+
+def test_other_block_sizes_make_another_program():
+    traced = jax.jit(lambda x: x * tuning.lookup("twice", {"n": 2})["n"])
+    assert traced(1) == 2
+    with tuning.overridden({"twice": {"n": 3}}):
+        assert traced(1) == 3
+    assert traced(1) == 2
+
+
+@pytest.mark.parametrize(("q_block", "kv_block"), [(1, 1), (4, 8), (24, 24), (5, 3)])
+def test_blocks_that_meet_are_counted(q_block, kv_block):
+    positions = range(ATTENTION.T)
+    meeting = {
+        (q // q_block, kv // kv_block)
+        for q, kv in itertools.product(positions, positions)
+        if kv <= q and kv // 10 == q // 10
+    }
+    assert benchmark_blocks.pairs_of_blocks(ATTENTION, q_block, kv_block) == len(meeting)
+
+
+def test_copies_are_shared_by_heads_on_tpus_alone():
+    blocks = {
+        "chunked_attention.forward": {"blocks": {"q": 8, "kv": 8, "q_block": 8, "kv_block": 8}}
+    }
+    # Three blocks of queries, of 8, 8 and 8: they meet keys 0..7, 0..15 and 8..23: five pairs.
+    work = benchmark_blocks.attention_work(ATTENTION, "forward", "tpu", blocks)
+    assert work.flops == 5 * 64 * 4 * 8 * 2
+    assert work.bytes == 2 * 24 * 64 + 5 * 2 * 8 * 32
+    on_gpu = benchmark_blocks.attention_work(ATTENTION, "forward", "gpu", blocks)
+    assert on_gpu.bytes == 2 * 24 * 64 + 5 * 2 * 8 * 64
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cpu:
+    name: str = "here"
+    memory: int = 1 << 30
+
+    def devices(self, count):
+        return jax.devices()[:count]
+
+
+def test_the_compile_suite_reads_figures_and_names_faults():
+    forward, backward = benchmark_compile.compile_case(doubling(), _Cpu())
+    assert forward["figures"]["arguments"] == 1024 and not forward["faults"]
+    assert "doubling" in benchmark_compile.line(forward)
+    (big, _) = benchmark_compile.compile_case(doubling(), _Cpu(memory=1000))
+    assert "do not fit" in big["skipped"] and "do not fit" in benchmark_compile.line(big)
+
+    def broken(**_):
+        raise NotImplementedError("too wide")
+
+    failed, _ = benchmark_compile.compile_case(
+        dataclasses.replace(doubling(), function=broken), _Cpu()
+    )
+    assert failed["faults"] == ["does not compile: too wide"]
+
+
+def figures(**known):
+    zeros = {"arguments": 0, "temp": 0, "vmem": 0, "smem": 0, "seconds": 0.0}
+    return benchmark_compile.Figures(**{**zeros, "flops": 256.0, "bytes": 2048.0, **known})
+
+
+@pytest.mark.parametrize(
+    ("known", "says"),
+    [
+        ({}, []),
+        ({"flops": 300.0}, ["FLOPs by estimate are 1.172 times the floor"]),
+        ({"bytes": 1900.0}, ["says that it moves"]),
+        ({"bytes": 2300.0}, ["bytes by estimate are 1.123 times", "says that it moves"]),
+        ({"temp": 2 << 30}, ["needs 2.1 GB of memory"]),
+    ],
+)
+def test_bounds_and_false_estimates_are_faults(known, says):
+    case = dataclasses.replace(doubling(), bounds={"forward": (1.15, 1.1)})
+    work = benchmark_blocks.Work(flops=256, bytes=2048, needed=2048, blocks="")
+    found = list(benchmark_compile.judge(case, "forward", _Cpu(), figures(**known), work))
+    assert len(found) == len(says)
+    for fault, part in zip(found, says, strict=True):
+        assert part in fault
+
+
+def test_memory_for_scalars_is_read_from_the_kernels():
+    def kernel(numbers, x_ref, out_ref, scratch):
+        scratch[0] = numbers[0]
+        out_ref[...] = x_ref[...] * scratch[0]
+
+    call = functools.partial(
+        pl.pallas_call(
+            kernel,
+            in_specs=[pl.BlockSpec(memory_space=pltpu.SMEM), pl.BlockSpec()],
+            out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+            scratch_shapes=[pltpu.SMEM((4,), jnp.float32)],
+        ),
+        jnp.ones(16),
+    )
+    traced = jax.jit(call).trace(jnp.ones((8, 128)))
+    assert benchmark_compile.declared_smem(traced.jaxpr.jaxpr) == 64 + 16
+
+
+def test_what_gpu_kernels_say_of_themselves_is_added_up():
+    text = r"""
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %k = f32[4]{0} custom-call(%a), custom_call_target="mosaic_gpu_v2", x = "y", \
+cost_estimate_json = "{\22flops\22: 10, \22transcendentals\22: 1, \22bytes_accessed\22: 20}"
+  ROOT %n = f32[4]{0} negate(%k)
+}
+""".replace("\\\n", "")
+    found = benchmark_compile._gpu_cost(text)
+    assert found["flops"] == 10 and 20 < found["bytes accessed"] <= 20 + 32
+    assert benchmark_compile._gpu_cost("") == {}

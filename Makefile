@@ -18,7 +18,7 @@ find_python = for p in $(1); do \
 	done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint types format nano parity compile hooks clean
+.PHONY: help demo test slow lint types format nano parity compile kernels hooks clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +51,9 @@ parity: .venv/.installed .oracle/.installed  ## compare live with HF transformer
 
 compile: .compile/.installed  ## compile Scout for TPU v5p and 8 H100s with neither at hand
 	.compile/bin/python -m experiments.compile_targets $(ARGS)
+
+kernels: .compile/.installed  ## compile every kernel for TPUs and a GPU with none at hand
+	.compile/bin/python -m experiments.benchmark --suite=compile $(ARGS)
 
 hooks: .venv/.installed  ## run the fast checks before every commit
 	$(BIN)/pre-commit install

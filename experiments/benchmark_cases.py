@@ -90,7 +90,10 @@ def one_pass(function: Callable[..., jax.Array], wrt: tuple[str, ...], direction
             lambda *given: function(**dict(zip(wrt, given, strict=True)), **rest),
             *(arrays[name] for name in wrt),
         )
-        return pull, jax.random.normal(jax.random.key(1), out.shape).astype(out.dtype)
+        douts = jax.tree.map(
+            lambda x: jax.random.normal(jax.random.key(1), x.shape).astype(x.dtype), out
+        )
+        return pull, douts
 
     return Pass(prepare=prepare, run=lambda pull, dout: pull(dout))
 

@@ -48,7 +48,9 @@ def warmed(q_BTNH: jax.Array, positions_BT: jax.Array, temperature) -> jax.Array
 
 def of_attention(shape: Attention) -> tuple[Peer, ...]:
     """List who else computes chunked attention on a shape."""
-    found = []
+    found: list[Peer] = []
+    if shape.return_lse:
+        return ()
     if not (shape.segments or shape.padding) and shape.T % (shape.chunk_size or 1) == 0:
         found.append(Peer(name="cudnn", platforms=("gpu",), function=_cudnn(shape)))
     if not shape.padding:
@@ -62,7 +64,13 @@ def of_attention(shape: Attention) -> tuple[Peer, ...]:
 def of_decode(shape: Decode) -> tuple[Peer, ...]:
     """List who else computes decode attention on a shape."""
     is_plain = shape.page_size is None and shape.dtype in ("bfloat16", "float32")
-    if is_plain and not shape.lengths and not shape.chunk_size and shape.S <= 1 << 20:
+    if (
+        is_plain
+        and not shape.return_lse
+        and not shape.lengths
+        and not shape.chunk_size
+        and shape.S <= 1 << 20
+    ):
         return (Peer(name="xla", platforms=("cpu", "gpu", "tpu"), function=_xla_decode(shape)),)
     return ()
 

@@ -37,6 +37,7 @@ class Attention:
             segment if empty.
         padding: tokens at the end of each row that are none.
         is_causal: False puts all tokens at one position, where they all see each other.
+        return_lse: whether the log-sum-exp is asked for too, and the output in float32 with it.
         dtype: of q, k and v.
     """
 
@@ -51,6 +52,7 @@ class Attention:
     segments: tuple[int, ...] = ()
     padding: int = 0
     is_causal: bool = True
+    return_lse: bool = False
     dtype: str = "bfloat16"
 
     def __post_init__(self):
@@ -69,7 +71,8 @@ class Attention:
     @property
     def settings(self) -> dict:
         """Return the static arguments of the operation."""
-        return {"chunk_size": self.chunk_size, "temperature": self.temperature}
+        names = ("chunk_size", "temperature", "return_lse")
+        return {name: getattr(self, name) for name in names}
 
     def positions(self) -> tuple[np.ndarray, np.ndarray | None]:
         """Return int32 positions [T] of a row, and its segments [T] if it is packed."""
@@ -157,7 +160,7 @@ class Decode:
             one for each channel. Queries are bfloat16 unless the cache is float32.
         lengths: slots of each row that hold a token; all of them if empty.
         page_size: slots of a page; None is a cache without pages.
-        chunk_size, temperature: as `decode_attention` takes them.
+        chunk_size, temperature, return_lse: as `decode_attention` takes them.
     """
 
     name: str
@@ -172,6 +175,7 @@ class Decode:
     page_size: int | None = None
     chunk_size: int | None = None
     temperature: tuple[int, float] | None = (8192, 0.1)
+    return_lse: bool = False
 
     def __post_init__(self):
         """Check that every row has a length, and that pages are whole."""
@@ -183,7 +187,8 @@ class Decode:
     @property
     def settings(self) -> dict:
         """Return the static arguments of the operation."""
-        return {"chunk_size": self.chunk_size, "temperature": self.temperature}
+        names = ("chunk_size", "temperature", "return_lse")
+        return {name: getattr(self, name) for name in names}
 
     def build(self, key: jax.Array) -> dict[str, jax.Array]:
         """Draw the arrays of the call as they are stored; see `arguments`."""
@@ -313,23 +318,25 @@ DECODE = (
 
 # Shapes of no model, in which everything that may differ does: small enough for any device.
 ODD = (
-    Attention(name="odd_88", B=2, T=577, N=6, K=3, H=88, chunk_size=200, padding=31),
+    Attention(
+        name="odd_88", B=2, T=577, N=6, K=3, H=88, chunk_size=200, padding=31, return_lse=True
+    ),
     Attention(
         name="odd_packed", B=1, T=700, N=8, K=2, H=64, chunk_size=256, segments=(300, 9, 350),
-        padding=41, temperature=(64, 0.1),
+        padding=41, temperature=(64, 0.1), return_lse=True,
     ),
-    Attention(name="odd_256", B=1, T=333, N=4, K=4, H=256),
+    Attention(name="odd_256", B=1, T=333, N=4, K=4, H=256, return_lse=True),
     Decode(
         name="odd_decode", B=3, S=1000, T=3, N=6, K=2, H=64, lengths=(1000, 515, 3),
-        chunk_size=256, temperature=(64, 0.1),
+        chunk_size=256, temperature=(64, 0.1), return_lse=True,
     ),
     Decode(
         name="odd_decode_fp8", B=2, S=1024, T=8, N=10, K=2, dtype="float8_e4m3fn",
-        lengths=(700, 33), page_size=128,
+        lengths=(700, 33), page_size=128, return_lse=True,
     ),
     Decode(
         name="odd_decode_int8", B=2, S=1024, T=2, N=10, K=2, dtype="int8",
-        lengths=(1024, 200), page_size=128,
+        lengths=(1024, 200), page_size=128, return_lse=True,
     ),
 )  # fmt: skip
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 
 import jax
 import jax.numpy as jnp
@@ -93,6 +94,14 @@ def test_a_wrong_result_is_a_fault():
 def test_nan_is_a_fault():
     forward, _ = benchmark_timing.measure(doubling(wrong=float("nan")), HERE, "tpu")
     assert forward["faults"]
+
+
+def test_the_log_sum_exp_of_nothing_does_not_hide_errors_elsewhere():
+    nothing = jnp.array([-1e30, 1.0])
+    assert benchmark_timing.differences(nothing, nothing) == (0, 0)
+    assert benchmark_timing.differences(nothing + 1, nothing)[1] == pytest.approx(1)
+    absolute, _ = benchmark_timing.differences(jnp.array([0.0, 1.0]), nothing)
+    assert math.isnan(absolute)
 
 
 def test_a_program_that_repeats_another_gives_the_same():

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import backend, tuning
+from kernels_pallas import tuning
 from kernels_pallas.attention import gpu_backward, gpu_blocks
 from kernels_pallas.attention.gpu_blocks import (
     LN2,
@@ -154,7 +154,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: Any) -> tuple[jax.Array, jax
     is_same = jnp.dtype(out_dtype) == dtype
     ready = plgpu.Barrier(num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=stages)
-    kernel = plgpu.kernel(
+    kernel = gpu_blocks.kernel(
         functools.partial(_attend, how=how, segmented=x.q_segments_BT is not None, **sizes),
         out_type=(
             jax.ShapeDtypeStruct((B, length, N, H), out_dtype),
@@ -170,12 +170,9 @@ def forward(x: Inputs, how: Settings, *, out_dtype: Any) -> tuple[jax.Array, jax
             *(ready, ready, free, free),
         ),
         grid=(B, length // _Q_BLOCK, N),
-        grid_names=("batch", "block", "head"),
-        num_threads=_MULTIPLIERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        cost_estimate=gpu_blocks.cost(x, how, products=2, block=_Q_BLOCK),
-        interpret=backend.gpu_interpreter(),
+        name="chunked_attention",
+        warpgroups=_MULTIPLIERS + 1,
+        cost=gpu_blocks.cost(x, how, products=2, block=_Q_BLOCK),
     )
     out_BTNH, lse_BNT = kernel(
         *(q, k, v),

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import backend, tuning
+from kernels_pallas import tuning
 from kernels_pallas.attention import gpu_blocks
 from kernels_pallas.attention.gpu_blocks import (
     LN2,
@@ -299,12 +299,12 @@ def _backward_q(x: Inputs, how: Settings, do_BTNH: jax.Array, numbers_BNCT: jax.
     q, k, v, *_ = x
     B, T, N, H = q.shape
     default = {"kv_block": 64, "stages": 3} if H <= 128 else {"kv_block": 64, "stages": 1}
-    sizes = tuning.lookup("chunked_attention.backward_q", default, head_dim=H, dtype=q.dtype.name)
+    sizes = tuning.lookup("chunked_attention.dq", default, head_dim=H, dtype=q.dtype.name)
     kv_block, stages = sizes["kv_block"], sizes["stages"]
     once = plgpu.Barrier(num_arrivals=2, num_barriers=_MULTIPLIERS)
     ready = plgpu.Barrier(num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=stages)
-    kernel = plgpu.kernel(
+    kernel = gpu_blocks.kernel(
         functools.partial(_dq, segmented=x.q_segments_BT is not None, **sizes),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
@@ -315,12 +315,9 @@ def _backward_q(x: Inputs, how: Settings, do_BTNH: jax.Array, numbers_BNCT: jax.
             *(once, ready, ready, free, free),
         ),
         grid=(B, T // _LONG, N),
-        grid_names=("batch", "block", "head"),
-        num_threads=_MULTIPLIERS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        cost_estimate=gpu_blocks.cost(x, how, products=3, block=_LONG),
-        interpret=backend.gpu_interpreter(),
+        name="chunked_attention_dq",
+        warpgroups=_MULTIPLIERS + 1,
+        cost=gpu_blocks.cost(x, how, products=3, block=_LONG),
     )
     return kernel(
         *(q, k, v, do_BTNH, numbers_BNCT),
@@ -337,14 +334,14 @@ def _backward_kv(
     parts = 1 if H <= 128 else 2
     width, kv_block = H // parts, _LONG // parts
     sizes = tuning.lookup(
-        "chunked_attention.backward_kv",
+        "chunked_attention.dkv",
         {"q_block": 64, "stages": 4 if H <= 128 else 2},
         head_dim=H,
         dtype=q.dtype.name,
     )
     q_block, stages = sizes["q_block"], sizes["stages"]
     free = plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=stages)
-    kernel = plgpu.kernel(
+    kernel = gpu_blocks.kernel(
         functools.partial(_dkv, segmented=x.q_segments_BT is not None, **sizes),
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
         scratch_types=(
@@ -360,12 +357,9 @@ def _backward_kv(
             plgpu.Barrier(num_arrivals=_MULTIPLIERS),
         ),
         grid=(B, S // kv_block, K),
-        grid_names=("batch", "block", "head"),
-        num_threads=_MULTIPLIERS,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
-        cost_estimate=gpu_blocks.cost(x, how, products=4, block=kv_block),
-        interpret=backend.gpu_interpreter(),
+        name="chunked_attention_dkv",
+        warpgroups=_MULTIPLIERS,
+        cost=gpu_blocks.cost(x, how, products=4, block=kv_block),
     )
     return kernel(
         *(q, k, v, do_BTNH, numbers_BNCT),

@@ -5,6 +5,7 @@ kernel the same sequence: the warpgroup that copies and those that multiply each
 same scalars, so that nothing but barriers passes between them.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from kernels_pallas.attention.visibility import Inputs, KeyBlocks, QueryBlocks, 
 ROWS = 64  # of the tile that one warpgroup multiplies
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
+_TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 OF_ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector with one number per row of a tile
 OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # and one with a number per column
 
@@ -145,6 +147,24 @@ def walk[Carry](
     start = jnp.int32(0), seek(begin, end, meets), carry
     turns, _, carry = jax.lax.while_loop(lambda state: state[1] < end, visit, start)
     return turns, carry
+
+
+def kernel(
+    body: Callable[..., None], *, name: str, warpgroups: int, cost: pl.CostEstimate, **how: Any
+) -> Any:
+    """Make a kernel of `body` over a grid of (batch, block, head); see `plgpu.kernel`."""
+    if _TAKES_COST:
+        how["cost_estimate"] = cost
+    return plgpu.kernel(
+        body,
+        kernel_name=name,
+        grid_names=("batch", "block", "head"),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        interpret=backend.gpu_interpreter(),
+        **how,
+    )
 
 
 class Stream(NamedTuple):

@@ -74,13 +74,17 @@ def refusal(x: Inputs, how: Settings) -> str | None:
     if any(s.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16) for s in scales):
         return "its scales are float32, bfloat16 or float16"
     plan = _plan(x)
+    if x.q_BTNH.dtype != plan.dtype:
+        return (
+            f"queries of a cache of {stored.name} are {plan.dtype.name}, not {x.q_BTNH.dtype.name}"
+        )
     if (page := plan.page_size) is not None:
         if page % 8 or (page % plan.block and plan.block % page):
             return f"pages of {page} slots neither divide its blocks of {plan.block} nor hold them"
         if any(plan.copy * s.dtype.itemsize % 128 for s in scales):
             return f"pages of {page} slots have less than 128 bytes of scales"
     elif x.num_slots % 8:
-        return f"its caches have slots by the 8, not {x.num_slots}"
+        return f"its caches have a multiple of 8 slots, not {x.num_slots}"  # rows of a TMA tile
     return None
 
 
@@ -103,27 +107,24 @@ def _rows(x: Inputs, how: Settings) -> Rows:
     )
 
 
-def _arrays(x: Inputs, how: Settings, plan: Plan) -> Arrays:
+def _arrays(x: Inputs, how: Settings) -> Arrays:
     """Put heads before slots, and queries into rows t * G + g of their kv head."""
     (B, T, _, H), K = x.q_BTNH.shape, x.k_BSKH.shape[2]
     q_BKRH = x.q_BTNH.reshape(B, T, K, -1, H).swapaxes(1, 2)
-    q_BKRH = q_BKRH.reshape(B, K, -1, H).astype(plan.dtype)
+    q_BKRH = q_BKRH.reshape(B, K, -1, H)
     q_BKRH = jnp.pad(q_BKRH, ((0, 0), (0, 0), (0, ROWS - q_BKRH.shape[2]), (0, 0)))
 
-    def scale(scale_BSK: jax.Array | None) -> jax.Array | None:
-        if scale_BSK is None:
-            return None
-        uneven = -scale_BSK.shape[1] % (16 // scale_BSK.dtype.itemsize)  # TMA: 16 bytes
-        return jnp.pad(scale_BSK.swapaxes(1, 2), ((0, 0), (0, 0), (0, uneven)))
+    def heads_first(x_BSK_: jax.Array | None) -> jax.Array | None:
+        return None if x_BSK_ is None else x_BSK_.swapaxes(1, 2)
 
     return Arrays(
         q_BKRH=q_BKRH,
-        k_BKSH=x.k_BSKH.swapaxes(1, 2),
-        v_BKSH=x.v_BSKH.swapaxes(1, 2),
+        k_BKSH=heads_first(x.k_BSKH),
+        v_BKSH=heads_first(x.v_BSKH),
         rows=_rows(x, how),
         seen_B2=jnp.stack(slots_seen(x, how), 1),
-        k_scale_BKS=scale(x.k_scale_BSK),
-        v_scale_BKS=scale(x.v_scale_BSK),
+        k_scale_BKS=heads_first(x.k_scale_BSK),
+        v_scale_BKS=heads_first(x.v_scale_BSK),
         page_table_BP=x.page_table_BP,
     )
 
@@ -155,7 +156,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: Any) -> tuple[jax.Array, jax
     """
     B, H, K = x.q_BTNH.shape[0], x.q_BTNH.shape[3], x.k_BSKH.shape[2]
     plan = _plan(x)
-    a = _arrays(x, how, plan)
+    a = _arrays(x, how)
     leaves, tree = jax.tree.flatten(a)
 
     def decode_attention(*refs):

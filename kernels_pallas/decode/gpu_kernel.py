@@ -66,7 +66,16 @@ class Rows(NamedTuple):
 
 
 class Arrays(NamedTuple):
-    """What the kernel reads; arrays outside of it, references inside."""
+    """What the kernel reads; arrays outside of it, references inside.
+
+    Attributes:
+        q_BKRH: rows t * G + g of each kv head, 64 of them.
+        k_BKSH, v_BKSH: the cache, or pages [pages, K, page size, H].
+        rows: what the rows see.
+        seen_B2: the slots [begin, end) that some row sees.
+        k_scale_BKS, v_scale_BKS: scales of tokens, laid out as k and v; or None.
+        page_table_BP: pages of each sequence, or None.
+    """
 
     q_BKRH: Any
     k_BKSH: Any

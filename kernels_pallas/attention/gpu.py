@@ -157,7 +157,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: Any) -> tuple[jax.Array, jax
     kernel = gpu_blocks.kernel(
         functools.partial(_attend, how=how, segmented=x.q_segments_BT is not None, **sizes),
         out_type=(
-            jax.ShapeDtypeStruct((B, length, N, H), out_dtype),
+            jax.ShapeDtypeStruct(q.shape, out_dtype),
             jax.ShapeDtypeStruct((B, N, length), jnp.float32),
         ),
         scratch_types=(

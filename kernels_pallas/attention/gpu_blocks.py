@@ -151,11 +151,14 @@ def walk[Carry](
 
 def kernel(
     body: Callable[..., None], *, name: str, warpgroups: int, cost: pl.CostEstimate, **how: Any
-) -> Any:
-    """Make a kernel of `body` over a grid of (batch, block, head); see `plgpu.kernel`."""
+) -> Callable[..., Any]:
+    """Make a kernel of `body` over a grid of (batch, block, head); see `plgpu.kernel`.
+
+    Its results vary over the manual mesh axes over which some argument does.
+    """
     if _TAKES_COST:
         how["cost_estimate"] = cost
-    return plgpu.kernel(
+    call = plgpu.kernel(
         body,
         kernel_name=name,
         grid_names=("batch", "block", "head"),
@@ -165,6 +168,12 @@ def kernel(
         interpret=backend.gpu_interpreter(),
         **how,
     )
+
+    def run(*arrays: jax.Array) -> Any:
+        axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+        return jax.lax.pcast(call(*arrays), tuple(axes), to="varying")
+
+    return run
 
 
 class Stream(NamedTuple):

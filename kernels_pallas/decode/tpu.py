@@ -32,6 +32,7 @@ _COPY_BYTES = 2**20  # of one block of keys: enough in flight to hide the latenc
 _MAX_BLOCK = 2048
 _MAX_HEADS = 32  # the kernel's code repeats itself for every kv head
 _WINDOW = 1024  # entries of the page table in SMEM at a time
+_VMEM_BYTES = 40 * 2**20  # what 32 heads of 256 in float32 need; every chip has 64 MiB or more
 _TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # devices whose programs run on two cores
 
 
@@ -45,8 +46,8 @@ def refusal(x: Inputs, how: Settings) -> str | None:
         if dtype not in (*floats, jnp.int8, jnp.float8_e4m3fn):
             return f"a cache of {dtype} is none of bfloat16, float32, int8 and float8_e4m3fn"
     K, H = x.k_BSKH.shape[2:]
-    if H % 8 or H > 512:
-        return f"head_dim ({H}) is not a multiple of 8 up to 512"
+    if H % 8 or H > 256:
+        return f"head_dim ({H}) is not a multiple of 8 up to 256"
     if K > _MAX_HEADS:
         return f"{K} kv heads are more than {_MAX_HEADS}"
     if x.page_table_BP is not None:
@@ -166,11 +167,14 @@ def _windows(table_BP: jax.Array | None) -> jax.Array | None:
 def _cost(
     x: Inputs, how: Settings, sizes: Sizes, cache: Cache, outs: tuple[jax.ShapeDtypeStruct, ...]
 ) -> pl.CostEstimate:
-    """Estimate for rows that are full: lengths are not known."""
+    """Estimate for rows that are full, since lengths are not known; H is kept in whole vectors."""
     B, T, N, H = x.q_BTNH.shape
     seen = sizes.slots if how.chunk_size is None else min(how.chunk_size, sizes.slots)
     out_bytes = sum(out.size * out.dtype.itemsize for out in outs)
-    head_bytes = sum(part.dtype.itemsize * math.prod(part.shape[3:]) for part in cache.parts())
+    padded_H = round_up(H, LANES)
+    head_bytes = sum(
+        part.dtype.itemsize * (padded_H if part.ndim == 4 else 1) for part in cache.parts()
+    )
     return pl.CostEstimate(
         flops=4 * B * T * N * seen * H,
         transcendentals=B * T * N * seen,
@@ -236,7 +240,9 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
             ),
             scratch_shapes=[scratch],
         ),
-        compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "arbitrary")),
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=_VMEM_BYTES
+        ),
         cost_estimate=_cost(x, how, sizes, cache, outs),
         interpret=backend.tpu_interpreter(),
         name="decode_attention",

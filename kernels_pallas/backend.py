@@ -1,6 +1,7 @@
 """Which device a kernel is traced for, and which backend serves it."""
 
 import contextlib
+import dataclasses
 import importlib
 from collections.abc import Iterator
 from types import ModuleType
@@ -19,21 +20,32 @@ _interpreting = jax.make_user_context(default_value=False)
 def interpreted() -> Iterator[None]:
     """Run the kernels in Pallas' interpreters, which simulate a TPU or a GPU on any device.
 
-    Slow, and only for tests: memories, copies and semaphores are simulated, and races between them
-    reported.
+    Slow, and only for tests: memories, copies and semaphores are simulated, and a race between them
+    is an error (with jax 0.11, which cannot raise, it is printed).
     """
     with _interpreting(True):
         yield
 
 
+def is_interpreting() -> bool:
+    """Whether kernels run in an interpreter."""
+    return _interpreting.value
+
+
+def _watching(params: type) -> Any:
+    """Return parameters of an interpreter that looks for races."""
+    raises = any(field.name == "on_race" for field in dataclasses.fields(params))
+    return params(detect_races=True, **({"on_race": "raise"} if raises else {}))
+
+
 def tpu_interpreter() -> Any:
     """Return what `pallas_call` takes as `interpret`."""
-    return pltpu.InterpretParams(detect_races=True) if _interpreting.value else False
+    return _watching(pltpu.InterpretParams) if _interpreting.value else False
 
 
 def gpu_interpreter() -> Any:
     """Return what `plgpu.kernel` takes as `interpret`."""
-    return plgpu.InterpretGPUParams(detect_races=True) if _interpreting.value else False
+    return _watching(plgpu.InterpretGPUParams) if _interpreting.value else False
 
 
 def _device() -> Any:

@@ -71,6 +71,16 @@ def test_reference_takes_bfloat16(case):
     check(case, "reference", "bfloat16")
 
 
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_tpu_kernels_equal_the_definition_in_the_interpreter(case):
+    check(case, "tpu", "float32")
+
+
+@pytest.mark.parametrize("case", CASES, ids=ids)
+def test_gpu_kernels_equal_the_definition_in_the_interpreter(case):
+    check(case, "gpu", "bfloat16")
+
+
 def self_attention(T, backend=None, *, poison=slice(0), dtype="float32", **how):
     """Attention among T tokens with ordinary positions; values of `poison` are NaN."""
     case = Case(name="", q_positions=(tuple(range(T)),), kv_positions=(tuple(range(T)),))

@@ -33,7 +33,7 @@ class Case:
     name: str
     lengths: tuple[int, ...]
     queries: int = 1
-    slots: int = 300
+    slots: int = 304
     starts: tuple[int, ...] | None = None
     ahead: int = 0
     chunk: int | None = None
@@ -112,7 +112,8 @@ class Case:
 
 
 CASES = [
-    Case(name="lengths_differ", lengths=(1, 300, 129, 128)),
+    Case(name="lengths_differ", lengths=(1, 304, 129, 128)),
+    Case(name="an_odd_number_of_slots", lengths=(301, 300, 7), slots=301),
     Case(name="an_empty_row", lengths=(0, 40)),
     Case(name="several_queries", lengths=(3, 250, 8), queries=3),
     Case(name="eight_queries_of_five_heads_each", lengths=(260,), queries=8, heads=5, kv_heads=1),
@@ -159,7 +160,21 @@ def test_reference_equals_the_definition(monkeypatch, case, block):
     check(case, "reference", "float32")
 
 
-@pytest.mark.parametrize("parts", [2, 3, 6])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_tpu_kernel_equals_the_definition_in_the_interpreter(case):
+    check(case, "tpu", "float32")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gpu_kernel_equals_the_definition_in_the_interpreter(case):
+    if case.slots % 8:
+        with pytest.raises(NotImplementedError, match="a multiple of 8 slots, not 301"):
+            check(case, "gpu", "bfloat16")
+    else:
+        check(case, "gpu", "bfloat16")
+
+
+@pytest.mark.parametrize("parts", [2, 4, 8])
 def test_merged_parts_of_a_cache_equal_the_whole(parts):
     case = Case(name="", lengths=(300, 170, 20), queries=2, temperature=(64, 0.2))
     arguments, want = case.build("float32")

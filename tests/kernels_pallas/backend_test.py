@@ -1,0 +1,64 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+import kernels_pallas
+from kernels_pallas import backend
+
+
+def copy_that_is_not_waited_for(x_hbm, out_ref, buffer, arrived):
+    copy = pltpu.make_async_copy(x_hbm, buffer, arrived)
+    copy.start()
+    out_ref[...] = buffer[...]
+    copy.wait()
+
+
+def copied_and_read_at_once(x):
+    return pl.pallas_call(
+        copy_that_is_not_waited_for,
+        in_specs=[pl.BlockSpec(memory_space=pltpu.HBM)],
+        out_shape=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        scratch_shapes=[pltpu.VMEM(x.shape, x.dtype), pltpu.SemaphoreType.DMA],
+        interpret=backend.tpu_interpreter(),
+    )(x)
+
+
+def test_the_interpreter_reports_a_race():
+    with (
+        kernels_pallas.interpreted(),
+        pytest.raises(jax.errors.JaxRuntimeError, match="RACE DETECTED"),
+    ):
+        jax.block_until_ready(copied_and_read_at_once(jnp.ones((8, 128))))
+    pltpu.reset_tpu_interpret_mode_state()
+
+
+def test_no_kernel_is_interpreted_unless_asked():
+    assert backend.tpu_interpreter() is False
+    assert backend.gpu_interpreter() is False
+    with kernels_pallas.interpreted():
+        assert backend.tpu_interpreter().detect_races
+        assert backend.gpu_interpreter().detect_races
+        assert backend.is_interpreting()
+    assert not backend.is_interpreting()
+
+
+def test_a_jitted_function_is_traced_anew_for_the_interpreter():
+    seen = []
+
+    @jax.jit
+    def f(x):
+        seen.append(backend.is_interpreting())
+        return x
+
+    f(np.float32(1))
+    with kernels_pallas.interpreted():
+        f(np.float32(1))
+    assert seen == [False, True]
+
+
+def test_programs_are_traced_for_the_device_at_hand():
+    assert backend.platform() == "cpu"
+    assert backend.device_kind() == "cpu"

@@ -169,7 +169,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: Any) -> tuple[jax.Array, jax
             plgpu.Barrier(num_barriers=_MULTIPLIERS),
             *(ready, ready, free, free),
         ),
-        grid=(B, length // _Q_BLOCK, N),
+        grid=(B, N, length // _Q_BLOCK),
         name="chunked_attention",
         warpgroups=_MULTIPLIERS + 1,
         cost=gpu_blocks.cost(x, how, products=2, block=_Q_BLOCK),

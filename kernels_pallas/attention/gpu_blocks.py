@@ -152,16 +152,18 @@ def walk[Carry](
 def kernel(
     body: Callable[..., None], *, name: str, warpgroups: int, cost: pl.CostEstimate, **how: Any
 ) -> Callable[..., Any]:
-    """Make a kernel of `body` over a grid of (batch, block, head); see `plgpu.kernel`.
+    """Make a kernel of `body` over a grid of (batch, head, block); see `plgpu.kernel`.
 
-    Its results vary over the manual mesh axes over which some argument does.
+    Blocks change fastest: those that run at a time then read the same head from the L2 cache, and
+    there may be more than the 65535 that CUDA allows along other axes. The results vary over the
+    manual mesh axes over which some argument does.
     """
     if _TAKES_COST:
         how["cost_estimate"] = cost
     call = plgpu.kernel(
         body,
         kernel_name=name,
-        grid_names=("batch", "block", "head"),
+        grid_names=("batch", "head", "block"),
         num_threads=warpgroups,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True),

@@ -18,7 +18,6 @@ Logits are in units of log 2, of which the hardware computes the exponential.
 
 import functools
 import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -35,6 +34,7 @@ from kernels_pallas.attention.visibility import (
 
 LANES, TILE = 128, 8  # of a vector register; slots are copied in multiples of a tile
 _LOG2_E = math.log2(math.e)
+_Masks = tuple[jax.Array, jax.Array]  # of a block: [rows, block] and [block, 1]
 _ROW, _BLOCK, _ASKED, _ATTENDED, _HELD = range(5)  # fields of the cursor
 
 
@@ -176,8 +176,10 @@ def _bounds(p: _Program, row: Row, block: Any) -> tuple[Any, Any]:
     return pl.multiple_of(first, math.gcd(sizes.block, LANES)), stop
 
 
-def _each_copy(p: _Program, index: Any, first: Any, stop: Any, ring: Any, do: Callable) -> None:
-    """Do something with every copy that brings the slots [first, stop) of a row."""
+def _copy_block(
+    p: _Program, index: Any, first: Any, stop: Any, ring: Any, *, is_start: bool
+) -> None:
+    """Start every copy that brings the slots [first, stop) of a row, or wait for every one."""
     sizes = p.sizes
 
     def copy(index: Any, source: Any, target: Any, size: Any, scale_size: Any) -> None:
@@ -185,14 +187,18 @@ def _each_copy(p: _Program, index: Any, first: Any, stop: Any, ring: Any, do: Ca
             count = size if len(part.shape) == 4 else scale_size
             source_ref = part.at[index, :, pl.ds(source, count)]
             target_ref = buffer.at[ring, :, pl.ds(target, count)]
-            do(pltpu.make_async_copy(source_ref, target_ref, p.scratch.arrived.at[ring]))
+            arrived = p.scratch.arrived.at[ring]
+            transfer = pltpu.make_async_copy(source_ref, target_ref, arrived)
+            transfer.start() if is_start else transfer.wait()
 
     def copy_pages(page_size: int) -> None:
         entries = p.scratch.window.shape[1]
 
         def step(i: Any, _: None) -> None:
             slot = first + i * sizes.piece
-            page = p.scratch.window[0, jax.lax.rem(jax.lax.div(slot, page_size), entries)]
+            # By the time of waiting, the window may be another: only the size matters then.
+            entry = jax.lax.rem(jax.lax.div(slot, page_size), entries)
+            page = p.scratch.window[0, entry] if is_start else 0
             offset = pl.multiple_of(jax.lax.rem(slot, page_size), sizes.piece)
             target = pl.multiple_of(i * sizes.piece, sizes.piece)
             copy(page, offset, target, sizes.piece, sizes.piece)
@@ -227,10 +233,8 @@ def _ask(p: _Program) -> None:
 
         @pl.when(cursor[_HELD] != wanted)
         def _() -> None:
-            scratch = p.scratch
-            copy = pltpu.make_async_copy(
-                p.windows.at[wanted], scratch.window, scratch.window_arrived
-            )
+            source_ref, arrived = p.windows.at[wanted], p.scratch.window_arrived
+            copy = pltpu.make_async_copy(source_ref, p.scratch.window, arrived)
             copy.start()
             copy.wait()
             cursor[_HELD] = wanted
@@ -242,7 +246,7 @@ def _ask(p: _Program) -> None:
         if p.sizes.page is not None:
             hold_window(first, p.sizes.page)
         ring = jax.lax.rem(cursor[_ASKED], p.sizes.depth)
-        _each_copy(p, index, first, stop, ring, lambda copy: copy.start())
+        _copy_block(p, index, first, stop, ring, is_start=True)
         is_last = block + 1 == row.blocks
         cursor[_ROW] = jnp.where(is_last, row.follow, index)
         cursor[_BLOCK] = jnp.where(is_last, 0, block + 1)
@@ -291,24 +295,12 @@ def _queries(p: _Program, row: Row) -> _Queries:
     return _Queries(is_real, factor, lo, jnp.where(is_real, position - row.kv_start + 1, lo))
 
 
-class _Masks(NamedTuple):
-    """Of a block whose slots are not seen by all.
-
-    Attributes:
-        is_seen: which query sees which slot, [rows, block].
-        is_real: which slots are worth reading, [block, 1].
-    """
-
-    is_seen: jax.Array
-    is_real: jax.Array
-
-
 def _masks(sizes: Sizes, queries: _Queries, row: Row, first: Any, stop: Any) -> _Masks:
-    """Compute the masks of the block [first, stop)."""
+    """Return which query sees which slot of the block [first, stop), and which slots are used."""
     slot_1S = first + jax.lax.broadcasted_iota(jnp.int32, (1, sizes.block), 1)
     slot_S1 = first + jax.lax.broadcasted_iota(jnp.int32, (sizes.block, 1), 0)
     is_seen_RS = (slot_1S >= queries.lo) & (slot_1S < jnp.minimum(queries.hi, stop))
-    return _Masks(is_seen_RS, (slot_S1 >= row.begin) & (slot_S1 < stop))
+    return is_seen_RS, (slot_S1 >= row.begin) & (slot_S1 < stop)
 
 
 def _attend_block(
@@ -330,23 +322,23 @@ def _attend_block(
         if buffers.k_scale is not None:
             logits_RS *= buffers.k_scale[ring, head : head + 1]
         if masks is not None:
-            logits_RS = jnp.where(masks.is_seen, logits_RS, NEGATIVE)
+            logits_RS = jnp.where(masks[0], logits_RS, NEGATIVE)
         top_RL = p.scratch.top[head]
         new_top_RL = jnp.maximum(top_RL, logits_RS.max(1, keepdims=True))
         decay_RL = jnp.exp2(top_RL - new_top_RL)
         weights_RS = jnp.exp2(logits_RS - new_top_RL[:, :1])
         if masks is not None:
-            weights_RS = jnp.where(masks.is_seen, weights_RS, 0.0)
+            weights_RS = jnp.where(masks[0], weights_RS, 0.0)
         p.scratch.top[head] = new_top_RL
         sum_R1 = weights_RS.sum(1, keepdims=True)
         p.scratch.sum[head] = p.scratch.sum[head] * decay_RL + sum_R1
         if buffers.v_scale is not None:
             weights_RS *= buffers.v_scale[ring, head : head + 1]
             if masks is not None:
-                weights_RS = jnp.where(masks.is_seen, weights_RS, 0.0)
+                weights_RS = jnp.where(masks[0], weights_RS, 0.0)
         v_SH = buffers.v[ring, head].astype(q_ref.dtype)
         if masks is not None:
-            v_SH = jnp.where(masks.is_real, v_SH, jnp.zeros_like(v_SH))
+            v_SH = jnp.where(masks[1], v_SH, jnp.zeros_like(v_SH))
         sum_RH = dot(weights_RS.astype(q_ref.dtype), v_SH, 0)
         p.scratch.acc[head] = p.scratch.acc[head] * decay_RL[:, :1] + sum_RH
 
@@ -391,7 +383,7 @@ def attend_row(
         _ask(p)
         ring = jax.lax.rem(scratch.cursor[_ATTENDED], sizes.depth)
         first, stop = _bounds(p, row, block)
-        _each_copy(p, pl.program_id(1), first, stop, ring, lambda copy: copy.wait())
+        _copy_block(p, pl.program_id(1), first, stop, ring, is_start=False)
         is_clear = (first >= row.clear_begin) & (stop <= row.clear_end)
         is_clear &= stop - first == sizes.block
         mask = functools.partial(_masks, sizes, queries, row, first, stop)

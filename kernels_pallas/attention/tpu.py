@@ -39,7 +39,7 @@ def refusal(x: Inputs, how: Settings) -> str | None:
 
 def _cut(x: Inputs) -> tb.Shape:
     """Choose the blocks: some thousand rows of queries for each copy of a block of keys."""
-    return tb.cut(x, "forward", q=tb.query_rows(x, 2048), kv=512, q_tile=16, kv_tile=tb.LANES)
+    return tb.cut(x, "forward", q=tb.query_block(x), kv=512, q_tile=16, kv_tile=tb.LANES)
 
 
 def _kernel(s: tb.Shape, how: Settings):
@@ -61,11 +61,12 @@ def _kernel(s: tb.Shape, how: Settings):
         def attend(slot, is_masked):
             mask = tb.mask(columns, kv_marks[slot]) if is_masked else None
 
-            def head(g):
+            def begin(g):
                 logits = tb.dot(q_ref[g], k_buf[slot], (1, 1))
                 logits *= tb.factor(factors, how, s.bkv)
-                if mask is not None:
-                    logits = jnp.where(mask, logits, tb.HIDDEN)
+                return logits if mask is None else jnp.where(mask, logits, tb.HIDDEN)
+
+            def finish(g, logits):
                 new_top = jnp.maximum(top[g], logits.max(1, keepdims=True))
                 weights = jnp.exp2(logits - tb.wide(new_top, s.bkv))
                 shrink = jnp.exp2(top[g] - new_top)
@@ -75,7 +76,7 @@ def _kernel(s: tb.Shape, how: Settings):
                 acc[g] = acc[g] * tb.wide(shrink, s.H) + seen
                 top[g] = new_top
 
-            tb.heads(s.G, head)
+            tb.heads_ahead(s.G, begin, finish)
 
         def visit(j, slot):
             kv = tb.kv_at(kv_scalars, j)

@@ -44,17 +44,20 @@ def _queries_kernel(s: tb.Shape, how: Settings):
         def attend(slot, is_masked):
             mask = tb.mask(columns, kv_marks[slot]) if is_masked else None
 
-            def head(g):
+            def begin(g):
                 logits = tb.dot(q_ref[g], k_buf[slot], (1, 1))
                 logits *= tb.factor(factors, how, s.bkv)
                 if mask is not None:
                     logits = jnp.where(mask, logits, tb.HIDDEN)
+                return logits, tb.dot(dout_ref[g], v_buf[slot], (1, 1))
+
+            def finish(g, begun):
+                logits, dweights = begun
                 weights = jnp.exp2(logits - tb.wide(row_columns[g], s.bkv))
-                dweights = tb.dot(dout_ref[g], v_buf[slot], (1, 1))
                 dlogits = weights * (dweights - tb.wide(row_columns[s.G + g], s.bkv))
                 acc[g] += tb.dot(dlogits.astype(k_buf.dtype), k_buf[slot], (1, 0))
 
-            tb.heads(s.G, head)
+            tb.heads_ahead(s.G, begin, finish)
 
         def visit(j, slot):
             kv = tb.kv_at(kv_scalars, j)
@@ -188,7 +191,7 @@ def _backward_queries(
     x: Inputs, how: Settings, lse_BTN: jax.Array, delta_BTN: jax.Array, dout_BTNH: jax.Array
 ) -> jax.Array:
     """Return dq_BTNH."""
-    s = tb.cut(x, "backward_dq", q=tb.query_rows(x, 2048), kv=512, q_tile=16, kv_tile=tb.LANES)
+    s = tb.cut(x, "backward_dq", q=tb.query_block(x), kv=512, q_tile=16, kv_tile=tb.LANES)
     q_summary, kv_summary = summarize(x, how.chunk_size, s.bq, s.bkv)
     q_marks = tb.marks(x.q_positions_BT, x.q_segments_BT, s.bq)
     kv_marks = tb.marks(x.kv_positions_BS, x.kv_segments_BS, s.bkv)
@@ -246,8 +249,7 @@ def _backward_keys(
     x: Inputs, how: Settings, lse_BTN: jax.Array, delta_BTN: jax.Array, dout_BTNH: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return dk_BSKH and dv_BSKH."""
-    q = min(tb.query_rows(x, 4096), 512)
-    s = tb.cut(x, "backward_dkv", q=q, kv=512, q_tile=tb.LANES, kv_tile=16)
+    s = tb.cut(x, "backward_dkv", q=tb.query_block(x), kv=512, q_tile=tb.LANES, kv_tile=16)
     q_summary, kv_summary = summarize(x, how.chunk_size, s.bq, s.bkv)
     q_marks = tb.marks(x.q_positions_BT, x.q_segments_BT, s.bq)
     kv_marks = tb.marks(x.kv_positions_BS, x.kv_segments_BS, s.bkv)

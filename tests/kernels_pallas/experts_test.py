@@ -1,3 +1,5 @@
+import contextlib
+import dataclasses
 import re
 
 import jax
@@ -5,122 +7,242 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas.experts import reference
+import kernels_pallas
+from kernels_pallas.experts import quantize, reference
 from kernels_pallas.experts.api import expert_mlp
+from kernels_pallas.experts.inputs import WeightScales
 
-D, F = 12, 20
-# (tokens, experts, experts per token, how tokens choose)
-CASES = {
-    "one_token": (1, 4, 1, "random"),
-    "odd": (37, 4, 1, "random"),
-    "one_hot_expert": (50, 4, 1, "hot"),
-    "empty_experts": (5, 16, 1, "random"),
-    "two_choices": (33, 4, 2, "random"),
-    "many_experts": (64, 128, 1, "random"),
-    "several_blocks": (700, 2, 1, "random"),
-    "not_ours": (40, 4, 1, "foreign"),
+D, F = 128, 256
+# float32: sums of 256 products beside values of about 2. bfloat16: results and hidden features are
+# rounded to 8 bits, and gradients of matrices add up hundreds of such.
+TOLERANCE = {"float32": 3e-5, "bfloat16": 6e-2}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """One problem.
+
+    Attributes:
+      name: what it shows.
+      tokens, experts, choices: sizes.
+      how: tokens choose at "random"; all the last expert ("hot"); only odd experts ("odd"); also
+        experts of other devices ("foreign"), which counts for nothing; "padding" chooses nobody
+        and holds NaN.
+      layers: stacked layers, of which the last is meant; 0 for none.
+      shared: whether something is added.
+    """
+
+    name: str
+    tokens: int
+    experts: int = 4
+    choices: int = 1
+    how: str = "random"
+    layers: int = 0
+    shared: bool = False
+
+    def build(self, dtype):
+        """x, matrices, gate, shared, dy in the dtype, and the choices."""
+        rng = np.random.default_rng(0)
+        T, E, X = self.tokens, self.experts, self.choices
+        stack = (self.layers,) if self.layers else ()
+        x = rng.normal(size=(T, D))
+        w_gate, w_up = (rng.normal(size=(*stack, E, D, F)) * D**-0.5 for _ in range(2))
+        w_down = rng.normal(size=(*stack, E, F, D)) * F**-0.5
+        expert = np.stack([rng.permutation(E)[:X] for _ in range(T)])
+        if self.how == "hot":
+            expert = np.full((T, X), E - 1)
+        if self.how == "odd":
+            expert = expert // 2 * 2 + 1
+        if self.how == "foreign":
+            expert = rng.integers(-E, 2 * E, size=(T, X))
+        if self.how == "padding":
+            expert[T // 3 :] = E
+            x[T // 3 :] = np.nan
+        gate = rng.uniform(0.1, 1, size=(T, X))
+        shared, dy = rng.normal(size=(2, T, D))
+        arrays = (x, w_gate, w_up, w_down, gate, shared, dy)
+        return [jnp.asarray(a, dtype) for a in arrays], np.int32(expert)
+
+
+CASES = [
+    Case(name="one_token", tokens=1),
+    Case(name="odd_number_of_tokens", tokens=37, shared=True),
+    Case(name="one_hot_expert", tokens=50, how="hot"),
+    Case(name="empty_experts", tokens=20, experts=16, how="odd"),
+    Case(name="two_choices", tokens=33, choices=2, shared=True),
+    Case(name="many_experts", tokens=64, experts=128),
+    Case(name="several_blocks", tokens=300, experts=2),
+    Case(name="experts_of_other_devices", tokens=40, how="foreign"),
+    Case(name="padding_that_is_not_a_number", tokens=40, how="padding"),
+    Case(name="one_of_stacked_layers", tokens=21, layers=3),
+]
+
+
+def silu(a):
+    return a / (1 + np.exp(-a))
+
+
+def definition(arrays, expert, layers):
+    """y, and the gradients of sum(y * dy), in float64 and expert by expert."""
+    x, *weights, gate, shared, dy = (np.asarray(a, np.float64) for a in arrays)
+    w_gate, w_up, w_down = (w[-1] for w in weights) if layers else weights
+    x = np.nan_to_num(x)
+    y, dx, dgate = shared.copy(), np.zeros_like(x), np.zeros_like(gate)
+    d_weights = [np.zeros_like(w) for w in (w_gate, w_up, w_down)]
+    for e in range(len(w_gate)):
+        t, k = np.nonzero(expert == e)
+        g, a, b = gate[t, k][:, None], x[t] @ w_gate[e], x[t] @ w_up[e]
+        h, dh = silu(g * a) * (g * b), dy[t] @ w_down[e].T
+        np.add.at(y, t, h @ w_down[e])
+        sigma = 1 / (1 + np.exp(-g * a))
+        da, db = dh * g * b * (sigma + g * a * sigma * (1 - sigma)), dh * silu(g * a)
+        dgate[t, k] = (a * da + b * db).sum(1)
+        np.add.at(dx, t, g * (da @ w_gate[e].T + db @ w_up[e].T))
+        for total, left, right in zip(
+            d_weights, (x[t], x[t], h), (g * da, g * db, dy[t]), strict=True
+        ):
+            total[e] = left.T @ right
+    if layers:
+        d_weights = [np.concatenate([np.zeros((layers - 1, *w.shape)), w[None]]) for w in d_weights]
+    return y, dx, *d_weights, dgate, dy
+
+
+def run(case, arrays, expert, backend):
+    *arguments, dy = arrays
+
+    def apply(x, w_gate, w_up, w_down, gate, shared):
+        return expert_mlp(
+            x,
+            w_gate,
+            w_up,
+            w_down,
+            expert_TX=expert,
+            gate_TX=gate,
+            shared_TD=shared if case.shared else None,
+            group=jnp.int32(case.layers - 1) if case.layers else None,
+            backend=backend,
+        )
+
+    y, pull = jax.vjp(apply, *arguments)
+    return y, *pull(dy)
+
+
+def simulated(backend):
+    return contextlib.nullcontext() if backend == "reference" else kernels_pallas.interpreted()
+
+
+def check(case, backend, dtype):
+    arrays, expert = case.build(dtype)
+    if not case.shared:
+        arrays[5] = jnp.zeros_like(arrays[5])
+    want = definition(arrays, expert, case.layers)
+    with simulated(backend):
+        got = jax.jit(lambda arrays: run(case, arrays, expert, backend))(arrays)
+    names = ("y", "dx", "dw_gate", "dw_up", "dw_down", "dgate", "dshared")
+    if not case.shared:
+        got, want = got[:-1], want[:-1]
+    for name, a, b in zip(names, got, want, strict=False):
+        np.testing.assert_allclose(
+            np.asarray(a, np.float64), b, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], err_msg=name
+        )
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_reference_equals_the_definition(case):
+    check(case, "reference", "float32")
+
+
+@pytest.mark.parametrize("case", CASES[:2], ids=lambda case: case.name)
+def test_reference_takes_bfloat16(case):
+    check(case, "reference", "bfloat16")
+
+
+QUANTIZE = {
+    "int8": quantize.quantize_int8,
+    "fp8": quantize.quantize_fp8,
+    "int4": quantize.quantize_int4,
 }
 
 
-def make(case):
-    T, E, X, how = CASES[case]
-    rng = np.random.default_rng(0)
-    x = rng.normal(size=(T, D))
-    w_gate, w_up = rng.normal(size=(2, E, D, F)) * D**-0.5
-    w_down = rng.normal(size=(E, F, D)) * F**-0.5
-    expert = np.stack([rng.permutation(E)[:X] for _ in range(T)])
-    if how == "hot":
-        expert = np.full((T, X), E - 1)
-    if how == "foreign":
-        expert = rng.integers(-E, 2 * E, size=(T, X))
-    gate = rng.uniform(0.1, 1, size=(T, X))
-    return (x, w_gate, w_up, w_down), expert, gate
+def real_matrices(kind, stored, scales):
+    if kind == "int4":
+        return quantize.unpack_int4(stored, scales)
+    return stored.astype(jnp.float32) * scales[..., None, :]
 
 
-def dense(x, w_gate, w_up, w_down, expert, gate):
-    """Every expert on every token, in float64: the definition."""
-    out = np.zeros_like(x)
-    for t, k in np.ndindex(expert.shape):
-        if 0 <= (e := expert[t, k]) < len(w_gate):
-            z = gate[t, k] * x[t]
-            a = z @ w_gate[e]
-            out[t] += (a / (1 + np.exp(-a)) * (z @ w_up[e])) @ w_down[e]
-    return out
+def check_quantized(backend, kind, tokens, layers, dtype):
+    case = Case(name=kind, tokens=tokens, choices=2, layers=layers, how="foreign")
+    (x, *weights, gate, _, _), expert = case.build(dtype)
+    stored, scales = zip(*(QUANTIZE[kind](w) for w in weights), strict=True)
+    group = jnp.int32(layers - 1) if layers else None
+
+    def apply(matrices, scales, backend, x):
+        return expert_mlp(
+            x,
+            *matrices,
+            expert_TX=expert,
+            gate_TX=gate.astype(x.dtype),
+            weight_scales=scales,
+            group=group,
+            backend=backend,
+        )
+
+    with simulated(backend):
+        ours = jax.jit(lambda m, s: apply(m, s, backend, x))(stored, WeightScales(*scales))
+    real = [real_matrices(kind, w, s) for w, s in zip(stored, scales, strict=True)]
+    theirs = apply(real, None, "reference", x.astype(jnp.float32))
+    # float8 rounds activations to 3 bits of fraction: a relative 2^-4 each, of which a sum of 128
+    # keeps a quarter or so beside values of about 1.
+    tolerance = 0.25 if kind == "fp8" else TOLERANCE[dtype]
+    np.testing.assert_allclose(np.float32(ours), theirs, atol=tolerance)
 
 
-def run(arrays, expert, gate):
-    return expert_mlp(*arrays, expert_TX=expert, gate_TX=gate)
+@pytest.mark.parametrize("layers", [0, 2])
+@pytest.mark.parametrize("tokens", [1, 45])
+@pytest.mark.parametrize("kind", QUANTIZE)
+def test_reference_reads_quantised_matrices(kind, tokens, layers):
+    check_quantized("reference", kind, tokens, layers, "float32")
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_equals_the_definition_in_float64(case):
-    arrays, expert, gate = make(case)
-    ours = jax.jit(run)([jnp.float32(a) for a in arrays], jnp.int32(expert), jnp.float32(gate))
-    np.testing.assert_allclose(ours, dense(*arrays, expert, gate), atol=1e-5)  # float32 sums of 20
+def forward(arrays, expert, backend="reference"):
+    x, w_gate, w_up, w_down, gate, *_ = arrays
+    return expert_mlp(x, w_gate, w_up, w_down, expert_TX=expert, gate_TX=gate, backend=backend)
 
 
-@pytest.mark.parametrize("case", ["odd", "two_choices", "one_hot_expert", "not_ours"])
-def test_gradients_equal_those_of_a_dense_mixture(case):
-    arrays, expert, gate = make(case)
-    arrays = [jnp.float32(a) for a in arrays]
-    gate, expert = jnp.float32(gate), jnp.int32(expert)
+def check_order(backend, dtype):
+    (x, w_gate, w_up, w_down, gate, *_), expert = Case(name="", tokens=75, experts=3).build(dtype)
+    order = np.random.default_rng(1).permutation(len(x))
+    with simulated(backend):
+        a = forward((x, w_gate, w_up, w_down, gate), expert, backend)
+        b = forward((x[order], w_gate, w_up, w_down, gate[order]), expert[order], backend)
+    np.testing.assert_array_equal(np.float32(a)[order], np.float32(b))
 
-    def dense_jax(arrays, gate):
-        x, w_gate, w_up, w_down = arrays
-        z_TXD = gate[..., None] * x[:, None]
-        chosen = jax.nn.one_hot(expert, len(w_gate))
-        h = jax.nn.silu(jnp.einsum("TXD,EDF->TXEF", z_TXD, w_gate))
-        h = h * jnp.einsum("TXD,EDF->TXEF", z_TXD, w_up)
-        return jnp.einsum("TXEF,EFD,TXE->TD", h, w_down, chosen)
 
-    probe = jnp.cos(jnp.arange(arrays[0].size, dtype=jnp.float32)).reshape(arrays[0].shape)
-    ours = jax.jit(jax.grad(lambda a, g: (run(a, expert, g) * probe).sum(), (0, 1)))(arrays, gate)
-    theirs = jax.jit(jax.grad(lambda a, g: (dense_jax(a, g) * probe).sum(), (0, 1)))(arrays, gate)
-    for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
-        np.testing.assert_allclose(a, b, atol=2e-5)
+def test_the_order_of_tokens_changes_no_bit():
+    check_order("reference", "float32")
 
 
 def test_gate_scales_the_input_and_not_the_output():
-    arrays, expert, gate = make("odd")
-    ours = run([jnp.float32(a) for a in arrays], jnp.int32(expert), jnp.float32(gate))
-    on_output = gate * dense(*arrays, expert, np.ones_like(gate))
-    assert np.abs(ours - on_output).max() > 0.1
+    arrays, expert = Case(name="", tokens=9).build("float32")
+    x, w_gate, w_up, w_down, gate, *_ = arrays
+    ungated = forward((x, w_gate, w_up, w_down, jnp.ones_like(gate)), expert)
+    assert jnp.abs(forward(arrays, expert) - gate * ungated).max() > 0.1
 
 
 def test_permuting_experts_changes_nothing():
-    arrays, expert, gate = make("odd")
-    x, *weights = [jnp.float32(a) for a in arrays]
+    (x, *weights, gate, _, _), expert = Case(name="", tokens=37).build("float32")
     order = np.array([2, 0, 3, 1])
-    moved = [x, *(w[order] for w in weights)]
-    renamed = np.argsort(order)[expert]
-    a = run([x, *weights], jnp.int32(expert), jnp.float32(gate))
-    b = run(moved, jnp.int32(renamed), jnp.float32(gate))
-    np.testing.assert_array_equal(a, b)
-
-
-def test_order_of_tokens_changes_nothing():
-    (x, *weights), expert, gate = make("odd")
-    x, expert, gate = jnp.float32(x), jnp.int32(expert), jnp.float32(gate)
-    weights = [jnp.float32(w) for w in weights]
-    order = np.random.default_rng(1).permutation(len(x))
-    a = run([x, *weights], expert, gate)[order]
-    b = run([x[order], *weights], expert[order], gate[order])
+    a = forward((x, *weights, gate), expert)
+    b = forward((x, *(w[order] for w in weights), gate), np.argsort(order)[expert])
     np.testing.assert_array_equal(a, b)
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_no_product_grows_with_experts_times_tokens(direction):
     T, E = 64, 16
-    shapes = [(T, D), (E, D, F), (E, D, F), (E, F, D)]
-    arrays = [jax.ShapeDtypeStruct(s, jnp.float32) for s in shapes]
-    expert = jax.ShapeDtypeStruct((T, 1), jnp.int32)
-    gate = jax.ShapeDtypeStruct((T, 1), jnp.float32)
-
-    def loss(arrays, expert, gate):
-        return run(arrays, expert, gate).sum()
-
-    function = loss if direction == "forward" else jax.grad(loss)
-    text = str(jax.make_jaxpr(function)(arrays, expert, gate))
+    arrays, expert = Case(name="", tokens=T, experts=E).build("float32")
+    loss = lambda x: forward((x, *arrays[1:]), expert).sum()  # noqa: E731
+    text = str(jax.make_jaxpr(loss if direction == "forward" else jax.grad(loss))(arrays[0]))
     products = re.findall(r"f32\[([\d,]+)\] = dot_general", text)
     assert products
     largest = max(np.prod([int(n) for n in shape.split(",")]) for shape in products)
@@ -133,8 +255,28 @@ def test_blocks_are_about_an_experts_mean_share_and_bounded():
     assert reference._block_rows(1 << 20, 16) == reference.MAX_BLOCK
 
 
-def test_shapes_that_disagree_are_refused():
-    arrays, expert, gate = make("odd")
-    arrays = [jnp.float32(a) for a in arrays]
+def test_int4_is_packed_and_saturates_as_meta_has_it():
+    w = np.zeros((1, 128, 1), np.float32)
+    w[0, :4, 0] = [8, -8, 3, -1]
+    packed, scale = quantize.quantize_int4(jnp.asarray(w))
+    assert scale.shape == (1, 1, 1) and float(scale[0, 0, 0]) == 1
+    assert [int(b) & 0xFF for b in packed[0, :2, 0]] == [0x87, 0xF3]  # 7 and -8; 3 and -1
+    np.testing.assert_array_equal(quantize.unpack_int4(packed, scale)[0, :4, 0], [7, -8, 3, -1])
+
+
+def test_arguments_that_disagree_are_refused():
+    (x, w_gate, w_up, w_down, gate, shared, _), expert = Case(name="", tokens=9).build("float32")
     with pytest.raises(ValueError, match="gate_TX has shape"):
-        run(arrays, jnp.int32(expert), jnp.float32(gate)[:5])
+        forward((x, w_gate, w_up, w_down, gate[:5]), expert)
+    with pytest.raises(ValueError, match="int8 needs weight_scales"):
+        forward((x, *(w.astype(jnp.int8) for w in (w_gate, w_up, w_down)), gate), expert)
+    with pytest.raises(ValueError, match="x_TD is bfloat16 and the matrices float32"):
+        forward((x.astype(jnp.bfloat16), w_gate, w_up, w_down, gate), expert)
+    with pytest.raises(ValueError, match="give them one dtype"):
+        forward((x, w_gate, w_up, w_down.astype(jnp.bfloat16), gate), expert)
+    stored, scales = zip(*map(quantize.quantize_int8, (w_gate, w_up, w_down)), strict=True)
+    how = {"expert_TX": expert, "gate_TX": gate, "weight_scales": WeightScales(*scales)}
+    with pytest.raises(NotImplementedError, match="no gradient"):
+        jax.grad(lambda x: expert_mlp(x, *stored, **how).sum())(x)
+    with pytest.raises(ValueError, match="multiple"):
+        quantize.quantize_int4(w_gate[:, :100])

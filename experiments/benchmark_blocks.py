@@ -26,14 +26,14 @@ class Work:
       flops: of the products of whole blocks.
       bytes: to and from memory. Query heads that share keys share copies of them on TPUs; on GPUs
         each copies for itself, and the cache between has most of it.
-      needed: the bytes if every block of queries read the keys it needs and no others; None where
-        this is not defined.
+      needed: the bytes if every block of queries read the keys it needs and no others. Of a
+        backward pass this is not defined, and the bytes of its blocks stand for it.
       blocks: the sizes, for the table.
     """
 
     flops: int
     bytes: int
-    needed: int | None
+    needed: int
     blocks: str
 
 
@@ -63,11 +63,11 @@ FORWARD = (
 )
 BACKWARD = (
     Walk(
-        operations=("chunked_attention.backward_dq", "chunked_attention.backward_q"),
+        operations=("chunked_attention.backward_dq", "chunked_attention.dq"),
         owner="q", products=3, owned=5, walked=2,
     ),
     Walk(
-        operations=("chunked_attention.backward_dkv", "chunked_attention.backward_kv"),
+        operations=("chunked_attention.backward_dkv", "chunked_attention.dkv"),
         owner="kv", products=4, owned=4, walked=2,
     ),
 )  # fmt: skip
@@ -106,7 +106,7 @@ def attention_work(
     q_bytes, kv_bytes = shape.N * shape.H * width, shape.K * shape.H * width  # of one token
     copied_bytes = q_bytes if platform == "gpu" else kv_bytes
     flops = traffic = 0
-    needed, texts = None, []
+    texts = []
     for walk in FORWARD if direction == "forward" else BACKWARD:
         name = next((name for name in walk.operations if name in found), None)
         if name is None:
@@ -125,9 +125,10 @@ def attention_work(
             walk.owned * shape.B * shape.T * mine + walk.walked * pairs * other_block * others
         )
         texts.append(f"{q_block}x{kv_block}")
-        if direction == "forward":
-            sharing = dataclasses.replace(shape, K=shape.N) if platform == "gpu" else shape
-            needed = sharing.bytes_in_blocks(q_block)
+    needed = traffic
+    if direction == "forward":
+        sharing = dataclasses.replace(shape, K=shape.N) if platform == "gpu" else shape
+        needed = sharing.bytes_in_blocks(q_block)
     return Work(flops=flops, bytes=traffic, needed=needed, blocks=" ".join(texts))
 
 

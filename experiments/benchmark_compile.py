@@ -6,6 +6,7 @@ bytes than it copies is a fault, as is one beyond its bounds.
 """
 
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -35,7 +36,7 @@ GFLOP and GB: the compiler's figures, in which a kernel counts as it says of its
 compiler estimates nothing, what the kernels say and the bytes of the operations around them). in
 blocks: what the schedule of blocks multiplies and copies, counted from the positions. The floor of
 FLOPs is that of visible pairs; of bytes, going forward, that each block of queries reads the keys
-it needs and no others; going back, that every array moves once. On GPUs a block belongs to one
+it needs and no others; going back, what its blocks copy. On GPUs a block belongs to one
 head, so that the bytes of long attention are copies, most of which the L2 cache serves. VMEM: the
 most that a kernel uses at a time, by the compiler; SMEM: scalars in TPU kernels, shared memory of a
 block of threads on GPUs, as the kernel declares them. Splash estimates nothing; both its figures
@@ -71,12 +72,17 @@ def abstract_pass(
     """Return the program of one pass, and its arguments without numbers.
 
     The kernels ask the mesh in force which device they are traced for.
+
+    Raises:
+      NotImplementedError: the function refuses these arrays there.
     """
     way = one_pass(function, case.wrt, direction)
     arrays = jax.eval_shape(case.build, jax.random.key(0))
     mesh = jax.sharding.Mesh([device], ("device",))
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return way.run, jax.eval_shape(way.prepare, arrays)
+        arguments = jax.eval_shape(way.prepare, arrays)
+        jax.eval_shape(way.run, *arguments)
+    return way.run, arguments
 
 
 def compile_pass(run: Callable, arguments: tuple, device: jax.Device) -> Figures:
@@ -155,7 +161,7 @@ def judge(case: Case, direction: str, target: Target, found: Figures, work: Work
     if direction not in case.bounds or work is None:
         return
     bounds = dict(zip(("FLOPs", "bytes"), case.bounds[direction], strict=True))
-    floors = {"FLOPs": case.floors[direction].flops, "bytes": work.needed or work.bytes}
+    floors = {"FLOPs": case.floors[direction].flops, "bytes": work.needed}
     for name, said, counted in (
         ("FLOPs", found.flops, work.flops),
         ("bytes", found.bytes, work.bytes),
@@ -176,10 +182,6 @@ def judge(case: Case, direction: str, target: Target, found: Figures, work: Work
 def compile_case(case: Case, target: Target) -> Iterator[dict[str, Any]]:
     """Compile each pass of a case and its peers for a target, and yield the records."""
     device = target.devices(1)[0]
-
-    def operation(**arrays: jax.Array) -> jax.Array:
-        return case.function(**arrays, backend=device.platform)
-
     for direction, floor in case.floors.items():
         record: dict[str, Any] = {
             "chip": target.name, "operation": case.operation, "pass": direction,
@@ -187,7 +189,7 @@ def compile_case(case: Case, target: Target) -> Iterator[dict[str, Any]]:
         }  # fmt: skip
         try:
             with tuning.recorded() as blocks:
-                run, arguments = abstract_pass(operation, case, direction, device)
+                backend, run, arguments = _own_pass(case, direction, device, record)
                 size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arguments))
                 if size > 0.9 * target.memory:
                     yield {**record, "skipped": f"{size / 1e9:.0f} GB of arrays do not fit"}
@@ -196,7 +198,7 @@ def compile_case(case: Case, target: Target) -> Iterator[dict[str, Any]]:
         except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
             yield {**record, "faults": [f"does not compile: {str(error)[:500]}"]}
             continue
-        work = case.work(direction, device.platform, blocks)
+        work = case.work(direction, device.platform, blocks) if backend != "reference" else None
         record["figures"] = dataclasses.asdict(found)
         record["work"] = None if work is None else dataclasses.asdict(work)
         record["faults"] = list(judge(case, direction, target, found, work))
@@ -217,6 +219,23 @@ def compile_case(case: Case, target: Target) -> Iterator[dict[str, Any]]:
         yield record
 
 
+def _own_pass(
+    case: Case, direction: str, device: jax.Device, record: dict[str, Any]
+) -> tuple[str, Callable, tuple]:
+    """Return the backend that takes the shape on this device, and its pass; record a refusal."""
+
+    def operation(backend: str) -> Callable:
+        return functools.partial(case.function, backend=backend)
+
+    try:
+        return device.platform, *abstract_pass(operation(device.platform), case, direction, device)
+    except NotImplementedError as error:
+        if direction in case.bounds:
+            raise
+        record["refused"] = str(error)
+        return "reference", *abstract_pass(operation("reference"), case, direction, device)
+
+
 def line(record: dict[str, Any]) -> str:
     """Lay a record out as one line of the table."""
     head = f"{record['chip']:6} {record['operation']:18} {record['pass']:8} {record['shape']:22} "
@@ -235,8 +254,9 @@ def line(record: dict[str, Any]) -> str:
         f"{each['temp'] / 1e6:.0f}, {each['vmem'] / 1024:.0f}"
         for name, each in record["peers"].items()
     ]
+    blocks = "reference" if "refused" in record else work.get("blocks", "n/a")
     return (
-        f"{head}{work.get('blocks', 'n/a'):>16} {scaled(found['flops'], 1e9):>9} "
+        f"{head}{blocks:>16} {scaled(found['flops'], 1e9):>9} "
         f"{scaled(found['flops'], floor['flops']):>6} {scaled(work.get('flops'), 1e9):>9} "
         f"{scaled(found['bytes'], 1e9):>8} {scaled(found['bytes'], least):>6} "
         f"{scaled(work.get('bytes'), 1e9):>9} {found['temp'] / 1e6:8.1f} "

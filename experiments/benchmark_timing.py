@@ -90,16 +90,13 @@ def chained(run: Callable, times: int) -> Callable:
     """Make a program that runs another several times, each run waiting for the one before."""
 
     def repeat(*arguments: Any) -> Any:
-        leaves, tree = jax.tree.flatten(arguments)
-        sizes = [x.size if jnp.issubdtype(x.dtype, jnp.inexact) else math.inf for x in leaves]
-        link = sizes.index(min(sizes))
-
         def again(_: jax.Array, state: tuple) -> tuple:
-            first, _ = jax.lax.optimization_barrier(state)
-            return first, run(*tree.unflatten([*leaves[:link], first, *leaves[link + 1 :]]))
+            # The arguments may change, as far as the compiler knows: nothing leaves the loop.
+            held, _ = jax.lax.optimization_barrier(state)
+            return held, run(*held)
 
         out = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, *arguments))
-        return jax.lax.fori_loop(0, times, again, (leaves[link], out))[1]
+        return jax.lax.fori_loop(0, times, again, (arguments, out))[1]
 
     return repeat
 

@@ -224,12 +224,19 @@ def test_the_compile_suite_reads_figures_and_names_faults():
     (big, _) = benchmark_compile.compile_case(doubling(), _Cpu(memory=1000))
     assert "do not fit" in big["skipped"] and "do not fit" in benchmark_compile.line(big)
 
-    def broken(**_):
-        raise NotImplementedError("too wide")
 
-    failed, _ = benchmark_compile.compile_case(
-        dataclasses.replace(doubling(), function=broken), _Cpu()
-    )
+def test_a_shape_that_must_do_may_not_be_refused():
+    def narrow(*, x, backend):
+        if backend != "reference":
+            raise NotImplementedError("too wide")
+        return x
+
+    case = dataclasses.replace(doubling(), function=narrow)
+    (refused, _) = benchmark_compile.compile_case(case, _Cpu())
+    assert refused["refused"] == "too wide" and not refused["faults"]
+    assert "reference" in benchmark_compile.line(refused)
+    bounded = dataclasses.replace(case, bounds={"forward": (1.0, 1.0)})
+    failed, _ = benchmark_compile.compile_case(bounded, _Cpu())
     assert failed["faults"] == ["does not compile: too wide"]
 
 

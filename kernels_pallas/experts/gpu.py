@@ -1,0 +1,180 @@
+"""Experts on Hopper GPUs: two grouped products, gate and up with SwiGLU, then down.
+
+Rows are arranged by expert (`gpu_rows`); the products are persistent kernels (`gpu_product`) that
+read the matrices of experts with rows and of no others. The gate folds into the epilogue of the
+first, silu(g a) * (g b), in float32. With few rows, where time goes by bytes of the matrices,
+blocks are 64 rows of which groups of 8 are copied if there are any, two programs share a
+multiprocessor, and the second product is split along its sum to give all of them work.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import backend, tuning
+from kernels_pallas.experts import gpu_rows
+from kernels_pallas.experts.gpu_product import OF_ROWS, ROWS, Item, Plan, Term, product, store
+from kernels_pallas.experts.gpu_rows import Rows
+from kernels_pallas.experts.inputs import Inputs, stored_as
+
+_HOPPER = ("H100", "H200", "H800", "H20")  # GH200 contains H200
+_FEW = 256  # rows up to which copying matrices takes longer than multiplying
+
+
+class Saved(NamedTuple):
+    """What the backward pass wants besides the inputs: the arrangement and the two products."""
+
+    rows: Rows
+    a_PF: jax.Array
+    b_PF: jax.Array
+
+
+def refusal(x: Inputs, num_experts: int) -> str | None:
+    """Say why the kernels cannot take these shapes, dtypes or this chip; None if they can."""
+    del num_experts
+    dtypes = [x.x_TD.dtype, x.w_gate_NDF.dtype, x.w_up_NDF.dtype, x.w_down_NFD.dtype]
+    kind = backend.device_kind()
+    if not backend.gpu_interpreter() and not any(name in kind for name in _HOPPER):
+        return f"wgmma is Hopper's, and this is {kind}"
+    if jnp.float32 in dtypes:
+        return "float32: wgmma multiplies in tf32"
+    if x.x_TD.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"its tokens are bfloat16 or float16, not {x.x_TD.dtype.name}"
+    if stored_as(x) == "float" and any(dtype != x.x_TD.dtype for dtype in dtypes):
+        return f"tokens and matrices differ in dtype: {', '.join(d.name for d in dtypes)}"
+    D, F = x.x_TD.shape[1], x.w_down_NFD.shape[1]
+    if D % ROWS or F % ROWS:
+        return f"D ({D}) and F ({F}) are to be multiples of {ROWS}, the side of a tile"
+    return None
+
+
+def _columns(size: int, most: int) -> int:
+    """Return the most columns of a tile that divide a matrix."""
+    return next(width for width in (256, 128, 64) if width <= most and size % width == 0)
+
+
+def _silu_product(u: jax.Array, v: jax.Array) -> jax.Array:
+    return u * v / (1 + jnp.exp(-u))
+
+
+def _up_epilogue(
+    sums: Sequence[jax.Array], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
+) -> None:
+    """Write silu(g a) * (g b) and, if asked for, a and b."""
+    (gate_P,) = extras
+    staging = scratch[0].at[jax.lax.axis_index("warpgroup")]
+    here = pl.ds(pl.multiple_of(item.start, 8), ROWS)
+    gate_R = plgpu.load(gate_P.at[here], layout=OF_ROWS, optimized=False)
+    step = staging.shape[1]
+    for column in range(0, plan.width, step):
+        a, b = (s[:, column : column + step] for s in sums)
+        g = jax.lax.broadcast_in_dim(gate_R, a.shape, [0])
+        at = item._replace(column=item.column + column)
+        tiles = (_silu_product(g * a, g * b), a, b)
+        for tile, out in zip(tiles, outs, strict=False):
+            store(tile, staging, out, at, plan.granule)
+
+
+def _down_epilogue(
+    sums: Sequence[jax.Array], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
+) -> None:
+    del extras
+    staging = scratch[0].at[jax.lax.axis_index("warpgroup")]
+    store(sums[0], staging, outs[0].at[item.split], item, plan.granule)
+
+
+def cost(x: Inputs, num_experts: int, *, matrices: int, rows: int) -> pl.CostEstimate:
+    """Estimate a product of all rows with `matrices` matrices of each expert that may have rows."""
+    (T, X), (_, D, F) = x.expert_TX.shape, x.w_gate_NDF.shape
+    hit = min(T * X, num_experts)
+    size = D * F * x.w_gate_NDF.dtype.itemsize
+    return pl.CostEstimate(
+        flops=2 * matrices * T * X * D * F,
+        bytes_accessed=matrices * hit * size + T * X * rows * x.x_TD.dtype.itemsize,
+        transcendentals=0,
+    )
+
+
+def _plans(x: Inputs, num_experts: int, *, saves: bool) -> tuple[Plan, Plan]:
+    """Return the plans of the products with gate and up, and with down."""
+    R, (D, F) = x.expert_TX.size, (x.x_TD.shape[1], x.w_down_NFD.shape[1])
+    if R > _FEW or saves:
+        groups, granule, per_processor, up_width, down_width = 2, 2 * ROWS, 1, 128, 256
+    else:
+        groups, granule, per_processor, up_width, down_width = 1, 8, 2, 64, 128
+    about = {"rows": "many" if groups == 2 else "few", "dtype": x.w_gate_NDF.dtype.name}
+    plans = []
+    for name, size, most in (("up", F, up_width), ("down", D, down_width)):
+        sizes = tuning.lookup(f"expert_mlp.{name}", {"width": most, "stages": 4}, **about)
+        width = _columns(size, sizes["width"])
+        plans.append(Plan(groups, granule, width, sizes["stages"], per_processor))
+    up, down = plans
+    if per_processor == 2:
+        down = down._replace(splits=_splits(D // down.width, min(R, num_experts), F, down))
+    return up, down
+
+
+def _splits(columns: int, experts: int, channels: int, plan: Plan) -> int:
+    """Return into how many parts to split sums, so that few programs idle at the end."""
+
+    def busy(splits: int) -> float:
+        items = columns * experts * splits
+        return items / (-(-items // plan.programs) * plan.programs)
+
+    choices = range(1, min(16, channels // ROWS) + 1)
+    return next((s for s in choices if busy(s) >= 0.95), max(choices, key=busy))
+
+
+def _staging(plan: Plan, dtype: Any) -> Any:
+    """Return shared memory through which a warpgroup writes."""
+    line = 256 if plan.per_processor == 1 else 128  # bytes
+    return plgpu.SMEM((plan.groups, ROWS, min(line // dtype.itemsize, plan.width)), dtype)
+
+
+def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Saved | None]:
+    """Apply the experts; see `api.expert_mlp`.
+
+    Returns:
+        y_TD in the dtype of x, and what `backward` wants if `saves`.
+    """
+    (_, X), dtype = x.expert_TX.shape, x.x_TD.dtype
+    D, F = x.x_TD.shape[1], x.w_down_NFD.shape[1]
+    up, down = _plans(x, num_experts, saves=saves)
+    rows = gpu_rows.arrange(x.expert_TX, num_experts, x.first, rows=up.rows, granule=up.granule)
+    P = rows.source_P.shape[0]
+    x_PD = gpu_rows.spread(x.x_TD, rows.source_P, X)
+    gate_P = x.gate_TX.reshape(-1)[jnp.maximum(rows.source_P, 0)].astype(jnp.float32)
+    hidden = jax.ShapeDtypeStruct((P, F), dtype)
+    hidden_PF, *products = product(
+        [Term(x_PD, (x.w_gate_NDF, x.w_up_NDF))],
+        rows.blocks_BF,
+        up,
+        functools.partial(_up_epilogue, plan=up),
+        extras=[gate_P],
+        out_type=(hidden,) * (3 if saves else 1),
+        scratch=[_staging(up, dtype)],
+        name="expert_mlp_up",
+        cost=cost(x, num_experts, matrices=2, rows=D + F * (3 if saves else 1)),
+    )
+    is_final = X == 1 and x.shared_TD is None and down.splits == 1
+    y_dtype = dtype if is_final else jnp.dtype(jnp.float32)
+    (y_APD,) = product(
+        [Term(hidden_PF, (x.w_down_NFD,))],
+        rows.blocks_BF,
+        down,
+        functools.partial(_down_epilogue, plan=down),
+        extras=[],
+        out_type=(jax.ShapeDtypeStruct((down.splits, P, D), y_dtype),),
+        scratch=[_staging(down, y_dtype)],
+        name="expert_mlp_down",
+        cost=cost(x, num_experts, matrices=1, rows=D + F),
+    )
+    y_TD = gpu_rows.gather(y_APD, rows.place_R, X)
+    if x.shared_TD is not None:
+        y_TD += x.shared_TD.astype(jnp.float32)
+    return y_TD.astype(dtype), Saved(rows, *products) if saves else None

@@ -1,0 +1,345 @@
+"""The grouped product of the GPU kernels: persistent programs, a ring of tiles, wgmma.
+
+Programs, one or two per multiprocessor, share out items of work: a block of rows, some columns of
+its expert's matrices and, where there are few rows, a part of the sum. In each a warpgroup copies
+tiles into a ring in shared memory by TMA and runs ahead from one item into the next; the others
+multiply, 64 rows each, and hand the float32 sums to an epilogue. Gate and up are multiplied side by
+side, so that rows are read once for both. A warpgroup whose rows are all empty only keeps step.
+"""
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels_pallas import backend
+from kernels_pallas.experts.gpu_rows import Block
+
+ROWS = 64  # of the tile that one warpgroup multiplies
+DEPTH = 64  # input channels of a step
+TILE = plgpu.Layout.WGMMA
+OF_ROWS = TILE.reduce(1)  # a vector with one number per row of a tile
+_MULTIPROCESSORS = 132
+_TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
+
+
+class Plan(NamedTuple):
+    """What is static in a product.
+
+    Attributes:
+        groups: warpgroups that multiply.
+        granule: rows of one copy, of which an expert's rows fill a multiple.
+        width: columns of one matrix in an item.
+        stages: tiles in the ring.
+        per_processor: programs of a multiprocessor.
+        splits: parts of the sum.
+        is_transposed: whether matrices are [columns, input channels].
+    """
+
+    groups: int
+    granule: int
+    width: int
+    stages: int
+    per_processor: int
+    splits: int = 1
+    is_transposed: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Return the rows of a block."""
+        return self.groups * ROWS
+
+    @property
+    def programs(self) -> int:
+        """Return how many programs run at a time."""
+        return self.per_processor * _MULTIPROCESSORS
+
+
+class Term(NamedTuple):
+    """Rows and the matrices that they meet; the terms of a product add up.
+
+    Attributes:
+        x_PK: rows.
+        w: matrices [N, K, C], or [N, C, K] where they are transposed; their sums are apart.
+    """
+
+    x_PK: Any
+    w: tuple[Any, ...]
+
+
+class Item(NamedTuple):
+    """An item of work: its matrix, first row, rows that count, first column, part of the sum."""
+
+    matrix: jax.Array
+    start: jax.Array
+    rows: jax.Array
+    column: jax.Array
+    split: jax.Array
+
+
+class _Ring(NamedTuple):
+    """Tiles of rows [stages, rows, DEPTH] and of each matrix, and barriers for each stage."""
+
+    x: Any
+    w: Any
+    ready: Any
+    free: Any
+
+
+def _read(blocks_BF: Any, b: jax.Array) -> Block:
+    return Block(*(blocks_BF[b, f] for f in range(len(Block._fields))))
+
+
+def _walk(blocks_BF: Any, columns: int, plan: Plan, step: Callable[..., jax.Array]) -> jax.Array:
+    """Do `step` (tiles before it, item) -> tiles after it, for each item of this program."""
+    parts = columns * plan.splits
+
+    def visit(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        i, turn = state
+        run = _read(blocks_BF, jax.lax.div(i, jnp.int32(parts)))  # some block of the same run
+        inside = i - run.first * parts
+        part = jax.lax.div(inside, run.count)
+        block = _read(blocks_BF, run.first + jax.lax.rem(inside, run.count))
+        column = jax.lax.div(part, jnp.int32(plan.splits)) * plan.width
+        split = jax.lax.rem(part, jnp.int32(plan.splits))
+        turn = step(turn, Item(block.matrix, block.start, block.rows, column, split))
+        return i + jax.lax.axis_size("program"), turn
+
+    total = blocks_BF[0, Block._fields.index("total")] * parts
+    start = jax.lax.axis_index("program").astype(jnp.int32), jnp.int32(0)
+    return jax.lax.while_loop(lambda state: state[0] < total, visit, start)[1]
+
+
+def _steps(term: Term, plan: Plan, split: jax.Array) -> tuple[Any, Any]:
+    """Return the first step of a part of the sum, and the one after its last."""
+    steps = term.x_PK.shape[1] // DEPTH
+    if plan.splits == 1:
+        return jnp.int32(0), jnp.int32(steps)
+    return split * steps // plan.splits, (split + 1) * steps // plan.splits
+
+
+def _copy(terms: Sequence[Term], blocks_BF: Any, columns: int, plan: Plan, ring: _Ring) -> None:
+    """Bring the tiles of all items, each as soon as there is room."""
+    stages, granule = plan.stages, plan.granule
+
+    def fetch(term: Term, item: Item, k: jax.Array, turn: jax.Array) -> jax.Array:
+        slot = jax.lax.rem(turn, jnp.int32(stages))
+        ready = ring.ready.at[slot]
+        channels = pl.ds(k * DEPTH, DEPTH)
+
+        @pl.when(turn >= stages)
+        def _reuse() -> None:
+            plgpu.barrier_wait(ring.free.at[slot])
+
+        for i, w in enumerate(term.w):
+            theirs = pl.ds(item.column, plan.width)
+            side = (theirs, channels) if plan.is_transposed else (channels, theirs)
+            plgpu.copy_gmem_to_smem(w.at[(item.matrix, *side)], ring.w.at[slot, i], ready)
+        for row in range(0, plan.rows, granule):
+
+            def bring(row: int = row) -> None:
+                theirs = pl.ds(pl.multiple_of(item.start + row, granule), granule)
+                target = ring.x.at[slot, pl.ds(row, granule)]
+                plgpu.copy_gmem_to_smem(term.x_PK.at[theirs, channels], target, ready)
+
+            if row == 0:
+                bring()
+            else:
+                jax.lax.cond(row < item.rows, bring, lambda: plgpu.barrier_arrive(ready))
+        return turn + 1
+
+    def copies(turn: jax.Array, item: Item) -> jax.Array:
+        for term in terms:
+
+            def step(k: jax.Array, turn: jax.Array, term: Term = term) -> jax.Array:
+                return fetch(term, item, k, turn)
+
+            turn = jax.lax.fori_loop(*_steps(term, plan, item.split), step, turn)
+        return turn
+
+    turns = _walk(blocks_BF, columns, plan, copies)
+    for slot in range(stages):
+
+        @pl.when(slot < turns)
+        def _drain(slot: int = slot) -> None:
+            plgpu.barrier_wait(ring.free.at[slot])
+
+
+def _multiply(
+    terms: Sequence[Term],
+    blocks_BF: Any,
+    columns: int,
+    plan: Plan,
+    ring: _Ring,
+    epilogue: Callable[[Sequence[jax.Array], Item], None],
+) -> None:
+    """Sum the products of this warpgroup's rows, and hand over the sums of each item."""
+    stages = jnp.int32(plan.stages)
+    group = jax.lax.axis_index("warpgroup")
+    mine = pl.ds(group * ROWS, ROWS)
+
+    def sum_up(accs: Sequence[Any], turn: jax.Array, item: Item) -> Sequence[jax.Array]:
+        first = turn
+        for term in terms:
+
+            def step(_: jax.Array, turn: jax.Array) -> jax.Array:
+                slot = jax.lax.rem(turn, stages)
+                plgpu.barrier_wait(ring.ready.at[slot])
+                for i, acc in enumerate(accs):
+                    w_tile = ring.w.at[slot, i]
+                    w_tile = w_tile.transpose((1, 0)) if plan.is_transposed else w_tile
+                    plgpu.wgmma(acc, ring.x.at[slot, mine], w_tile)
+                plgpu.wgmma_wait(len(accs))  # those before are done with their tiles
+
+                @pl.when(turn > first)
+                def _release() -> None:
+                    plgpu.barrier_arrive(ring.free.at[jax.lax.rem(turn - 1, stages)])
+
+                return turn + 1
+
+            turn = jax.lax.fori_loop(*_steps(term, plan, item.split), step, turn)
+        return [acc[...] for acc in accs]
+
+    def count(item: Item) -> jax.Array:
+        spans = [_steps(term, plan, item.split) for term in terms]
+        return sum((end - begin for begin, end in spans), jnp.int32(0))
+
+    def work(turn: jax.Array, item: Item) -> None:
+        accs = [plgpu.ACC((ROWS, plan.width), jnp.float32)] * ring.w.shape[1]
+        sums = pl.run_scoped(lambda *accs: sum_up(accs, turn, item), *accs)
+        last = turn + count(item) - 1
+        plgpu.barrier_arrive(ring.free.at[jax.lax.rem(last, stages)])
+        own = item._replace(start=item.start + group * ROWS, rows=item.rows - group * ROWS)
+        epilogue(sums, own)
+
+    def keep_step(turn: jax.Array, item: Item) -> None:
+        def step(k: jax.Array, _: None) -> None:
+            slot = jax.lax.rem(turn + k, stages)
+            plgpu.barrier_wait(ring.ready.at[slot])
+            plgpu.barrier_arrive(ring.free.at[slot])
+
+        jax.lax.fori_loop(jnp.int32(0), count(item), step, None)
+
+    def visit(turn: jax.Array, item: Item) -> jax.Array:
+        if plan.groups == 1:
+            work(turn, item)
+        else:
+            has_rows = item.rows > group * ROWS
+            pl.when(has_rows)(lambda: work(turn, item))
+            pl.when(~has_rows)(lambda: keep_step(turn, item))
+        return turn + count(item)
+
+    _walk(blocks_BF, columns, plan, visit)
+
+
+def store(tile: jax.Array, staging: Any, target_PC: Any, item: Item, granule: int) -> None:
+    """Write a tile of 64 rows by way of shared memory, only those that are the item's own."""
+    (_, width), dtype, step = staging.shape, staging.dtype, min(granule, ROWS)
+    for column in range(0, tile.shape[1], width):
+        staging[...] = tile[:, column : column + width].astype(dtype)
+        plgpu.commit_smem()
+        columns = pl.ds(item.column + column, width)
+        for row in range(0, ROWS, step):
+
+            def write(row: int = row, columns: Any = columns) -> None:
+                theirs = pl.ds(pl.multiple_of(item.start + row, step), step)
+                target = target_PC.at[theirs, columns]
+                plgpu.copy_smem_to_gmem(staging.at[pl.ds(row, step)], target)
+
+            if row == 0:
+                write()
+            else:
+                pl.when(row < item.rows)(write)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def product(
+    terms: Sequence[Term],
+    blocks_BF: jax.Array,
+    plan: Plan,
+    epilogue: Callable[..., None],
+    *,
+    extras: Sequence[jax.Array],
+    out_type: Any,
+    scratch: Sequence[Any],
+    name: str,
+    cost: pl.CostEstimate,
+) -> Any:
+    """Multiply the rows of each block by its expert's matrices.
+
+    Args:
+        terms: what is multiplied and added up.
+        blocks_BF: see `gpu_rows`.
+        plan: static sizes.
+        epilogue: (sums, item, extras, outputs, scratch) writes the outputs; the sums are float32
+            [64, width] of each matrix.
+        extras: further arrays for the epilogue.
+        out_type: of the outputs.
+        scratch: what the epilogue needs.
+        name: of the kernel.
+        cost: estimate.
+    """
+    matrices = len(terms[0].w)
+    channels_axis, columns_axis = (2, 1) if plan.is_transposed else (1, 2)
+    columns = terms[0].w[0].shape[columns_axis] // plan.width
+    shape = (plan.width, DEPTH) if plan.is_transposed else (DEPTH, plan.width)
+    dtype = terms[0].x_PK.dtype
+    for term in terms:
+        if any(w.shape[channels_axis] != term.x_PK.shape[1] for w in term.w):
+            raise ValueError(f"rows {term.x_PK.shape} do not fit matrices {term.w[0].shape}")
+    copies = plan.rows // plan.granule + matrices
+    rings = _Ring(
+        plgpu.SMEM((plan.stages, plan.rows, DEPTH), dtype),
+        plgpu.SMEM((plan.stages, matrices, *shape), dtype),
+        plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
+        plgpu.Barrier(num_arrivals=plan.groups, num_barriers=plan.stages),
+    )
+    inputs = (list(terms), blocks_BF, list(extras))
+    leaves, tree = jax.tree.flatten(inputs)
+    outputs = jax.tree.leaves(out_type)
+
+    def body(*refs: Any) -> None:
+        terms, blocks_BF, extras = jax.tree.unflatten(tree, refs[: len(leaves)])
+        outs = refs[len(leaves) : len(leaves) + len(outputs)]
+        ring = _Ring(*refs[len(leaves) + len(outputs) :][: len(rings)])
+        own = refs[len(leaves) + len(outputs) + len(rings) :]
+
+        def finish(sums: Sequence[jax.Array], item: Item) -> None:
+            epilogue(sums, item, extras, outs, own)
+
+        group = jax.lax.axis_index("warpgroup")
+
+        @pl.when(group < plan.groups)
+        def _() -> None:
+            if plan.per_processor == 1:
+                plgpu.set_max_registers(232, action="increase")
+            _multiply(terms, blocks_BF, columns, plan, ring, finish)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(group == plan.groups)
+        def _() -> None:
+            if plan.per_processor == 1:
+                plgpu.set_max_registers(40, action="decrease")
+            _copy(terms, blocks_BF, columns, plan, ring)
+
+    programs = min(plan.programs, blocks_BF.shape[0] * columns * plan.splits)
+    how: dict[str, Any] = {"cost_estimate": cost} if _TAKES_COST else {}
+    call = plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=(*rings, *scratch),
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=plan.groups + 1,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        interpret=backend.gpu_interpreter(),
+        **how,
+    )
+    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in leaves))
+    return jax.lax.pcast(call(*leaves), tuple(axes), to="varying")

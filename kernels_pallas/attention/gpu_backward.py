@@ -53,7 +53,7 @@ _FACTOR, _LSE, _DELTA = range(3)  # what is known of a query: see `_numbers`
 
 def _dq(*refs: Any, segmented: bool, kv_block: int, stages: int) -> None:
     (q, k, v, do, numbers, rows, columns, q_table, kv_table, dq), scratch = refs[:10], refs[10:]
-    q_smem, do_smem, k_smem, v_smem, q_ready, k_ready, v_ready, k_free, v_free = scratch
+    q_smem, do_smem, k_smem, v_smem, q_ready, kv_ready, kv_free = scratch
     b, n = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
     i = q_table.shape[1] - 1 - jax.lax.axis_index("block")
     group = jax.lax.axis_index("warpgroup")
@@ -72,23 +72,16 @@ def _dq(*refs: Any, segmented: bool, kv_block: int, stages: int) -> None:
     def copy() -> None:
         plgpu.set_max_registers(40, action="decrease")
 
-        def of(ref: Any, smem: Any) -> Any:
-            def copies(j: jax.Array, slot: jax.Array) -> Any:
-                tokens = pl.ds(j * kv_block, kv_block)
-                return [(ref.at[b, tokens, kv_head], smem.at[slot])]
-
-            return copies
-
-        keys = Stream(of(k, k_smem), k_ready, k_free)
-        values = Stream(of(v, v_smem), v_ready, v_free)
+        def copies(j: jax.Array, slot: jax.Array) -> Any:
+            block = b, pl.ds(j * kv_block, kv_block), kv_head
+            return [(k.at[block], k_smem.at[slot]), (v.at[block], v_smem.at[slot])]
 
         def fetch(turn: jax.Array, j: jax.Array, _: None) -> None:
-            keys.fetch(turn, j)
-            values.fetch(turn, j)
+            pairs.fetch(turn, j)
 
+        pairs = Stream(copies, kv_ready, kv_free)
         turns, _ = walk(fetch, None)
-        keys.drain(turns)
-        values.drain(turns)
+        pairs.drain(turns)
 
     def multiply() -> None:
         plgpu.set_max_registers(232, action="increase")
@@ -104,17 +97,15 @@ def _dq(*refs: Any, segmented: bool, kv_block: int, stages: int) -> None:
 
         def step(turn: jax.Array, j: jax.Array, acc: jax.Array) -> jax.Array:
             slot = jax.lax.rem(turn, jnp.int32(stages))
-            plgpu.barrier_wait(k_ready.at[slot])
+            plgpu.barrier_wait(kv_ready.at[slot])
             s = product((q_smem.at[group], k_smem.at[slot]))
             is_whole = sees_all(queries(), gpu_blocks.key_block(kv_table, b, j))
             s = jax.lax.cond(is_whole, lambda s: s, functools.partial(masked, j), s)
             p = jnp.exp2(s * across(factor, s.shape) - across(lse, s.shape))
-            plgpu.barrier_wait(v_ready.at[slot])
             dp = product((do_smem.at[group], v_smem.at[slot]))
-            plgpu.barrier_arrive(v_free.at[slot])
             ds = p * (dp - across(delta, s.shape))
             acc = accumulate(acc, ds.astype(k.dtype), k_smem.at[slot])
-            plgpu.barrier_arrive(k_free.at[slot])
+            plgpu.barrier_arrive(kv_free.at[slot])
             return acc
 
         _, acc = walk(step, filled(0, (ROWS, q.shape[3]), plgpu.Layout.WGMMA))
@@ -130,7 +121,7 @@ def _dq(*refs: Any, segmented: bool, kv_block: int, stages: int) -> None:
 def _dkv(*refs: Any, segmented: bool, q_block: int, stages: int) -> None:
     (q, k, v, do, numbers, rows, columns, q_table, kv_table, dk, dv), scratch = refs[:11], refs[11:]
     (k_smem, v_smem, q_smem, do_smem, numbers_smem), barriers = scratch[:5], scratch[5:]
-    kv_ready, q_ready, do_ready, q_free, do_free, done = barriers
+    kv_ready, q_ready, q_free, done = barriers
     b, kv_head = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
     j, group = jax.lax.axis_index("block"), jax.lax.axis_index("warpgroup")
     heads = q.shape[2] // k.shape[2]  # that read one kv head
@@ -160,18 +151,17 @@ def _dkv(*refs: Any, segmented: bool, q_block: int, stages: int) -> None:
     def meets(visit: jax.Array) -> jax.Array:
         return may_see(gpu_blocks.query_block(q_table, b, locate(visit)[1]), keys())
 
-    def tiles(ref: Any, smem: Any, visit: jax.Array, slot: jax.Array) -> Any:
+    def copies(visit: jax.Array, slot: jax.Array) -> Any:
         n, i = locate(visit)
-        source = ref.at[b, pl.ds(i * q_block, q_block), n]
-        return [(source.at[:, pl.ds(c * width, width)], smem.at[slot, c]) for c in range(parts)]
+        tokens = pl.ds(i * q_block, q_block)
+        tiles = [
+            (ref.at[b, tokens, n, pl.ds(c * width, width)], smem.at[slot, c])
+            for ref, smem in ((q, q_smem), (do, do_smem))
+            for c in range(parts)
+        ]
+        return [*tiles, (numbers.at[b, n, :, tokens], numbers_smem.at[slot])]
 
-    def tiles_and_numbers(visit: jax.Array, slot: jax.Array) -> Any:
-        n, i = locate(visit)
-        vectors = numbers.at[b, n, :, pl.ds(i * q_block, q_block)], numbers_smem.at[slot]
-        return [*tiles(q, q_smem, visit, slot), vectors]
-
-    queries = Stream(tiles_and_numbers, q_ready, q_free)
-    gradients = Stream(functools.partial(tiles, do, do_smem), do_ready, do_free)
+    queries = Stream(copies, q_ready, q_free)
 
     def fetch(turn: jax.Array, visit: jax.Array) -> jax.Array:
         """Have the first warpgroup bring what a visit needs; return the visit after it."""
@@ -179,7 +169,6 @@ def _dkv(*refs: Any, segmented: bool, q_block: int, stages: int) -> None:
         @pl.when((group == 0) & (visit < end))
         def _copy() -> None:
             queries.fetch(turn, visit)
-            gradients.fetch(turn, visit)
 
         return gpu_blocks.seek(visit + 1, end, meets)
 
@@ -207,10 +196,8 @@ def _dkv(*refs: Any, segmented: bool, q_block: int, stages: int) -> None:
             return down(plgpu.load(numbers_smem.at[slot, c], layout=OF_COLUMNS), s.shape)
 
         p = jnp.exp2(s * number(_FACTOR) - number(_LSE))
-        plgpu.barrier_wait(do_ready.at[slot])
         dv_acc = accumulate(dv_acc, p.astype(k.dtype), do_smem.at[own])
         dp = by_queries(v_smem, do_smem, slot)
-        plgpu.barrier_arrive(do_free.at[slot])
         ds = p * (dp - number(_DELTA)) * number(_FACTOR)
         plgpu.commit_smem()
         dk_acc = accumulate(dk_acc, ds.astype(k.dtype), q_smem.at[own])
@@ -236,7 +223,6 @@ def _dkv(*refs: Any, segmented: bool, q_block: int, stages: int) -> None:
     @pl.when(group == 0)
     def _drain() -> None:
         queries.drain(turns)
-        gradients.drain(turns)
 
     if is_split:  # the other warpgroup may still read what is overwritten below
         plgpu.barrier_arrive(done)
@@ -302,7 +288,7 @@ def _backward_q(x: Inputs, how: Settings, do_BTNH: jax.Array, numbers_BNCT: jax.
     sizes = tuning.lookup("chunked_attention.dq", default, head_dim=H, dtype=q.dtype.name)
     kv_block, stages = sizes["kv_block"], sizes["stages"]
     once = plgpu.Barrier(num_arrivals=2, num_barriers=_MULTIPLIERS)
-    ready = plgpu.Barrier(num_barriers=stages)
+    ready = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
     free = plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=stages)
     kernel = gpu_blocks.kernel(
         functools.partial(_dq, segmented=x.q_segments_BT is not None, **sizes),
@@ -312,7 +298,7 @@ def _backward_q(x: Inputs, how: Settings, do_BTNH: jax.Array, numbers_BNCT: jax.
             plgpu.SMEM((_MULTIPLIERS, ROWS, H), q.dtype),
             plgpu.SMEM((stages, kv_block, H), q.dtype),
             plgpu.SMEM((stages, kv_block, H), q.dtype),
-            *(once, ready, ready, free, free),
+            *(once, ready, free),
         ),
         grid=(B, N, T // _LONG),
         name="chunked_attention_dq",
@@ -340,7 +326,6 @@ def _backward_kv(
         dtype=q.dtype.name,
     )
     q_block, stages = sizes["q_block"], sizes["stages"]
-    free = plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=stages)
     kernel = gpu_blocks.kernel(
         functools.partial(_dkv, segmented=x.q_segments_BT is not None, **sizes),
         out_type=(jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)),
@@ -351,9 +336,8 @@ def _backward_kv(
             plgpu.SMEM((stages, parts, q_block, width), q.dtype),
             plgpu.SMEM((stages, 3, q_block), jnp.float32),
             plgpu.Barrier(num_arrivals=2 * _MULTIPLIERS),
-            plgpu.Barrier(num_arrivals=parts + 1, num_barriers=stages),
-            plgpu.Barrier(num_arrivals=parts, num_barriers=stages),
-            *(free, free),
+            plgpu.Barrier(num_arrivals=2 * parts + 1, num_barriers=stages),
+            plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=stages),
             plgpu.Barrier(num_arrivals=_MULTIPLIERS),
         ),
         grid=(B, K, S // kv_block),

@@ -9,7 +9,7 @@ multiprocessor, and the second product is split along its sum to give all of the
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,21 +17,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import backend, tuning
-from kernels_pallas.experts import gpu_rows
-from kernels_pallas.experts.gpu_product import OF_ROWS, ROWS, Item, Plan, Term, product, store
-from kernels_pallas.experts.gpu_rows import Rows
+from kernels_pallas.experts import gpu_backward, gpu_rows
+from kernels_pallas.experts.gpu_backward import Saved, cost
+from kernels_pallas.experts.gpu_product import (
+    OF_ROWS,
+    ROWS,
+    Item,
+    Plan,
+    Term,
+    fitting,
+    product,
+    staging,
+    store,
+)
 from kernels_pallas.experts.inputs import Inputs, stored_as
 
 _HOPPER = ("H100", "H200", "H800", "H20")  # GH200 contains H200
 _FEW = 256  # rows up to which copying matrices takes longer than multiplying
 
 
-class Saved(NamedTuple):
-    """What the backward pass wants besides the inputs: the arrangement and the two products."""
-
-    rows: Rows
-    a_PF: jax.Array
-    b_PF: jax.Array
+backward = gpu_backward.backward
 
 
 def refusal(x: Inputs, num_experts: int) -> str | None:
@@ -47,15 +52,10 @@ def refusal(x: Inputs, num_experts: int) -> str | None:
         return f"its tokens are bfloat16 or float16, not {x.x_TD.dtype.name}"
     if stored_as(x) == "float" and any(dtype != x.x_TD.dtype for dtype in dtypes):
         return f"tokens and matrices differ in dtype: {', '.join(d.name for d in dtypes)}"
-    D, F = x.x_TD.shape[1], x.w_down_NFD.shape[1]
+    D, F = x.x_TD.shape[1], x.w_gate_NDF.shape[2]
     if D % ROWS or F % ROWS:
         return f"D ({D}) and F ({F}) are to be multiples of {ROWS}, the side of a tile"
     return None
-
-
-def _columns(size: int, most: int) -> int:
-    """Return the most columns of a tile that divide a matrix."""
-    return next(width for width in (256, 128, 64) if width <= most and size % width == 0)
 
 
 def _silu_product(u: jax.Array, v: jax.Array) -> jax.Array:
@@ -67,42 +67,31 @@ def _up_epilogue(
 ) -> None:
     """Write silu(g a) * (g b) and, if asked for, a and b."""
     (gate_P,) = extras
-    staging = scratch[0].at[jax.lax.axis_index("warpgroup")]
+    buffers = scratch[0].at[jax.lax.axis_index("warpgroup")]
     here = pl.ds(pl.multiple_of(item.start, 8), ROWS)
     gate_R = plgpu.load(gate_P.at[here], layout=OF_ROWS, optimized=False)
-    step = staging.shape[1]
+    step = buffers.shape[2]
     for column in range(0, plan.width, step):
         a, b = (s[:, column : column + step] for s in sums)
         g = jax.lax.broadcast_in_dim(gate_R, a.shape, [0])
         at = item._replace(column=item.column + column)
         tiles = (_silu_product(g * a, g * b), a, b)
-        for tile, out in zip(tiles, outs, strict=False):
-            store(tile, staging, out, at, plan.granule)
+        for i, (tile, out) in enumerate(zip(tiles, outs, strict=False)):
+            before = column // step * len(outs) + i
+            store(tile, buffers, out, at, plan.granule, before=before)
 
 
 def _down_epilogue(
     sums: Sequence[jax.Array], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
 ) -> None:
     del extras
-    staging = scratch[0].at[jax.lax.axis_index("warpgroup")]
-    store(sums[0], staging, outs[0].at[item.split], item, plan.granule)
-
-
-def cost(x: Inputs, num_experts: int, *, matrices: int, rows: int) -> pl.CostEstimate:
-    """Estimate a product of all rows with `matrices` matrices of each expert that may have rows."""
-    (T, X), (_, D, F) = x.expert_TX.shape, x.w_gate_NDF.shape
-    hit = min(T * X, num_experts)
-    size = D * F * x.w_gate_NDF.dtype.itemsize
-    return pl.CostEstimate(
-        flops=2 * matrices * T * X * D * F,
-        bytes_accessed=matrices * hit * size + T * X * rows * x.x_TD.dtype.itemsize,
-        transcendentals=0,
-    )
+    buffers = scratch[0].at[jax.lax.axis_index("warpgroup")]
+    store(sums[0], buffers, outs[0].at[item.split], item, plan.granule)
 
 
 def _plans(x: Inputs, num_experts: int, *, saves: bool) -> tuple[Plan, Plan]:
     """Return the plans of the products with gate and up, and with down."""
-    R, (D, F) = x.expert_TX.size, (x.x_TD.shape[1], x.w_down_NFD.shape[1])
+    R, (D, F) = x.expert_TX.size, (x.x_TD.shape[1], x.w_gate_NDF.shape[2])
     if R > _FEW or saves:
         groups, granule, per_processor, up_width, down_width = 2, 2 * ROWS, 1, 128, 256
     else:
@@ -111,7 +100,7 @@ def _plans(x: Inputs, num_experts: int, *, saves: bool) -> tuple[Plan, Plan]:
     plans = []
     for name, size, most in (("up", F, up_width), ("down", D, down_width)):
         sizes = tuning.lookup(f"expert_mlp.{name}", {"width": most, "stages": 4}, **about)
-        width = _columns(size, sizes["width"])
+        width = fitting(size, sizes["width"])
         plans.append(Plan(groups, granule, width, sizes["stages"], per_processor))
     up, down = plans
     if per_processor == 2:
@@ -130,12 +119,6 @@ def _splits(columns: int, experts: int, channels: int, plan: Plan) -> int:
     return next((s for s in choices if busy(s) >= 0.95), max(choices, key=busy))
 
 
-def _staging(plan: Plan, dtype: Any) -> Any:
-    """Return shared memory through which a warpgroup writes."""
-    line = 256 if plan.per_processor == 1 else 128  # bytes
-    return plgpu.SMEM((plan.groups, ROWS, min(line // dtype.itemsize, plan.width)), dtype)
-
-
 def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Saved | None]:
     """Apply the experts; see `api.expert_mlp`.
 
@@ -143,12 +126,12 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Sav
         y_TD in the dtype of x, and what `backward` wants if `saves`.
     """
     (_, X), dtype = x.expert_TX.shape, x.x_TD.dtype
-    D, F = x.x_TD.shape[1], x.w_down_NFD.shape[1]
+    D, F = x.x_TD.shape[1], x.w_gate_NDF.shape[2]
     up, down = _plans(x, num_experts, saves=saves)
     rows = gpu_rows.arrange(x.expert_TX, num_experts, x.first, rows=up.rows, granule=up.granule)
     P = rows.source_P.shape[0]
     x_PD = gpu_rows.spread(x.x_TD, rows.source_P, X)
-    gate_P = x.gate_TX.reshape(-1)[jnp.maximum(rows.source_P, 0)].astype(jnp.float32)
+    gate_P = gpu_rows.spread_gates(x.gate_TX, rows.source_P)
     hidden = jax.ShapeDtypeStruct((P, F), dtype)
     hidden_PF, *products = product(
         [Term(x_PD, (x.w_gate_NDF, x.w_up_NDF))],
@@ -157,7 +140,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Sav
         functools.partial(_up_epilogue, plan=up),
         extras=[gate_P],
         out_type=(hidden,) * (3 if saves else 1),
-        scratch=[_staging(up, dtype)],
+        scratch=[staging(up.groups, dtype)],
         name="expert_mlp_up",
         cost=cost(x, num_experts, matrices=2, rows=D + F * (3 if saves else 1)),
     )
@@ -170,7 +153,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Sav
         functools.partial(_down_epilogue, plan=down),
         extras=[],
         out_type=(jax.ShapeDtypeStruct((down.splits, P, D), y_dtype),),
-        scratch=[_staging(down, y_dtype)],
+        scratch=[staging(down.groups, y_dtype)],
         name="expert_mlp_down",
         cost=cost(x, num_experts, matrices=1, rows=D + F),
     )

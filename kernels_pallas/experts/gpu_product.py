@@ -175,6 +175,7 @@ def _multiply(
     columns: int,
     plan: Plan,
     ring: _Ring,
+    prologue: Callable[[Item], None],
     epilogue: Callable[[Sequence[jax.Array], Item], None],
 ) -> None:
     """Sum the products of this warpgroup's rows, and hand over the sums of each item."""
@@ -209,11 +210,12 @@ def _multiply(
         return sum((end - begin for begin, end in spans), jnp.int32(0))
 
     def work(turn: jax.Array, item: Item) -> None:
+        own = item._replace(start=item.start + group * ROWS, rows=item.rows - group * ROWS)
+        prologue(own)
         accs = [plgpu.ACC((ROWS, plan.width), jnp.float32)] * ring.w.shape[1]
         sums = pl.run_scoped(lambda *accs: sum_up(accs, turn, item), *accs)
         last = turn + count(item) - 1
         plgpu.barrier_arrive(ring.free.at[jax.lax.rem(last, stages)])
-        own = item._replace(start=item.start + group * ROWS, rows=item.rows - group * ROWS)
         epilogue(sums, own)
 
     def keep_step(turn: jax.Array, item: Item) -> None:
@@ -236,25 +238,79 @@ def _multiply(
     _walk(blocks_BF, columns, plan, visit)
 
 
-def store(tile: jax.Array, staging: Any, target_PC: Any, item: Item, granule: int) -> None:
-    """Write a tile of 64 rows by way of shared memory, only those that are the item's own."""
-    (_, width), dtype, step = staging.shape, staging.dtype, min(granule, ROWS)
-    for column in range(0, tile.shape[1], width):
-        staging[...] = tile[:, column : column + width].astype(dtype)
+def fitting(size: int, most: int) -> int:
+    """Return the most columns of a tile that divide a matrix."""
+    return next(width for width in (256, 128, 64) if width <= most and size % width == 0)
+
+
+def store(
+    tile: jax.Array, buffers: Any, target_PC: Any, item: Item, granule: int, *, before: int = 0
+) -> None:
+    """Write a tile of 64 rows, only those that are the item's own.
+
+    Args:
+        tile: float32 [64, columns].
+        buffers: in shared memory [count, 64, some columns], of this warpgroup alone; a
+            copy from one goes on while the next is filled.
+        target_PC: where to; the item says at which row and column.
+        item: an item whose rows are those of the tile.
+        granule: of rows that are written or left together.
+        before: copies that the epilogue has made by way of the same buffers.
+    """
+    (count, _, width), dtype, step = buffers.shape, buffers.dtype, min(granule, ROWS)
+    for i, column in enumerate(range(0, tile.shape[1], width), before):
+        buffer = buffers.at[i % count]
+        unread = count - 1 if i > 0 and step == ROWS else 0  # copies that may be under way
+        plgpu.wait_smem_to_gmem(unread, wait_read_only=True)
+        buffer[...] = tile[:, column : column + width].astype(dtype)
         plgpu.commit_smem()
         columns = pl.ds(item.column + column, width)
         for row in range(0, ROWS, step):
 
-            def write(row: int = row, columns: Any = columns) -> None:
+            def write(row: int = row, columns: Any = columns, buffer: Any = buffer) -> None:
                 theirs = pl.ds(pl.multiple_of(item.start + row, step), step)
                 target = target_PC.at[theirs, columns]
-                plgpu.copy_smem_to_gmem(staging.at[pl.ds(row, step)], target)
+                plgpu.copy_smem_to_gmem(buffer.at[pl.ds(row, step)], target)
 
             if row == 0:
                 write()
             else:
                 pl.when(row < item.rows)(write)
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def staging(groups: int, dtype: Any, *, line: int = 128, count: int = 2) -> Any:
+    """Return buffers for `store`, for each warpgroup; a line of them has so many bytes."""
+    return plgpu.SMEM((groups, count, ROWS, line // jnp.dtype(dtype).itemsize), dtype)
+
+
+def launch(
+    body: Callable[..., None],
+    arrays: Sequence[jax.Array],
+    *,
+    out_type: Any,
+    scratch: Sequence[Any],
+    programs: int,
+    warpgroups: int,
+    name: str,
+    cost: pl.CostEstimate,
+) -> Any:
+    """Run a kernel; its results vary over the manual mesh axes over which some argument does."""
+    how: dict[str, Any] = {"cost_estimate": cost} if _TAKES_COST else {}
+    call = plgpu.kernel(
+        body,
+        out_type=out_type,
+        scratch_types=scratch,
+        grid=(programs,),
+        grid_names=("program",),
+        num_threads=warpgroups,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        interpret=backend.gpu_interpreter(),
+        **how,
+    )
+    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+    return jax.lax.pcast(call(*arrays), tuple(axes), to="varying")
 
 
 def product(
@@ -263,6 +319,7 @@ def product(
     plan: Plan,
     epilogue: Callable[..., None],
     *,
+    prologue: Callable[..., None] | None = None,
     extras: Sequence[jax.Array],
     out_type: Any,
     scratch: Sequence[Any],
@@ -277,9 +334,10 @@ def product(
         plan: static sizes.
         epilogue: (sums, item, extras, outputs, scratch) writes the outputs; the sums are float32
             [64, width] of each matrix.
-        extras: further arrays for the epilogue.
+        prologue: (item, extras, scratch) starts copies that the epilogue waits for.
+        extras: further arrays for these two.
         out_type: of the outputs.
-        scratch: what the epilogue needs.
+        scratch: what these two need.
         name: of the kernel.
         cost: estimate.
     """
@@ -308,6 +366,10 @@ def product(
         ring = _Ring(*refs[len(leaves) + len(outputs) :][: len(rings)])
         own = refs[len(leaves) + len(outputs) + len(rings) :]
 
+        def begin(item: Item) -> None:
+            if prologue is not None:
+                prologue(item, extras, own)
+
         def finish(sums: Sequence[jax.Array], item: Item) -> None:
             epilogue(sums, item, extras, outs, own)
 
@@ -317,7 +379,7 @@ def product(
         def _() -> None:
             if plan.per_processor == 1:
                 plgpu.set_max_registers(232, action="increase")
-            _multiply(terms, blocks_BF, columns, plan, ring, finish)
+            _multiply(terms, blocks_BF, columns, plan, ring, begin, finish)
             plgpu.wait_smem_to_gmem(0)
 
         @pl.when(group == plan.groups)
@@ -327,19 +389,13 @@ def product(
             _copy(terms, blocks_BF, columns, plan, ring)
 
     programs = min(plan.programs, blocks_BF.shape[0] * columns * plan.splits)
-    how: dict[str, Any] = {"cost_estimate": cost} if _TAKES_COST else {}
-    call = plgpu.kernel(
+    return launch(
         body,
+        leaves,
         out_type=out_type,
-        scratch_types=(*rings, *scratch),
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=plan.groups + 1,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        interpret=backend.gpu_interpreter(),
-        **how,
+        scratch=(*rings, *scratch),
+        programs=programs,
+        warpgroups=plan.groups + 1,
+        name=name,
+        cost=cost,
     )
-    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in leaves))
-    return jax.lax.pcast(call(*leaves), tuple(axes), to="varying")

@@ -133,6 +133,12 @@ def spread(x_TD: jax.Array, source_P: jax.Array, choices: int) -> jax.Array:
     return jnp.where((source_P >= 0)[:, None], x_TD[token_P], jnp.zeros((), x_TD.dtype))
 
 
+def spread_gates(gate_TX: jax.Array, source_P: jax.Array) -> jax.Array:
+    """Copy each routed row's gate to its place, in float32; those of empty places are zero."""
+    gate_P = gate_TX.reshape(-1)[jnp.maximum(source_P, 0)].astype(jnp.float32)
+    return jnp.where(source_P >= 0, gate_P, 0.0)
+
+
 def gather(y_APD: jax.Array, place_R: jax.Array, choices: int) -> jax.Array:
     """Add up parts and each token's choices in float32; a choice of no expert adds nothing."""
     y_ARD = y_APD[:, jnp.maximum(place_R, 0)].astype(jnp.float32)

@@ -1,0 +1,284 @@
+"""Experts on TPUs: rows brought to their experts, two products, and rows brought back.
+
+The products are kernels (`tpu_rows`, `tpu_outer`) whose rows lie sorted by expert in an array that
+XLA gathers (`tpu_plan`). A kernel that gathered them itself would move no fewer bytes: two rows of
+bfloat16 share the words of a tile in HBM, so x would first have to be written in another form.
+
+The hidden rows go through HBM between gate and up on one side and down on the other. For Scout's
+8192 tokens that is 0.27 GB beside 4 GB of weights, and it buys windows of twice as many rows than
+if they stayed in VMEM along with the sums of both sides: an expert that more than half a window of
+tokens chose would otherwise have its 0.25 GB of weights read again.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels_pallas import backend, tuning
+from kernels_pallas.attention.tpu_blocks import LANES
+from kernels_pallas.experts import tpu_outer as to
+from kernels_pallas.experts import tpu_plan as tp
+from kernels_pallas.experts import tpu_rows as tr
+from kernels_pallas.experts.inputs import Inputs, stored_as
+from kernels_pallas.experts.quantize import fp8_rows
+from kernels_pallas.experts.reference import dispatch
+
+_TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # devices whose programs run on two cores
+_NARROW = (*_TWO_CORES, "TPU v5 lite", "TPU v5e")  # multipliers of 128 x 128; later ones of 256
+
+
+def _unit(dtype: jnp.dtype) -> int:
+    """Return the rows of a vector tile."""
+    return 32 // jnp.dtype(dtype).itemsize
+
+
+def _cut(
+    operation: str, rows: tr.Rows, by: tr.Matrices, outs: list, num_rows: int, num_experts: int
+) -> tr.Cut | None:
+    """Choose the sizes of a kernel over rows, or None if none fit."""
+
+    def needed(window: int, tile: int) -> int:
+        return tr.buffer_bytes(rows, by, outs, window, tile)
+
+    dtype = rows.left[0].dtype
+    stored = str(by.weights[0].dtype)
+    return _fit(operation, needed, by.depth, by.width, dtype, stored, num_rows, num_experts)
+
+
+def _cut_outer(x: jax.Array, dy: jax.Array, num_rows: int, num_experts: int) -> tr.Cut | None:
+    """Choose the sizes of the kernel of the gradient of matrices, or None if none fit."""
+
+    def needed(window: int, tile: int) -> int:
+        return to.buffer_bytes(x, dy, window, tile)
+
+    K, M, dtype = x.shape[1], dy.shape[1], x.dtype
+    return _fit("backward_weights", needed, K, M, dtype, str(dtype), num_rows, num_experts)
+
+
+def _fit(
+    operation: str,
+    needed: Callable[[int, int], int],
+    depth: int,
+    width: int,
+    dtype: jnp.dtype,
+    stored: str,
+    num_rows: int,
+    num_experts: int,
+) -> tr.Cut | None:
+    """Choose the largest window that fits into VMEM, then the widest tile."""
+    kind, unit = backend.device_kind(), 32 // jnp.dtype(dtype).itemsize
+    default = {
+        "window": 1024,
+        "chunk": 128 if kind in _NARROW else 256,
+        "tile": tr.TILES[0],
+        "cores": 2 if kind in _TWO_CORES else 1,
+    }
+    shape = {"D": depth, "F": width, "E": num_experts, "dtype": stored}
+    tuned = tuning.lookup(f"expert_mlp.{operation}", default, **shape)
+    cores = tuned["cores"] if width % (tuned["cores"] * LANES) == 0 else 1
+    chunk = min(tuned["chunk"], tp.round_up(num_rows, unit))
+    chunks = min(tuned["window"], tp.round_up(num_rows, chunk)) // chunk
+    while chunks:
+        for tile in tr.TILES:
+            is_whole = tile <= tuned["tile"] and width % (cores * tile) == 0
+            if is_whole and needed(chunks * chunk, tile) < tr.VMEM_BUDGET:
+                return tr.Cut(chunks * chunk, chunk, tile, unit, cores)
+        chunks //= 2
+    return None
+
+
+def _cost(rows: tr.Rows, by: tr.Matrices, outs: list, num_rows: int, num_experts: int, cut: tr.Cut):
+    """Estimate a kernel: weights of the experts that are hit once, rows once for each core."""
+    pairs, size = len(by.weights), jnp.dtype
+    entries = by.depth * by.width * by.weights[0].dtype.itemsize
+    if by.stored == "int4":
+        entries //= 2
+    scales = sum(4 * s.shape[1] * s.shape[2] for s in by.scales or ())
+    windows = sum(a.shape[1] * a.dtype.itemsize for a in rows.windows()) * cut.cores
+    tiles = sum(a.dtype.itemsize for a in rows.tiles) + sum(size(d).itemsize for d in outs)
+    hit = min(num_experts, num_rows)
+    return pl.CostEstimate(
+        flops=2 * num_rows * by.depth * by.width * pairs,
+        transcendentals=num_rows * by.width if pairs > 1 else 0,
+        bytes_accessed=hit * (pairs * entries + scales) + num_rows * (windows + by.width * tiles),
+    )
+
+
+def _run(
+    operation: str, rows: tr.Rows, by: tr.Matrices, epilogue, outs: list, *, p: tp.Plan
+) -> list[jax.Array]:
+    """Run one kernel over all blocks."""
+    (R,), (E,) = p.place_R.shape, p.sizes_E.shape
+    cut = _cut(operation, rows, by, outs, R, E)
+    assert cut is not None
+    return tr.grouped_rows(
+        rows,
+        by,
+        tp.blocks(p, cut.window, unit=cut.unit),
+        cut,
+        epilogue,
+        outs,
+        name=f"expert_mlp_{operation}",
+        cost=_cost(rows, by, outs, R, E, cut),
+    )
+
+
+def _column(x_P: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(x_P[:, None], (x_P.shape[0], LANES)).astype(jnp.float32)
+
+
+def _matrices(x: Inputs, *names: str, is_transposed: bool = False) -> tr.Matrices:
+    """Collect the matrices called gate, up or down."""
+    weights = {"gate": x.w_gate_NDF, "up": x.w_up_NDF, "down": x.w_down_NFD}
+    scales = None
+    if x.scales is not None:
+        scales = [getattr(x.scales, name) for name in names]
+        scales = [s if s.ndim == 3 else s[:, None] for s in scales]
+    return tr.Matrices([weights[n] for n in names], scales, is_transposed, stored_as(x), x.first)
+
+
+def _swiglu(products: list[jax.Array], gate: jax.Array, _) -> tuple[jax.Array, ...]:
+    """Return the hidden rows, and the products of the tokens themselves."""
+    a, b = products
+    return jax.nn.silu(gate * a) * (gate * b), a, b
+
+
+def refusal(x: Inputs, num_experts: int) -> str | None:
+    """Return why these arrays cannot be taken, or None if they can."""
+    D, dtype, R = x.x_TD.shape[1], x.x_TD.dtype, x.expert_TX.size
+    gate_up, down = _matrices(x, "gate", "up"), _matrices(x, "down")
+    F = gate_up.width
+    if dtype not in (jnp.bfloat16, jnp.float32):
+        return f"tokens must be bfloat16 or float32, not {dtype}"
+    if D % LANES or F % LANES:
+        return f"D ({D}) and F ({F}) must be multiples of {LANES}"
+    column = jax.ShapeDtypeStruct((1, LANES), jnp.float32)
+    kernels = {
+        "forward": [
+            (tr.Rows([_row(D, dtype)], column), gate_up, 3),
+            (tr.Rows([_row(F, dtype)], column), down, 1),
+        ]
+    }
+    for operation, parts in kernels.items():
+        for rows, by, outs in parts:
+            cut = _cut(operation, rows, by, [dtype] * outs, R, num_experts)
+            if cut is None:
+                return f"rows of {by.depth} and tiles of {LANES} columns do not fit into VMEM"
+            needed = 16 * tp.most_blocks(R, num_experts, cut.unit, cut.window)
+            if needed > tp.SCALARS_BUDGET:
+                return f"its list of blocks takes {needed} bytes of SMEM, over {tp.SCALARS_BUDGET}"
+    return None
+
+
+def _row(width: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct((1, width), dtype)
+
+
+def forward(x: Inputs, num_experts: int, *, saves: bool):
+    """Apply the experts."""
+    (T, X), dtype = x.expert_TX.shape, x.x_TD.dtype
+    p = tp.plan(dispatch(x.expert_TX, num_experts), _unit(dtype))
+    is_fp8 = stored_as(x) == "fp8"
+    token_P = p.source_P // X
+    gate_P = jnp.where(p.is_held_P, x.gate_TX.reshape(T * X)[p.source_P], 0).astype(jnp.float32)
+    rows_TD = x.x_TD
+    if is_fp8:
+        rows_TD, scale_T1 = fp8_rows(rows_TD)
+        rows_TD = rows_TD.astype(dtype)
+        gate_P *= scale_T1[token_P, 0]
+    left = tr.Rows([rows_TD[token_P]], _column(gate_P))
+    by = _matrices(x, "gate", "up")
+    outs = [dtype] * (3 if saves else 1)
+    h_PF, *ab = _run("forward", left, by, lambda *a: _swiglu(*a)[: len(outs)], outs, p=p)
+    left = tr.Rows([h_PF])
+    if is_fp8:
+        h_PF, scale_P1 = fp8_rows(h_PF)
+        left = tr.Rows([h_PF.astype(dtype)], _column(scale_P1[:, 0]))
+
+    def scaled(products, column, _):
+        return products if column is None else [products[0] * column]
+
+    (y_PD,) = _run("forward", left, _matrices(x, "down"), scaled, [dtype], p=p)
+    y_TD = tp.from_places(y_PD, p).reshape(T, X, -1).astype(jnp.float32).sum(1)
+    if x.shared_TD is not None:
+        y_TD += x.shared_TD
+    return y_TD.astype(dtype), Saved(p, *ab) if saves else None
+
+
+class Saved(NamedTuple):
+    """What the gradient needs: where rows lie, and their products before the gate, by place."""
+
+    plan: tp.Plan
+    a_PF: jax.Array
+    b_PF: jax.Array
+
+
+def _swiglu_gradient(products: list[jax.Array], gate: jax.Array, tiles: list[jax.Array]):
+    """Return the gradients of gate * a and gate * b, and the hidden rows."""
+    (dh,), (a, b) = products, (gate * tile for tile in tiles)
+    sigma = jax.nn.sigmoid(a)
+    silu = a * sigma
+    return dh * b * (sigma + silu * (1 - sigma)), dh * silu, silu * b
+
+
+def _sum(products: list[jax.Array], *_) -> tuple[jax.Array]:
+    return (sum(products[1:], products[0]),)
+
+
+def _outer(x_PK: jax.Array, dy_PM: jax.Array, p: tp.Plan, like: jax.Array, first) -> jax.Array:
+    """Sum x^T dy over each expert's rows, among zeros for the matrices of other layers."""
+    (R,), (E,) = p.place_R.shape, p.sizes_E.shape
+    cut = _cut_outer(x_PK, dy_PM, R, E)
+    assert cut is not None
+    (K, M), size = like.shape[1:], like.dtype.itemsize
+    cost = pl.CostEstimate(
+        flops=2 * R * K * M,
+        transcendentals=0,
+        bytes_accessed=E * K * M * size + R * (K * cut.cores + M) * x_PK.dtype.itemsize,
+    )
+    return to.grouped_outer_places(
+        x_PK,
+        dy_PM,
+        tp.blocks(p, cut.window, unit=cut.unit, every_expert=True),
+        cut,
+        first=first,
+        num_experts=E,
+        num_matrices=like.shape[0],
+        dtype=like.dtype,
+        name="expert_mlp_backward_weights",
+        cost=cost,
+    )
+
+
+def backward(x: Inputs, num_experts: int, saved: Saved, dy_TD: jax.Array):
+    """Return dx_TD, the gradients of the three matrices, and dgate_TX.
+
+    With z = gate * x the input of an expert and dz its gradient, that of x is gate * dz, that of
+    the gate is the sum of x * dz, and those of the matrices want z.
+    """
+    (T, X), dtype, p = x.expert_TX.shape, x.x_TD.dtype, saved.plan
+    token_P = p.source_P // X
+    gate_R = x.gate_TX.reshape(T * X).astype(jnp.float32)
+    gate_P = jnp.where(p.is_held_P, gate_R[p.source_P], 0)
+    dy_PD = dy_TD[token_P]
+    run = functools.partial(_run, p=p)
+    down = _matrices(x, "down", is_transposed=True)
+    rows = tr.Rows([dy_PD], _column(gate_P), [saved.a_PF, saved.b_PF])
+    da_PF, db_PF, h_PF = run("backward_hidden", rows, down, _swiglu_gradient, [dtype] * 3)
+    gate_up = _matrices(x, "gate", "up", is_transposed=True)
+    (dz_PD,) = run("backward_tokens", tr.Rows([da_PF, db_PF]), gate_up, _sum, [dtype])
+
+    z_PD = (x.x_TD[token_P] * gate_P[:, None]).astype(dtype)
+    d_gate = _outer(z_PD, da_PF, p, x.w_gate_NDF, x.first)
+    d_up = _outer(z_PD, db_PF, p, x.w_up_NDF, x.first)
+    d_down = _outer(h_PF, dy_PD, p, x.w_down_NFD, x.first)
+
+    dz_TXD = tp.from_places(dz_PD, p).reshape(T, X, -1).astype(jnp.float32)
+    dx_TD = (dz_TXD * gate_R.reshape(T, X, 1)).sum(1).astype(dtype)
+    x_TXD = jnp.where(p.place_R.reshape(T, X, 1) >= 0, x.x_TD[:, None], 0)
+    dgate_TX = (dz_TXD * x_TXD).sum(2).astype(x.gate_TX.dtype)
+    return dx_TD, d_gate, d_up, d_down, dgate_TX

@@ -1,0 +1,199 @@
+"""The TPU kernel of the gradient of experts' matrices: the sum of x^T dy over an expert's rows.
+
+A step owns one expert and a tile of columns of its matrix, summed in float32 over blocks of rows.
+The rows of x stay in VMEM while the tiles follow each other; if they fit into one block, x and dy
+are read once and the matrix is written once. An expert without rows has a block without rows, which
+writes zeros.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import backend
+from kernels_pallas.attention.tpu_blocks import dot, like
+from kernels_pallas.experts.tpu_plan import Blocks, read_block
+from kernels_pallas.experts.tpu_rows import VMEM_LIMIT, Cut
+
+_PIECE = 512  # rows of the matrix that are summed at once
+
+
+def buffer_bytes(x: Any, dy: Any, window: int, tile: int) -> int:
+    """Return how much VMEM the buffers take."""
+    (_, K), size = x.shape, x.dtype.itemsize
+    return 2 * window * (K + tile) * size + K * tile * (4 + 2 * size)
+
+
+class _Item(NamedTuple):
+    """A step: a block of rows, and which of its expert's; a tile of columns."""
+
+    number: Any
+    block: Any
+    column: Any
+
+
+def _item(table: Any, at: Any, steps: int, unit: int) -> _Item:
+    """Find step `at`: experts one after the other, in each its tiles, in each its blocks."""
+    some = read_block(table, jax.lax.div(at, steps), unit)
+    first = jax.lax.div(at, steps) - some.inside
+    local = at - first * steps
+    column = jax.lax.div(local, some.count)
+    number = first + local - column * some.count
+    return _Item(number, read_block(table, number, unit), column)
+
+
+def _kernel(cut: Cut, steps: int, K: int):
+    """Return the kernel for static sizes."""
+
+    def kernel(_, table, x_hbm, dy_hbm, *flat):
+        dw, x_buffer, dy_buffer, acc, x_slot_ref, x_arrived, dy_arrived = flat[-7:]
+        c, at = pl.program_id(0), pl.program_id(1)
+        item = _item(table, at, steps, cut.unit)
+        slot = jax.lax.rem(at, 2)
+
+        def is_new(at):
+            before = _item(table, jnp.maximum(at - 1, 0), steps, cut.unit)
+            return (at == 0) | (before.number != _item(table, at, steps, cut.unit).number)
+
+        def x_copy(item, slot):
+            rows = pl.ds(item.block.start, item.block.rows)
+            target = x_buffer.at[slot, pl.ds(0, item.block.rows)]
+            return pltpu.make_async_copy(x_hbm.at[rows], target, x_arrived.at[slot])
+
+        def dy_copy(item, slot):
+            rows = pl.ds(item.block.start, item.block.rows)
+            first = pl.multiple_of((c * steps + item.column) * cut.tile, cut.tile)
+            target = dy_buffer.at[slot, pl.ds(0, item.block.rows)]
+            source = dy_hbm.at[rows, pl.ds(first, cut.tile)]
+            return pltpu.make_async_copy(source, target, dy_arrived.at[slot])
+
+        def start(at, x_slot):
+            item = _item(table, at, steps, cut.unit)
+
+            @pl.when(item.block.rows > 0)
+            def _():
+                dy_copy(item, jax.lax.rem(at, 2)).start()
+                pl.when(is_new(at))(lambda: x_copy(item, x_slot).start())
+
+        def clear_rest(buffer, slot):
+            """Zero the last chunk's rows that were not copied: they may hold anything."""
+            rows, width = item.block.rows, buffer.shape[2]
+
+            def clear(n, _):
+                rest = pl.ds(pl.multiple_of(n * cut.unit, cut.unit), cut.unit)
+                buffer[slot, rest] = jnp.zeros((cut.unit, width), buffer.dtype)
+
+            begin, end = jax.lax.div(rows, cut.unit), pl.cdiv(rows, cut.chunk) * cut.chunk
+            jax.lax.fori_loop(begin, jax.lax.div(end, cut.unit), clear, None)
+
+        @pl.when(at == 0)
+        def _():
+            x_slot_ref[0] = 0
+            start(at, 0)
+
+        @pl.when((at > 0) & is_new(at))
+        def _():
+            x_slot_ref[0] = 1 - x_slot_ref[0]
+
+        x_slot = x_slot_ref[0]
+        pl.when(at + 1 < pl.num_programs(1))(lambda: start(at + 1, 1 - x_slot))
+
+        @pl.when(item.block.rows > 0)
+        def _():
+            @pl.when(is_new(at))
+            def _():
+                x_copy(item, x_slot).wait()
+                clear_rest(x_buffer, x_slot)
+
+            dy_copy(item, slot).wait()
+            clear_rest(dy_buffer, slot)
+
+        @pl.when(item.block.inside == 0)
+        def _():
+            acc[...] = jnp.zeros_like(acc)
+
+        def add(n, _):
+            rows = pl.ds(pl.multiple_of(n * cut.chunk, cut.chunk), cut.chunk)
+            dy = dy_buffer[slot, rows]
+            size = math.gcd(K, _PIECE)
+            for first in range(0, K, size):
+                piece = pl.ds(first, size)
+                acc[piece] += dot(x_buffer[x_slot, rows, piece], dy, (0, 0))
+
+        jax.lax.fori_loop(0, pl.cdiv(item.block.rows, cut.chunk), add, None)
+
+        @pl.when(item.block.inside == item.block.count - 1)
+        def _():
+            dw[...] = acc[...].astype(dw.dtype)
+
+    return kernel
+
+
+def grouped_outer_places(
+    x_PK: jax.Array,
+    dy_PM: jax.Array,
+    blocks: Blocks,
+    cut: Cut,
+    *,
+    first: jax.Array,
+    num_experts: int,
+    num_matrices: int,
+    dtype: jnp.dtype,
+    name: str,
+    cost: pl.CostEstimate,
+) -> jax.Array:
+    """Sum x^T dy over the rows of each expert.
+
+    Args:
+        x_PK: rows by place.
+        dy_PM: rows by place; zero in empty places, where x must be finite.
+        blocks: the list of blocks, of cut.window rows, with one for each expert at least.
+        cut: static sizes.
+        first: number of expert 0's matrix.
+        num_experts: E.
+        num_matrices: N; those of no expert are zero.
+        dtype: of the result.
+        name: of the kernel.
+        cost: what it costs.
+
+    Returns:
+        dw_NKM.
+    """
+    K, M = x_PK.shape[1], dy_PM.shape[1]
+    steps = M // (cut.tile * cut.cores)
+    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    others = [] if num_matrices == num_experts else [jnp.zeros((num_matrices, K, M), dtype)]
+
+    def place(c, at, first, table):
+        item = _item(table, at, steps, cut.unit)
+        return first[0] + item.block.expert, 0, c * steps + item.column
+
+    return pl.pallas_call(
+        _kernel(cut, steps, K),
+        grid_spec=pltpu.PrefetchScalarGridSpec(
+            num_scalar_prefetch=2,
+            grid=(cut.cores, blocks.count * steps),
+            in_specs=[in_hbm] * (2 + len(others)),
+            out_specs=pl.BlockSpec((None, K, cut.tile), place),
+            scratch_shapes=[
+                pltpu.VMEM((2, cut.window, K), x_PK.dtype),
+                pltpu.VMEM((2, cut.window, cut.tile), dy_PM.dtype),
+                pltpu.VMEM((K, cut.tile), jnp.float32),
+                pltpu.SMEM((1,), jnp.int32),
+                pltpu.SemaphoreType.DMA((2,)),
+                pltpu.SemaphoreType.DMA((2,)),
+            ],
+        ),
+        out_shape=like(x_PK, (num_matrices, K, M), dtype),
+        input_output_aliases={4: 0} if others else {},
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        cost_estimate=cost,
+        interpret=backend.tpu_interpreter(),
+        name=name,
+    )(first.reshape(1), blocks.table, x_PK, dy_PM, *others)

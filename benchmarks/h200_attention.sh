@@ -7,8 +7,9 @@
 # (padding, packed rows, all head dimensions, gradients, pages, int8 and fp8); then long attention
 # beside cuDNN's, forward and backward; then decoding from 128k to 10M tokens beside the rate of a
 # copy. To expect: at least 0.9 of cuDNN's speed forward and 0.8 backward (last column), decoding at
-# 0.8 of the rate of a copy or more (of copy). Each part writes its figures, with device, date, version of jax and shapes, when it is done,
-# so that a part that is cut short takes no other with it. The status is 1 if any part has a fault.
+# 0.8 of the rate of a copy or more (of copy). Each part writes its figures, with device, date,
+# version of jax and shapes, when it is done, so that a part that is cut short takes no other with
+# it. The status is 1 if any part has a fault.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-benchmarks/results}

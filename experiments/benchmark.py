@@ -76,10 +76,11 @@ def run_kernels(values: flags.FlagValues) -> dict[str, Any]:
     records = []
     for case in cases:
         for record in benchmark_timing.measure(case, here, values.backend):
-            records.append({**record, "sizes": case.sizes})
+            records.append(record)
             print("\n".join([report.times_line(record), *report.fault_lines(record)]), flush=True)
     print(report.TIMES_NOTES)
-    return {"device": here.kind, "copy_bytes_per_second": here.copying, "records": records}
+    stamp = {"device": here.kind, "copy_bytes_per_second": here.copying}
+    return {**stamp, "shapes": {case.shape: case.sizes for case in cases}, "records": records}
 
 
 def run_compile(values: flags.FlagValues) -> dict[str, Any]:
@@ -91,11 +92,11 @@ def run_compile(values: flags.FlagValues) -> dict[str, Any]:
     for name in dict.fromkeys(values.target):
         for case in cases:
             for record in benchmark_compile.compile_case(case, TARGETS[name]):
-                records.append({**record, "sizes": case.sizes})
+                records.append(record)
                 lines = [benchmark_compile.line(record), *report.fault_lines(record)]
                 print("\n".join(lines), flush=True)
     print(benchmark_compile.NOTES)
-    return {"records": records}
+    return {"shapes": {case.shape: case.sizes for case in cases}, "records": records}
 
 
 def main(values: flags.FlagValues) -> None:

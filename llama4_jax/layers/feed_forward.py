@@ -60,8 +60,8 @@ class Experts(nnx.Module):
     def __init__(self, config: TextConfig, *, key: jax.Array, dtype: str):
         E, D, F = config.num_experts, config.embed_dim, config.expert_dim
         keys = jax.random.split(key, 3)
-        in_axes = ("experts", "weight_embed", "expert_mlp")
-        out_axes = ("experts", "expert_mlp", "weight_embed")
+        in_axes = ("experts", "expert_embed", "expert_mlp")
+        out_axes = ("experts", "expert_mlp", "expert_embed")
         self.w_gate_EDF = normal(keys[0], (E, D, F), in_axes, std=D**-0.5, dtype=dtype)
         self.w_up_EDF = normal(keys[1], (E, D, F), in_axes, std=D**-0.5, dtype=dtype)
         out_std = (F * 2 * config.num_layers) ** -0.5

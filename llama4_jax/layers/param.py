@@ -7,6 +7,8 @@ from flax import nnx
 from llama4_jax.parallel.axes import Axes
 from llama4_jax.parallel.shard import mesh_axes, shard, shard_weight
 
+_GATHERED = ("weight_embed", "expert_embed")  # divided at rest, whole in use
+
 
 def normal(
     key: jax.Array, shape: tuple[int, ...], axes: Axes, *, std: float, dtype: str
@@ -24,15 +26,15 @@ def constant(value: float, shape: tuple[int, ...], axes: Axes, *, dtype: str) ->
 def weight(param: nnx.Param, dtype: jnp.dtype, *, is_stacked: bool = False) -> jax.Array:
     """Return a parameter ready to compute with: cast, and gathered along its embed dimension.
 
-    The gather is what makes fsdp: at rest a weight is divided along `weight_embed`, in use it is
-    not, and its gradient flows back through the gather as a reduce-scatter. A stacked parameter has
-    a leading axis of layer groups.
+    The gather is what makes fsdp: at rest a weight is divided along its embed dimension, in use it
+    is not, and its gradient flows back through the gather as a reduce-scatter. A stacked parameter
+    has a leading axis of layer groups.
     """
-    axes = tuple(None if a == "weight_embed" else a for a in param.get_metadata("axes"))
+    axes = tuple(None if a in _GATHERED else a for a in param.get_metadata("axes"))
     return shard(param[...].astype(dtype), (None, *axes) if is_stacked else axes)
 
 
 def is_ready(param: nnx.Param, dtype: jnp.dtype) -> bool:
     """Is a parameter at rest what `weight` returns, so that using it costs nothing?"""
-    is_whole = not mesh_axes("weight_embed") or "weight_embed" not in param.get_metadata("axes")
+    is_whole = not any(mesh_axes(a) for a in _GATHERED if a in param.get_metadata("axes"))
     return is_whole and param[...].dtype == dtype

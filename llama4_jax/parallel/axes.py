@@ -16,6 +16,7 @@ AXES = {
     "tiles": "image tiles",
     "embed": "the residual stream; never divided while it is computed with",
     "weight_embed": "the embed dimension of a weight at rest; gathered where the weight is used",
+    "expert_embed": "the same of a routed expert's weight, whose experts are divided already",
     "q_heads": "query heads",
     "kv_heads": "key and value heads",
     "head_dim": "features of one head",

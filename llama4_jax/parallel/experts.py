@@ -1,9 +1,10 @@
-"""Expert parallelism: every shard applies its own experts to all tokens that chose them."""
+"""Expert parallelism: tokens travel to their experts, or every shard applies its own to all."""
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.experts.api import expert_mlp
+from kernels_pallas.experts.parallel import expert_mlp_parallel
 from llama4_jax.parallel.shard import mesh_axes, per_shard
 
 
@@ -19,30 +20,36 @@ def _apply_own(
 ) -> jax.Array:
     """Apply this shard's experts; the first argument says what is divided over which mesh axes."""
     B, T, D = x_BTD.shape
-    X = expert_BTX.shape[-1]
     x_TD, expert_TX, gate_TX = (a.reshape(B * T, -1) for a in (x_BTD, expert_BTX, gate_BTX))
     expert_axes = divided["experts"]
-    tokens_over = tuple(a for a in expert_axes if a in divided["batch"] or a in divided["seq"])
-    if tokens_over:
-        x_TD, expert_TX, gate_TX = (
-            jax.lax.all_gather(a, tokens_over, tiled=True) for a in (x_TD, expert_TX, gate_TX)
+    tokens_over = {*divided["batch"], *divided["seq"]}
+    summed_over = divided["expert_mlp"]
+    if expert_axes and tokens_over.issuperset(expert_axes):
+        y_TD = expert_mlp_parallel(
+            x_TD,
+            w_gate_EDF,
+            w_up_EDF,
+            w_down_EFD,
+            expert_TX=expert_TX,
+            gate_TX=gate_TX,
+            group=group,
+            axes=expert_axes,
         )
-    if expert_axes:
-        expert_TX -= jax.lax.axis_index(expert_axes) * w_gate_EDF.shape[-3]
-    y_TD = expert_mlp(
-        x_TD,
-        w_gate_EDF,
-        w_up_EDF,
-        w_down_EFD,
-        expert_TX=expert_TX.reshape(-1, X),
-        gate_TX=gate_TX.reshape(-1, X),
-        group=group,
-    )
-    summed_over = divided["expert_mlp"] + tuple(a for a in expert_axes if a not in tokens_over)
+    else:
+        if expert_axes:  # every shard sees all tokens; those of others' experts count for nothing
+            expert_TX -= jax.lax.axis_index(expert_axes) * w_gate_EDF.shape[-3]
+            summed_over += expert_axes
+        y_TD = expert_mlp(
+            x_TD,
+            w_gate_EDF,
+            w_up_EDF,
+            w_down_EFD,
+            expert_TX=expert_TX,
+            gate_TX=gate_TX,
+            group=group,
+        )
     if summed_over:
         y_TD = jax.lax.psum(y_TD, summed_over)
-    if tokens_over:
-        y_TD = jax.lax.psum_scatter(y_TD, tokens_over, tiled=True)
     return y_TD.reshape(B, T, D)
 
 
@@ -58,11 +65,10 @@ def sharded_expert_mlp(
 ) -> jax.Array:
     """Apply the routed experts to a batch whose rows, experts and hidden features may be divided.
 
-    Where tokens and experts are divided over the same mesh axis, each shard gathers the tokens of
-    its peers, applies its own experts to those that chose them, and the partial results are summed
-    back to the owners (reduce-scatter). Where tokens are whole along the expert axis, only the sum
-    remains. There is no capacity, so nothing is dropped; the arithmetic of a shard is in proportion
-    to the tokens that chose its experts.
+    Where tokens and experts are divided over the same mesh axes, tokens travel to their experts and
+    back (all-to-all, in as many rounds as the load asks for). Where tokens are whole along the
+    expert axes, every shard applies its own experts and the results are summed. Nothing is dropped,
+    and the arithmetic of a shard is in proportion to the tokens that chose its experts.
 
     Args:
         x_BTD: tokens; D whole.
@@ -76,6 +82,12 @@ def sharded_expert_mlp(
         y_BTD in the dtype and layout of x.
     """
     E = w_gate_EDF.shape[-3]
+    batch_axes = {*mesh_axes("batch", x_BTD.shape[0]), *mesh_axes("seq", x_BTD.shape[1])}
+    if batch_axes & {*mesh_axes("experts")} not in (set(), {*mesh_axes("experts")}):
+        raise ValueError(
+            f"tokens are divided over {sorted(batch_axes)}, a part of the axes of the experts "
+            f"{mesh_axes('experts')}; divide tokens over all of them or none"
+        )
     if mesh_axes("experts", E) != mesh_axes("experts"):
         raise ValueError(f"num_experts ({E}) must be divisible by mesh axes {mesh_axes('experts')}")
     tokens, stack = ("batch", "seq", None), () if group is None else (None,)

@@ -47,6 +47,7 @@ FSDP = make_rules(
         "batch": ("data", "fsdp"),
         "tiles": ("data", "fsdp"),
         "weight_embed": ("fsdp",),
+        "expert_embed": ("fsdp",),
     }
 )
 """Training: rows and weights over the same devices; each weight is gathered where it is used."""
@@ -56,7 +57,8 @@ FSDP_EXPERT = make_rules(
         "batch": ("data", "fsdp", "expert"),
         "tiles": ("data", "fsdp", "expert"),
         "seq": ("context",),
-        "weight_embed": ("fsdp",),
+        "weight_embed": ("fsdp", "expert"),
+        "expert_embed": ("fsdp",),
         "q_heads": ("tensor",),
         "kv_heads": ("tensor",),
         "mlp": ("tensor",),

@@ -25,7 +25,7 @@ def test_rules_may_name_only_the_mesh_axes_there_are():
 def test_presets_name_known_axes_and_no_mesh_axis_twice_in_a_weight(preset):
     rules = parallel.PRESETS[preset]
     assert {name for name, _ in rules.table} <= set(AXES)
-    expert_weight = [rules.mesh_axes(n) for n in ("experts", "weight_embed", "expert_mlp")]
+    expert_weight = [rules.mesh_axes(n) for n in ("experts", "expert_embed", "expert_mlp")]
     flat = sum(expert_weight, ())
     assert len(flat) == len(set(flat))
 

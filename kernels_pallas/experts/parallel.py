@@ -1,0 +1,227 @@
+"""Experts divided over devices: every row travels to the device of its expert, and back.
+
+A device keeps a queue of rows for each of its peers. In a round it sends the next rows of every
+queue, at most `load_factor` times what each would be if all were equally long, applies its own
+experts to what it received, and sends the results back. There are as many rounds as the longest
+queue of any device needs, which is known at run time only: one when tokens choose evenly, more when
+they do not. So nothing is dropped, and no buffer is sized for the worst case.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kernels_pallas.backend import Backend
+from kernels_pallas.experts.api import expert_mlp
+from kernels_pallas.experts.inputs import WeightScales
+from kernels_pallas.experts.reference import Dispatch, combine, dispatch
+
+Axes = str | tuple[str, ...]
+
+
+class _Plan(NamedTuple):
+    """The static arguments of a call."""
+
+    axes: Axes
+    num_local: int
+    load_factor: float
+    backend: Backend | None
+
+
+class _Arrays(NamedTuple):
+    """What a call may be differentiated in, and the rest."""
+
+    x_TD: jax.Array
+    w_gate: jax.Array
+    w_up: jax.Array
+    w_down: jax.Array
+    gate_TX: jax.Array
+    expert_TX: jax.Array
+    scales: WeightScales | None
+    group: jax.Array | None
+
+
+def expert_mlp_parallel(
+    x_TD: jax.Array,
+    w_gate_EDF: jax.Array,
+    w_up_EDF: jax.Array,
+    w_down_EFD: jax.Array,
+    *,
+    expert_TX: jax.Array,
+    gate_TX: jax.Array,
+    axes: Axes,
+    shared_TD: jax.Array | None = None,
+    weight_scales: WeightScales | None = None,
+    group: jax.Array | None = None,
+    load_factor: float = 1.25,
+    backend: Backend | None = None,
+) -> jax.Array:
+    """Apply experts that are divided over mesh axes to tokens that are divided over the same.
+
+    Call it inside `jax.shard_map`, on one device's tokens and experts: device i of the axes has the
+    experts i * E to (i + 1) * E - 1. Differentiable as `expert_mlp` is; the gradient repeats the
+    journey and the products of the forward pass and keeps nothing.
+
+    Args:
+        x_TD: this device's tokens.
+        w_gate_EDF, w_up_EDF, w_down_EFD: this device's matrices, E of them.
+        expert_TX: int32 chosen experts among those of all devices; another id contributes nothing.
+        gate_TX: gate of each choice.
+        axes: mesh axes that divide both.
+        shared_TD: what to add to the result.
+        weight_scales: scales of this device's quantised matrices.
+        group: int32 scalar; see `expert_mlp`.
+        load_factor: rows that may travel from a device to another in one round, relative to T * X /
+            devices, the mean.
+        backend: of the products.
+
+    Returns:
+        y_TD in the dtype of x.
+
+    Raises:
+        ValueError: the load factor is not positive, or `expert_mlp` finds the arguments wrong.
+    """
+    if load_factor <= 0:
+        raise ValueError(f"load_factor ({load_factor}) must be positive; 1.25 is the default")
+    plan = _Plan(axes, w_gate_EDF.shape[-3], load_factor, backend)
+    expert_TX = jnp.asarray(expert_TX, jnp.int32)
+    arrays = _Arrays(
+        x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, gate_TX, expert_TX, weight_scales, group
+    )
+    with jax.named_scope("expert_mlp_parallel"):
+        y_TD = _apply(plan, arrays)
+    return y_TD if shared_TD is None else y_TD + shared_TD
+
+
+class _Queues(NamedTuple):
+    """This device's rows in the order in which they leave: by device, then by expert.
+
+    Attributes:
+        to: the order of rows.
+        begin_P, length_P: where the queue of each peer begins, and how long it is.
+        rows: most rows of a queue that leave in one round.
+        rounds: int32, the same on all devices.
+    """
+
+    to: Dispatch
+    begin_P: jax.Array
+    length_P: jax.Array
+    rows: int
+    rounds: jax.Array
+
+    @staticmethod
+    def of(plan: _Plan, expert_TX: jax.Array) -> "_Queues":
+        peers = jax.lax.axis_size(plan.axes)
+        to = dispatch(expert_TX, peers * plan.num_local)
+        length_P = to.group_sizes_E.reshape(peers, plan.num_local).sum(1)
+        rows = min(expert_TX.size, math.ceil(plan.load_factor * expert_TX.size / peers))
+        rounds = jax.lax.pmax(-(-length_P.max() // rows), plan.axes)
+        return _Queues(to, jnp.cumsum(length_P) - length_P, length_P, rows, rounds)
+
+    def leaving(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Return which sorted rows leave in a round, [P, rows], and where there are any."""
+        place = number * self.rows + jnp.arange(self.rows)[None]
+        is_row = place < self.length_P[:, None]
+        return jnp.where(is_row, self.begin_P[:, None] + place, 0), is_row
+
+
+def _exchange(x_PR: jax.Array, axes: Axes) -> jax.Array:
+    """Send part p to device p; what comes back is in the order of the senders."""
+    return jax.lax.all_to_all(x_PR, axes, split_axis=0, concat_axis=0, tiled=True)
+
+
+class _Round(NamedTuple):
+    """Rows of one round where they are computed: flat over the peers that sent them."""
+
+    x_RD: jax.Array
+    gate_R1: jax.Array
+    expert_R1: jax.Array
+
+
+def _send(plan: _Plan, arrays: _Arrays, queues: _Queues, number: jax.Array) -> _Round:
+    """Bring the rows of a round to their experts; a place without a row has expert -1."""
+    X = arrays.expert_TX.shape[1]
+    sorted_PR, is_row = queues.leaving(number)
+    routed_PR = queues.to.order_R[sorted_PR]
+    local_PR = arrays.expert_TX.reshape(-1)[routed_PR] % plan.num_local
+    D = arrays.x_TD.shape[1]
+    return _Round(
+        _exchange(arrays.x_TD[routed_PR // X], plan.axes).reshape(-1, D),
+        _exchange(arrays.gate_TX.reshape(-1)[routed_PR], plan.axes).reshape(-1, 1),
+        _exchange(jnp.where(is_row, local_PR, -1), plan.axes).reshape(-1, 1),
+    )
+
+
+def _local(plan: _Plan, arrays: _Arrays, here: _Round, x_RD, gate_R1, *weights) -> jax.Array:
+    return expert_mlp(
+        x_RD,
+        *weights,
+        expert_TX=here.expert_R1,
+        gate_TX=gate_R1,
+        weight_scales=arrays.scales,
+        group=arrays.group,
+        backend=plan.backend,
+    )
+
+
+def _return(
+    plan: _Plan, queues: _Queues, number: jax.Array, rows: jax.Array, all_rows: jax.Array
+) -> jax.Array:
+    """Bring results [P * rows, ...] of a round home, into their places among the sorted rows."""
+    sorted_PR, is_row = queues.leaving(number)
+    home = _exchange(rows.reshape(*sorted_PR.shape, -1), plan.axes)
+    places = jnp.where(is_row, sorted_PR, all_rows.shape[0])
+    return all_rows.at[places].set(home.astype(all_rows.dtype), mode="drop")
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apply(plan: _Plan, arrays: _Arrays) -> jax.Array:
+    queues = _Queues.of(plan, arrays.expert_TX)
+
+    def body(number: jax.Array, y_RD: jax.Array) -> jax.Array:
+        here = _send(plan, arrays, queues, number)
+        y = _local(plan, arrays, here, here.x_RD, here.gate_R1, *arrays[1:4])
+        return _return(plan, queues, number, y, y_RD)
+
+    nothing = jnp.zeros((arrays.expert_TX.size, arrays.x_TD.shape[1]), arrays.x_TD.dtype)
+    y_RD = jax.lax.fori_loop(0, queues.rounds, body, nothing)
+    return combine(y_RD, queues.to, arrays.expert_TX.shape[1])
+
+
+def _apply_fwd(plan: _Plan, arrays: _Arrays) -> tuple[jax.Array, _Arrays]:
+    return _apply(plan, arrays), arrays
+
+
+def _apply_bwd(plan: _Plan, arrays: _Arrays, dy_TD: jax.Array) -> tuple[_Arrays]:
+    queues, X = _Queues.of(plan, arrays.expert_TX), arrays.expert_TX.shape[1]
+    (R, D), weights = (arrays.expert_TX.size, arrays.x_TD.shape[1]), arrays[1:4]
+
+    def body(number: jax.Array, carry: Any) -> Any:
+        dx_RD, dgate_R1, d_weights = carry
+        here = _send(plan, arrays, queues, number)
+        dy_PRD = dy_TD[queues.to.order_R[queues.leaving(number)[0]] // X]
+        dy_RD = _exchange(dy_PRD, plan.axes).reshape(-1, D)
+        local = functools.partial(_local, plan, arrays, here)
+        _, pull = jax.vjp(local, here.x_RD, here.gate_R1, *weights)
+        dx, dgate, *more = pull(dy_RD)
+        return (
+            _return(plan, queues, number, dx, dx_RD),
+            _return(plan, queues, number, dgate, dgate_R1),
+            jax.tree.map(lambda total, part: total + part, d_weights, more),
+        )
+
+    nothing = (
+        jnp.zeros((R, D), arrays.x_TD.dtype),
+        jnp.zeros((R, 1), arrays.gate_TX.dtype),
+        [jnp.zeros(w.shape, jnp.float32) for w in weights],
+    )
+    dx_RD, dgate_R1, d_weights = jax.lax.fori_loop(0, queues.rounds, body, nothing)
+    d_gate, d_up, d_down = (dw.astype(w.dtype) for dw, w in zip(d_weights, weights, strict=True))
+    dx_TD, dgate_TX = combine(dx_RD, queues.to, X), combine(dgate_R1, queues.to, 1).reshape(-1, X)
+    return (_Arrays(dx_TD, d_gate, d_up, d_down, dgate_TX, None, None, None),)  # type: ignore[arg-type]
+
+
+_apply.defvjp(_apply_fwd, _apply_bwd)

@@ -1,0 +1,105 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from kernels_pallas.experts.api import expert_mlp
+from kernels_pallas.experts.parallel import expert_mlp_parallel
+
+D, F, T = 32, 48, 12  # tokens of one device
+
+
+def chosen(how, devices, experts, choices):
+    rng = np.random.default_rng(2)
+    shape = (devices * T, choices)
+    match how:
+        case "evenly":
+            return np.arange(shape[0] * choices).reshape(shape) % experts
+        case "at random":
+            return np.stack([rng.permutation(experts)[:choices] for _ in range(shape[0])])
+        case "all one expert":
+            return np.full(shape, experts - 1)
+        case "never the first device":
+            return rng.integers(experts // devices, experts, size=shape)
+        case "nobody":
+            return np.full(shape, experts)
+
+
+def build(devices, experts, choices, how):
+    rng = np.random.default_rng(0)
+    arrays = (
+        rng.normal(size=(devices * T, D)),
+        *(rng.normal(size=(2, experts, D, F)) * D**-0.5),
+        rng.normal(size=(experts, F, D)) * F**-0.5,
+        rng.uniform(0.1, 1, size=(devices * T, choices)),
+    )
+    expert = jnp.int32(chosen(how, devices, experts, choices))
+    return [jnp.float32(a) for a in arrays], expert
+
+
+def whole(x, w_gate, w_up, w_down, gate, *, expert):
+    return expert_mlp(x, w_gate, w_up, w_down, expert_TX=expert, gate_TX=gate)
+
+
+def divided(x, w_gate, w_up, w_down, gate, *, expert, devices, **how):
+    mesh = jax.make_mesh((devices,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def one_device(x, w_gate, w_up, w_down, gate, expert):
+        return expert_mlp_parallel(
+            x, w_gate, w_up, w_down, expert_TX=expert, gate_TX=gate, axes="expert", **how
+        )
+
+    along = P("expert")
+    run = jax.shard_map(
+        one_device, mesh=mesh, in_specs=(along,) * 6, out_specs=along, check_vma=False
+    )
+    return run(x, w_gate, w_up, w_down, gate, expert)
+
+
+CHOICES = ["evenly", "at random", "all one expert", "never the first device", "nobody"]
+
+
+@pytest.mark.parametrize(
+    ("devices", "how", "choices"),
+    [*((4, how, 2) for how in CHOICES), (4, "at random", 1), (8, "all one expert", 1)],
+)
+def test_divided_experts_equal_whole_ones_whatever_the_routing(devices, how, choices):
+    arrays, expert = build(devices, 2 * devices, choices, how)
+
+    def both(function):
+        def loss(*arrays):
+            y = function(*arrays, expert=expert)
+            return (jnp.cos(jnp.arange(y.size).reshape(y.shape)) * y).sum(), y
+
+        return jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(*arrays)
+
+    (_, ours), our_grads = both(functools.partial(divided, devices=devices))
+    (_, theirs), their_grads = both(whole)
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)  # sums of 48 in another order
+    for a, b in zip(our_grads, their_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=3e-5)
+
+
+@pytest.mark.parametrize("load_factor", [0.1, 1.0, 8.0])
+def test_the_size_of_buffers_changes_no_result(load_factor):
+    arrays, expert = build(4, 8, 2, "at random")
+    ours = divided(*arrays, expert=expert, devices=4, load_factor=load_factor)
+    np.testing.assert_allclose(ours, whole(*arrays, expert=expert), atol=1e-5)
+
+
+def test_buffers_hold_a_multiple_of_the_mean_and_not_the_worst_case():
+    devices, factor = 8, 1.25
+    arrays, expert = build(devices, 16, 1, "all one expert")
+    text = str(jax.make_jaxpr(functools.partial(divided, expert=expert, devices=devices))(*arrays))
+    sent = -(-factor * T // devices)
+    assert f"f32[{devices},{int(sent)},{D}] = all_to_all" in text
+    assert f"f32[{devices},{T},{D}] = all_to_all" not in text
+
+
+def test_a_load_factor_that_moves_nothing_is_refused():
+    arrays, expert = build(4, 8, 1, "evenly")
+    with pytest.raises(ValueError, match=r"load_factor \(0\)"):
+        divided(*arrays, expert=expert, devices=4, load_factor=0)

@@ -12,7 +12,7 @@ tokens chose would otherwise have its 0.25 GB of weights read again.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,7 +25,6 @@ from kernels_pallas.experts import tpu_plan as tp
 from kernels_pallas.experts import tpu_rows as tr
 from kernels_pallas.experts.inputs import Inputs, stored_as
 from kernels_pallas.experts.quantize import fp8_rows
-from kernels_pallas.experts.reference import dispatch
 
 _TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # devices whose programs run on two cores
 _NARROW = (*_TWO_CORES, "TPU v5 lite", "TPU v5e")  # multipliers of 128 x 128; later ones of 256
@@ -70,7 +69,7 @@ def _fit(
     num_experts: int,
 ) -> tr.Cut | None:
     """Choose the largest window that fits into VMEM, then the widest tile."""
-    kind, unit = backend.device_kind(), 32 // jnp.dtype(dtype).itemsize
+    kind, unit = backend.device_kind(), _unit(dtype)
     default = {
         "window": 1024,
         "chunk": 128 if kind in _NARROW else 256,
@@ -81,13 +80,15 @@ def _fit(
     tuned = tuning.lookup(f"expert_mlp.{operation}", default, **shape)
     cores = tuned["cores"] if width % (tuned["cores"] * LANES) == 0 else 1
     chunk = min(tuned["chunk"], tp.round_up(num_rows, unit))
-    chunks = min(tuned["window"], tp.round_up(num_rows, chunk)) // chunk
-    while chunks:
-        for tile in tr.TILES:
-            is_whole = tile <= tuned["tile"] and width % (cores * tile) == 0
-            if is_whole and needed(chunks * chunk, tile) < tr.VMEM_BUDGET:
-                return tr.Cut(chunks * chunk, chunk, tile, unit, cores)
-        chunks //= 2
+    while chunk:
+        chunks = min(tuned["window"], tp.round_up(num_rows, chunk)) // chunk
+        while chunks:
+            for tile in tr.TILES:
+                is_whole = tile <= tuned["tile"] and width % (cores * tile) == 0
+                if is_whole and needed(chunks * chunk, tile) <= tr.VMEM_BUDGET:
+                    return tr.Cut(chunks * chunk, chunk, tile, unit, cores)
+            chunks //= 2
+        chunk = chunk // (2 * unit) * unit
     return None
 
 
@@ -150,38 +151,51 @@ def _swiglu(products: list[jax.Array], gate: jax.Array, _) -> tuple[jax.Array, .
 def refusal(x: Inputs, num_experts: int) -> str | None:
     """Return why these arrays cannot be taken, or None if they can."""
     D, dtype, R = x.x_TD.shape[1], x.x_TD.dtype, x.expert_TX.size
-    gate_up, down = _matrices(x, "gate", "up"), _matrices(x, "down")
-    F = gate_up.width
+    F = x.w_up_NDF.shape[2]
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"tokens must be bfloat16 or float32, not {dtype}"
     if D % LANES or F % LANES:
         return f"D ({D}) and F ({F}) must be multiples of {LANES}"
-    column = jax.ShapeDtypeStruct((1, LANES), jnp.float32)
-    kernels = {
-        "forward": [
-            (tr.Rows([_row(D, dtype)], column), gate_up, 3),
-            (tr.Rows([_row(F, dtype)], column), down, 1),
-        ]
-    }
-    for operation, parts in kernels.items():
-        for rows, by, outs in parts:
-            cut = _cut(operation, rows, by, [dtype] * outs, R, num_experts)
-            if cut is None:
-                return f"rows of {by.depth} and tiles of {LANES} columns do not fit into VMEM"
-            needed = 16 * tp.most_blocks(R, num_experts, cut.unit, cut.window)
-            if needed > tp.SCALARS_BUDGET:
-                return f"its list of blocks takes {needed} bytes of SMEM, over {tp.SCALARS_BUDGET}"
+    for operation, cut in _cuts(x, F, num_experts).items():
+        if cut is None:
+            return f"the {operation} kernel does not fit into VMEM for D = {D} and F = {F}"
+        needed = 4 * len(tp.Block._fields) * tp.most_blocks(R, num_experts, cut.unit, cut.window)
+        if needed > tp.SCALARS_BUDGET:
+            return f"its list of blocks takes {needed} bytes of SMEM, over {tp.SCALARS_BUDGET}"
     return None
 
 
-def _row(width: int, dtype: jnp.dtype) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct((1, width), dtype)
+def _cuts(x: Inputs, F: int, num_experts: int) -> dict[str, tr.Cut | None]:
+    """Return the sizes of all kernels, backward included if the matrices are floats."""
+    D, dtype, R = x.x_TD.shape[1], x.x_TD.dtype, x.expert_TX.size
+
+    def row(width: int) -> Any:
+        return jax.ShapeDtypeStruct((1, width), dtype)
+
+    column: Any = jax.ShapeDtypeStruct((1, LANES), jnp.float32)
+
+    def cut(operation: str, rows: tr.Rows, outs: int, *names: str) -> tr.Cut | None:
+        by = _matrices(x, *names, is_transposed=operation != "forward")
+        return _cut(operation, rows, by, [dtype] * outs, R, num_experts)
+
+    cuts = {
+        "gate and up": cut("forward", tr.Rows([row(D)], column), 3, "gate", "up"),
+        "down": cut("forward", tr.Rows([row(F)], column), 1, "down"),
+    }
+    if stored_as(x) == "float":
+        rows = tr.Rows([row(D)], column, [row(F)] * 2)
+        cuts["backward hidden"] = cut("backward_hidden", rows, 3, "down")
+        rows = tr.Rows([row(F)] * 2)
+        cuts["backward tokens"] = cut("backward_tokens", rows, 1, "gate", "up")
+        cuts["gradient of up"] = _cut_outer(row(D), row(F), R, num_experts)
+        cuts["gradient of down"] = _cut_outer(row(F), row(D), R, num_experts)
+    return cuts
 
 
 def forward(x: Inputs, num_experts: int, *, saves: bool):
     """Apply the experts."""
     (T, X), dtype = x.expert_TX.shape, x.x_TD.dtype
-    p = tp.plan(dispatch(x.expert_TX, num_experts), _unit(dtype))
+    p = tp.plan(x.expert_TX.reshape(T * X), num_experts, _unit(dtype))
     is_fp8 = stored_as(x) == "fp8"
     token_P = p.source_P // X
     gate_P = jnp.where(p.is_held_P, x.gate_TX.reshape(T * X)[p.source_P], 0).astype(jnp.float32)
@@ -229,7 +243,7 @@ def _sum(products: list[jax.Array], *_) -> tuple[jax.Array]:
     return (sum(products[1:], products[0]),)
 
 
-def _outer(x_PK: jax.Array, dy_PM: jax.Array, p: tp.Plan, like: jax.Array, first) -> jax.Array:
+def _outer(x_PK: jax.Array, dy_PM: jax.Array, p: tp.Plan, like: Any, first) -> jax.Array:
     """Sum x^T dy over each expert's rows, among zeros for the matrices of other layers."""
     (R,), (E,) = p.place_R.shape, p.sizes_E.shape
     cut = _cut_outer(x_PK, dy_PM, R, E)
@@ -282,3 +296,51 @@ def backward(x: Inputs, num_experts: int, saved: Saved, dy_TD: jax.Array):
     x_TXD = jnp.where(p.place_R.reshape(T, X, 1) >= 0, x.x_TD[:, None], 0)
     dgate_TX = (dz_TXD * x_TXD).sum(2).astype(x.gate_TX.dtype)
     return dx_TD, d_gate, d_up, d_down, dgate_TX
+
+
+def grouped_matmul(
+    x_RD: jax.Array,
+    w_NDF: jax.Array,
+    group_sizes_E: jax.Array,
+    first: jax.Array | int,
+    *,
+    is_transposed: bool = False,
+) -> jax.Array:
+    """Multiply each run of sorted rows by its expert's matrix; no gradient of its own.
+
+    Args:
+        x_RD: rows sorted by expert; D and F are multiples of 128.
+        w_NDF: float matrices of these experts and perhaps of others.
+        group_sizes_E: int32 rows of each expert; rows beyond their sum belong to nobody.
+        first: number of expert 0's matrix in w_NDF; the others follow it.
+        is_transposed: whether the matrices are [N, F, D].
+
+    Returns:
+        y_RF in the dtype of x; rows of nobody are zero.
+    """
+    (R, _), (E,), dtype = x_RD.shape, group_sizes_E.shape, x_RD.dtype
+    p = tp.plan(tp.experts_of(group_sizes_E, R), E, _unit(dtype))
+    by = tr.Matrices([w_NDF], None, is_transposed, "float", jnp.asarray(first, jnp.int32))
+    (y_PF,) = _run("forward", tr.Rows([x_RD[p.source_P]]), by, _sum, [dtype], p=p)
+    return tp.from_places(y_PF, p)
+
+
+def grouped_outer(
+    x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array, dtype: jnp.dtype
+) -> jax.Array:
+    """Sum x^T dy over each expert's rows in float32: the gradient of its matrix.
+
+    Args:
+        x_RD: rows sorted by expert; D and F are multiples of 128.
+        dy_RF: rows in the same order.
+        group_sizes_E: int32 rows of each expert; rows beyond their sum belong to nobody.
+        dtype: of the result.
+
+    Returns:
+        dw_EDF; zero for experts without rows.
+    """
+    (R, D), F, (E,) = x_RD.shape, dy_RF.shape[1], group_sizes_E.shape
+    p = tp.plan(tp.experts_of(group_sizes_E, R), E, _unit(x_RD.dtype))
+    dy_PF = jnp.where(p.is_held_P[:, None], dy_RF[p.source_P], 0)
+    like = jax.ShapeDtypeStruct((E, D, F), dtype)
+    return _outer(x_RD[p.source_P], dy_PF, p, like, jnp.int32(0))

@@ -12,8 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.experts.reference import Dispatch
-
+FEW_ROWS = 512  # up to which a row is compared with every other, rather than sorted
 SCALARS_BUDGET = 512 * 2**10  # of 1 MiB of SMEM
 
 
@@ -46,32 +45,66 @@ def places(num_rows: int, num_experts: int, unit: int) -> int:
     return round_up(num_rows + min(num_rows, num_experts) * (unit - 1), unit)
 
 
+def _before(x_E: jax.Array) -> jax.Array:
+    """Return the sum of what comes before each."""
+    number = jnp.arange(x_E.shape[0])
+    return jnp.where(number[None] < number[:, None], x_E[None], 0).sum(1)
+
+
 def _first_above(ends_E: jax.Array, at_P: jax.Array) -> jax.Array:
-    """Return how many experts end at or before a number: the expert that has it."""
+    """Return how many experts end at or before a number: the expert that has it, or E."""
     return (ends_E[None] <= at_P[:, None]).sum(1, dtype=jnp.int32)
 
 
-def plan(to: Dispatch, unit: int) -> Plan:
-    """Give each routed row its place."""
-    (R,), (E,) = to.order_R.shape, to.group_sizes_E.shape
-    sizes_E = -(-to.group_sizes_E // unit) * unit
-    ends_E = jnp.cumsum(sizes_E)
-    starts_E = ends_E - sizes_E
-    sorted_ends_E = jnp.cumsum(to.group_sizes_E)
-    shift_E = starts_E - (sorted_ends_E - to.group_sizes_E)
+def _pick(x_E: jax.Array, expert_P: jax.Array) -> jax.Array:
+    """Look numbers of experts up, zero if there is no such expert.
 
+    This and the like are sums over masks because XLA makes few programs of those, where it makes
+    one of each gather, sort and cumulative sum: at one token those would take as long as the
+    kernels.
+    """
+    is_it_PE = expert_P[:, None] == jnp.arange(x_E.shape[0])
+    return jnp.where(is_it_PE, x_E[None], 0).sum(1)
+
+
+def experts_of(group_sizes_E: jax.Array, num_rows: int) -> jax.Array:
+    """Return the expert of each row of rows sorted by expert; E for those after the last."""
+    return _first_above(jnp.cumsum(group_sizes_E), jnp.arange(num_rows, dtype=jnp.int32))
+
+
+def plan(expert_R: jax.Array, num_experts: int, unit: int) -> Plan:
+    """Give each routed row its place.
+
+    Args:
+        expert_R: expert of each routed row; ids outside 0..E-1 go to nobody.
+        num_experts: E.
+        unit: rows of a tile.
+    """
+    (R,), E = expert_R.shape, num_experts
+    number_R = jnp.arange(R, dtype=jnp.int32)
+    is_routed_R = (expert_R >= 0) & (expert_R < E)
+    expert_R = jnp.where(is_routed_R, expert_R, E)
+    counts_E = (expert_R[:, None] == jnp.arange(E)).sum(0, dtype=jnp.int32)
+    sizes_E = -(-counts_E // unit) * unit
+    starts_E = _before(sizes_E)
     place_P = jnp.arange(places(R, E, unit), dtype=jnp.int32)
-    expert_P = jnp.minimum(_first_above(ends_E, place_P), E - 1)
-    last_P = jnp.maximum(sorted_ends_E[expert_P] - 1, 0)
-    sorted_P = place_P - shift_E[expert_P]
-    is_held_P = sorted_P <= last_P
-    source_P = to.order_R[jnp.minimum(sorted_P, last_P)].astype(jnp.int32)
-
-    sorted_R = jnp.argsort(to.order_R).astype(jnp.int32)
-    expert_R = _first_above(sorted_ends_E, sorted_R)
-    shift_R = shift_E[jnp.minimum(expert_R, E - 1)]
-    place_R = jnp.where(expert_R < E, sorted_R + shift_R, -1)
-    return Plan(source_P, is_held_P, place_R, starts_E, sizes_E)
+    expert_P = _first_above(starts_E + sizes_E, place_P)
+    inside_P = place_P - _pick(starts_E, expert_P)
+    last_P = _pick(counts_E, expert_P) - 1
+    if R <= FEW_ROWS:
+        is_before_RR = (expert_R[None] == expert_R[:, None]) & (number_R[None] < number_R[:, None])
+        inside_R = is_before_RR.sum(1, dtype=jnp.int32)
+        is_here_PR = expert_R[None] == expert_P[:, None]
+        is_here_PR &= inside_R[None] == jnp.minimum(inside_P, last_P)[:, None]
+        source_P = jnp.where(is_here_PR, number_R[None], 0).sum(1)
+    else:
+        order_R = jnp.argsort(expert_R, stable=True).astype(jnp.int32)
+        before_E = _before(counts_E)
+        inside_R = jnp.argsort(order_R).astype(jnp.int32) - _pick(before_E, expert_R)
+        sorted_P = _pick(before_E, expert_P) + jnp.minimum(inside_P, last_P)
+        source_P = order_R[jnp.clip(sorted_P, 0, R - 1)]
+    place_R = jnp.where(is_routed_R, _pick(starts_E, expert_R) + inside_R, -1)
+    return Plan(source_P, inside_P <= last_P, place_R, starts_E, sizes_E)
 
 
 def from_places(y_PD: jax.Array, p: Plan) -> jax.Array:
@@ -113,8 +146,8 @@ class Block(NamedTuple):
 def read_block(table: Any, i: jax.Array, unit: int) -> Block:
     """Read entry i of a table in SMEM."""
     expert, start, rows, inside, count = (table[len(Block._fields) * i + n] for n in range(5))
-    aligned = (pl.multiple_of(n, unit) for n in (start, rows))
-    return Block(expert, *aligned, inside, count)
+    start, rows = pl.multiple_of(start, unit), pl.multiple_of(rows, unit)
+    return Block(expert, start, rows, inside, count)
 
 
 def most_blocks(num_rows: int, num_experts: int, unit: int, window: int) -> int:
@@ -134,15 +167,15 @@ def blocks(p: Plan, window: int, *, unit: int, every_expert: bool = False) -> Bl
     """
     (E,), (R,) = p.sizes_E.shape, p.place_R.shape
     counts_E = jnp.maximum(-(-p.sizes_E // window), int(every_expert))
-    ends_E = jnp.cumsum(counts_E)
+    before_E = _before(counts_E)
     i = jnp.arange(most_blocks(R, E, unit, window), dtype=jnp.int32)
-    expert = _first_above(ends_E, i)
-    expert = jnp.minimum(expert, E - 1)
-    inside = i - (ends_E - counts_E)[expert]
-    rows = jnp.clip(p.sizes_E[expert] - inside * window, 0, window)
+    expert = jnp.minimum(_first_above(before_E + counts_E, i), E - 1)
+    inside = i - _pick(before_E, expert)
+    rows = jnp.clip(_pick(p.sizes_E, expert) - inside * window, 0, window)
     if not every_expert:
         rows = jnp.maximum(rows, unit)
-    start = jnp.minimum(p.starts_E[expert] + inside * window, p.source_P.shape[0] - unit)
-    fields = Block(expert, start, rows, inside, counts_E[expert])
+    start = _pick(p.starts_E, expert) + inside * window
+    start = jnp.minimum(start, p.source_P.shape[0] - unit)
+    fields = Block(expert, start, rows, inside, _pick(counts_E, expert))
     table = jnp.stack(fields, axis=1).astype(jnp.int32)
-    return Blocks(table.reshape(-1), jnp.maximum(ends_E[-1], 1))
+    return Blocks(table.reshape(-1), jnp.maximum(counts_E.sum(), 1))

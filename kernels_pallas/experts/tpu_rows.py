@@ -291,7 +291,7 @@ def grouped_rows(
         )
 
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    scales = list(by.scales or ())
+    scales = [pltpu.with_memory_space_constraint(s, pltpu.HBM) for s in by.scales or ()]
     counts = [
         len(windows), len(rows.tiles), len(by.weights), len(scales), len(out_dtypes), len(windows),
         len(rows.tiles), len(out_dtypes), len(by.weights) if is_wide else 0,

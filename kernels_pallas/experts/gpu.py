@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import backend, tuning
-from kernels_pallas.experts import gpu_backward, gpu_rows
+from kernels_pallas.experts import gpu_backward, gpu_quantized, gpu_rows
 from kernels_pallas.experts.gpu_backward import Saved, cost
 from kernels_pallas.experts.gpu_product import (
     OF_ROWS,
@@ -30,7 +30,8 @@ from kernels_pallas.experts.gpu_product import (
     staging,
     store,
 )
-from kernels_pallas.experts.inputs import Inputs, stored_as
+from kernels_pallas.experts.inputs import INT4_GROUP, Inputs, stored_as
+from kernels_pallas.experts.quantize import fp8_rows
 
 _HOPPER = ("H100", "H200", "H800", "H20")  # GH200 contains H200
 _FEW = 256  # rows up to which copying matrices takes longer than multiplying
@@ -50,11 +51,15 @@ def refusal(x: Inputs, num_experts: int) -> str | None:
         return "float32: wgmma multiplies in tf32"
     if x.x_TD.dtype not in (jnp.bfloat16, jnp.float16):
         return f"its tokens are bfloat16 or float16, not {x.x_TD.dtype.name}"
-    if stored_as(x) == "float" and any(dtype != x.x_TD.dtype for dtype in dtypes):
+    stored = stored_as(x)
+    if stored != "float" and x.x_TD.dtype != jnp.bfloat16:
+        return f"tokens of stored matrices are bfloat16, not {x.x_TD.dtype.name}"
+    if stored == "float" and any(dtype != x.x_TD.dtype for dtype in dtypes):
         return f"tokens and matrices differ in dtype: {', '.join(d.name for d in dtypes)}"
     D, F = x.x_TD.shape[1], x.w_gate_NDF.shape[2]
-    if D % ROWS or F % ROWS:
-        return f"D ({D}) and F ({F}) are to be multiples of {ROWS}, the side of a tile"
+    side = ROWS if stored == "float" else 2 * ROWS
+    if D % side or F % side:
+        return f"D ({D}) and F ({F}) are to be multiples of {side}, the side of a tile"
     return None
 
 
@@ -91,32 +96,57 @@ def _down_epilogue(
 
 def _plans(x: Inputs, num_experts: int, *, saves: bool) -> tuple[Plan, Plan]:
     """Return the plans of the products with gate and up, and with down."""
-    R, (D, F) = x.expert_TX.size, (x.x_TD.shape[1], x.w_gate_NDF.shape[2])
-    if R > _FEW or saves:
-        groups, granule, per_processor, up_width, down_width = 2, 2 * ROWS, 1, 128, 256
-    else:
-        groups, granule, per_processor, up_width, down_width = 1, 8, 2, 64, 128
-    about = {"rows": "many" if groups == 2 else "few", "dtype": x.w_gate_NDF.dtype.name}
+    R, (D, F), stored = x.expert_TX.size, (x.x_TD.shape[1], x.w_gate_NDF.shape[2]), stored_as(x)
+    few = R <= _FEW and not saves
+    groups, per_processor = (1, 2) if few and stored != "int4" else (2, 1)
+    wide = groups == 2 and stored == "float"
+    granule = 8 if few else 2 * ROWS if wide else ROWS
+    about = {"rows": "few" if few else "many", "stored": stored}
+    default = {"width": 0, "stages": 3 if stored == "int4" else 4}
     plans = []
-    for name, size, most in (("up", F, up_width), ("down", D, down_width)):
-        sizes = tuning.lookup(f"expert_mlp.{name}", {"width": most, "stages": 4}, **about)
-        width = fitting(size, sizes["width"])
+    for name, size, most in (("up", F, 128 if wide else 64), ("down", D, 256 if wide else 128)):
+        sizes = tuning.lookup(f"expert_mlp.{name}", default, **about)
+        share = size if stored == "float" else size // groups  # groups have columns of their own
+        width = fitting(share, sizes["width"] or most)
         plans.append(Plan(groups, granule, width, sizes["stages"], per_processor))
     up, down = plans
-    if per_processor == 2:
-        down = down._replace(splits=_splits(D // down.width, min(R, num_experts), F, down))
+    if few:
+        tile = down.width if stored == "float" else groups * down.width
+        steps = F // (INT4_GROUP if stored == "int4" else ROWS)
+        down = down._replace(splits=_splits(D // tile, min(R, num_experts), steps, down))
     return up, down
 
 
-def _splits(columns: int, experts: int, channels: int, plan: Plan) -> int:
+def _splits(columns: int, experts: int, steps: int, plan: Plan) -> int:
     """Return into how many parts to split sums, so that few programs idle at the end."""
 
     def busy(splits: int) -> float:
         items = columns * experts * splits
         return items / (-(-items // plan.programs) * plan.programs)
 
-    choices = range(1, min(16, channels // ROWS) + 1)
+    choices = range(1, min(16, steps) + 1)
     return next((s for s in choices if busy(s) >= 0.95), max(choices, key=busy))
+
+
+def _rounded(x_PK: jax.Array, stored: str) -> tuple[jax.Array, jax.Array | None]:
+    """Return rows as they meet stored matrices, and their scales if they have any."""
+    if stored == "int4":
+        return gpu_quantized.halved(x_PK), None
+    if stored == "fp8":
+        rounded_PK, scale_P1 = fp8_rows(x_PK)
+        return rounded_PK.astype(jnp.bfloat16), scale_P1[:, 0]
+    return x_PK, None
+
+
+def _product(x: Inputs, x_PK: jax.Array, names: tuple[str, ...], *rest: Any, **how: Any) -> Any:
+    """Multiply rows by the matrices of these names, as they are stored."""
+    matrices = {"gate": x.w_gate_NDF, "up": x.w_up_NDF, "down": x.w_down_NFD}
+    w = tuple(matrices[name] for name in names)
+    if x.scales is None:
+        return product([Term(x_PK, w)], *rest, **how)
+    scales = tuple(getattr(x.scales, name) for name in names)
+    term = gpu_quantized.Stored(*_rounded(x_PK, stored_as(x)), w, scales)
+    return gpu_quantized.product(term, *rest, **how)
 
 
 def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Saved | None]:
@@ -128,26 +158,30 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Sav
     (_, X), dtype = x.expert_TX.shape, x.x_TD.dtype
     D, F = x.x_TD.shape[1], x.w_gate_NDF.shape[2]
     up, down = _plans(x, num_experts, saves=saves)
-    rows = gpu_rows.arrange(x.expert_TX, num_experts, x.first, rows=up.rows, granule=up.granule)
+    block = ROWS if x.scales is not None else up.rows
+    rows = gpu_rows.arrange(x.expert_TX, num_experts, x.first, rows=block, granule=up.granule)
     P = rows.source_P.shape[0]
     x_PD = gpu_rows.spread(x.x_TD, rows.source_P, X)
-    gate_P = gpu_rows.spread_gates(x.gate_TX, rows.source_P)
     hidden = jax.ShapeDtypeStruct((P, F), dtype)
-    hidden_PF, *products = product(
-        [Term(x_PD, (x.w_gate_NDF, x.w_up_NDF))],
+    hidden_PF, *products = _product(
+        x,
+        x_PD,
+        ("gate", "up"),
         rows.blocks_BF,
         up,
         functools.partial(_up_epilogue, plan=up),
-        extras=[gate_P],
+        extras=[gpu_rows.spread_gates(x.gate_TX, rows.source_P)],
         out_type=(hidden,) * (3 if saves else 1),
-        scratch=[staging(up.groups, dtype)],
+        scratch=[staging(up.groups, dtype, line=128)],
         name="expert_mlp_up",
         cost=cost(x, num_experts, matrices=2, rows=D + F * (3 if saves else 1)),
     )
     is_final = X == 1 and x.shared_TD is None and down.splits == 1
     y_dtype = dtype if is_final else jnp.dtype(jnp.float32)
-    (y_APD,) = product(
-        [Term(hidden_PF, (x.w_down_NFD,))],
+    (y_APD,) = _product(
+        x,
+        hidden_PF,
+        ("down",),
         rows.blocks_BF,
         down,
         functools.partial(_down_epilogue, plan=down),

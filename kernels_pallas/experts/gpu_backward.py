@@ -101,7 +101,6 @@ def _epilogue(
     mine = _Scratch(*scratch).of(jax.lax.axis_index("warpgroup"))
     da_PF, db_PF, hidden_PF, dgate_CP = outs
     here = pl.ds(pl.multiple_of(item.start, ROWS), ROWS)
-    gate_R = plgpu.load(extras[0].at[here], layout=OF_ROWS, optimized=False)
     dgate_R = plgpu.layout_cast(jnp.zeros((ROWS,), jnp.float32), OF_ROWS)
     for part in range(plan.width // _PART):
         slot = part % 2
@@ -115,6 +114,7 @@ def _epilogue(
             begin = part * _PART + column
             d_hidden = sums[0][:, begin : begin + _SLICE]
             a, b = (plgpu.load(ref.at[at], layout=TILE).astype(jnp.float32) for ref in mine[:2])
+            gate_R = plgpu.load(extras[0].at[here], layout=OF_ROWS, optimized=False)
             g = jax.lax.broadcast_in_dim(gate_R, a.shape, [0])
             u, v = g * a, g * b
             sigmoid = 1 / (1 + jnp.exp(-u))

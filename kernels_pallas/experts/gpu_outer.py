@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import tuning
-from kernels_pallas.experts.gpu_product import ROWS, Item, fitting, launch, staging, store
+from kernels_pallas.experts.gpu_product import ROWS, Item, drain, fitting, launch, staging, store
 from kernels_pallas.experts.gpu_rows import Rows
 
 _GROUPS = 2  # warpgroups that multiply, each 64 lines of a tile
@@ -88,12 +88,7 @@ def _copy(x_PL: Any, y: Sequence[Any], ring: _Ring, walk: Callable[..., jax.Arra
 
         return jax.lax.fori_loop(jnp.int32(0), tile.steps, fetch, turn)
 
-    turns = walk(copies)
-    for slot in range(stages):
-
-        @pl.when(slot < turns)
-        def _drain(slot: int = slot) -> None:
-            plgpu.barrier_wait(ring.free.at[slot])
+    drain(ring.free, walk(copies))
 
 
 def _multiply(ring: _Ring, walk: Callable[..., jax.Array], write: Callable[..., None]) -> None:

@@ -94,9 +94,22 @@ def _read(blocks_BF: Any, b: jax.Array) -> Block:
     return Block(*(blocks_BF[b, f] for f in range(len(Block._fields))))
 
 
-def _walk(blocks_BF: Any, columns: int, plan: Plan, step: Callable[..., jax.Array]) -> jax.Array:
-    """Do `step` (tiles before it, item) -> tiles after it, for each item of this program."""
-    parts = columns * plan.splits
+def walk(
+    blocks_BF: Any, columns: int, splits: int, width: int, step: Callable[..., jax.Array]
+) -> jax.Array:
+    """Visit the items of this program.
+
+    Args:
+        blocks_BF: see `gpu_rows`.
+        columns: tiles of so many columns.
+        splits: parts of each sum.
+        width: of a tile.
+        step: (tiles that came before, item) -> tiles with those of the item.
+
+    Returns:
+        Tiles of all items.
+    """
+    parts = columns * splits
 
     def visit(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         i, turn = state
@@ -104,8 +117,8 @@ def _walk(blocks_BF: Any, columns: int, plan: Plan, step: Callable[..., jax.Arra
         inside = i - run.first * parts
         part = jax.lax.div(inside, run.count)
         block = _read(blocks_BF, run.first + jax.lax.rem(inside, run.count))
-        column = jax.lax.div(part, jnp.int32(plan.splits)) * plan.width
-        split = jax.lax.rem(part, jnp.int32(plan.splits))
+        column = jax.lax.div(part, jnp.int32(splits)) * width
+        split = jax.lax.rem(part, jnp.int32(splits))
         turn = step(turn, Item(block.matrix, block.start, block.rows, column, split))
         return i + jax.lax.axis_size("program"), turn
 
@@ -114,24 +127,50 @@ def _walk(blocks_BF: Any, columns: int, plan: Plan, step: Callable[..., jax.Arra
     return jax.lax.while_loop(lambda state: state[0] < total, visit, start)[1]
 
 
-def _steps(term: Term, plan: Plan, split: jax.Array) -> tuple[Any, Any]:
+def span(steps: int, split: jax.Array, splits: int) -> tuple[jax.Array, jax.Array]:
     """Return the first step of a part of the sum, and the one after its last."""
-    steps = term.x_PK.shape[1] // DEPTH
-    if plan.splits == 1:
+    if splits == 1:
         return jnp.int32(0), jnp.int32(steps)
-    return split * steps // plan.splits, (split + 1) * steps // plan.splits
+    parts = jnp.int32(splits)
+    return jax.lax.div(split * steps, parts), jax.lax.div((split + 1) * steps, parts)
+
+
+def bring_rows(x_PK: Any, item: Item, channels: Any, tile: Any, ready: Any, granule: int) -> None:
+    """Copy those granules of a block that have rows; for the others arrive all the same."""
+    for row in range(0, tile.shape[0], granule):
+
+        def bring(row: int = row) -> None:
+            theirs = pl.ds(pl.multiple_of(item.start + row, granule), granule)
+            plgpu.copy_gmem_to_smem(x_PK.at[theirs, channels], tile.at[pl.ds(row, granule)], ready)
+
+        if row == 0:
+            bring()
+        else:
+            jax.lax.cond(row < item.rows, bring, lambda: plgpu.barrier_arrive(ready))
+
+
+def drain(free: Any, turns: jax.Array) -> None:
+    """Wait until all tiles that were brought have been read."""
+    for slot in range(free.shape[0]):
+
+        @pl.when(slot < turns)
+        def _drain(slot: int = slot) -> None:
+            plgpu.barrier_wait(free.at[slot])
+
+
+def _span(term: Term, plan: Plan, item: Item) -> tuple[jax.Array, jax.Array]:
+    return span(term.x_PK.shape[1] // DEPTH, item.split, plan.splits)
 
 
 def _copy(terms: Sequence[Term], blocks_BF: Any, columns: int, plan: Plan, ring: _Ring) -> None:
     """Bring the tiles of all items, each as soon as there is room."""
-    stages, granule = plan.stages, plan.granule
 
     def fetch(term: Term, item: Item, k: jax.Array, turn: jax.Array) -> jax.Array:
-        slot = jax.lax.rem(turn, jnp.int32(stages))
+        slot = jax.lax.rem(turn, jnp.int32(plan.stages))
         ready = ring.ready.at[slot]
         channels = pl.ds(k * DEPTH, DEPTH)
 
-        @pl.when(turn >= stages)
+        @pl.when(turn >= plan.stages)
         def _reuse() -> None:
             plgpu.barrier_wait(ring.free.at[slot])
 
@@ -139,17 +178,7 @@ def _copy(terms: Sequence[Term], blocks_BF: Any, columns: int, plan: Plan, ring:
             theirs = pl.ds(item.column, plan.width)
             side = (theirs, channels) if plan.is_transposed else (channels, theirs)
             plgpu.copy_gmem_to_smem(w.at[(item.matrix, *side)], ring.w.at[slot, i], ready)
-        for row in range(0, plan.rows, granule):
-
-            def bring(row: int = row) -> None:
-                theirs = pl.ds(pl.multiple_of(item.start + row, granule), granule)
-                target = ring.x.at[slot, pl.ds(row, granule)]
-                plgpu.copy_gmem_to_smem(term.x_PK.at[theirs, channels], target, ready)
-
-            if row == 0:
-                bring()
-            else:
-                jax.lax.cond(row < item.rows, bring, lambda: plgpu.barrier_arrive(ready))
+        bring_rows(term.x_PK, item, channels, ring.x.at[slot], ready, plan.granule)
         return turn + 1
 
     def copies(turn: jax.Array, item: Item) -> jax.Array:
@@ -158,15 +187,10 @@ def _copy(terms: Sequence[Term], blocks_BF: Any, columns: int, plan: Plan, ring:
             def step(k: jax.Array, turn: jax.Array, term: Term = term) -> jax.Array:
                 return fetch(term, item, k, turn)
 
-            turn = jax.lax.fori_loop(*_steps(term, plan, item.split), step, turn)
+            turn = jax.lax.fori_loop(*_span(term, plan, item), step, turn)
         return turn
 
-    turns = _walk(blocks_BF, columns, plan, copies)
-    for slot in range(stages):
-
-        @pl.when(slot < turns)
-        def _drain(slot: int = slot) -> None:
-            plgpu.barrier_wait(ring.free.at[slot])
+    drain(ring.free, walk(blocks_BF, columns, plan.splits, plan.width, copies))
 
 
 def _multiply(
@@ -202,11 +226,11 @@ def _multiply(
 
                 return turn + 1
 
-            turn = jax.lax.fori_loop(*_steps(term, plan, item.split), step, turn)
+            turn = jax.lax.fori_loop(*_span(term, plan, item), step, turn)
         return [acc[...] for acc in accs]
 
     def count(item: Item) -> jax.Array:
-        spans = [_steps(term, plan, item.split) for term in terms]
+        spans = [_span(term, plan, item) for term in terms]
         return sum((end - begin for begin, end in spans), jnp.int32(0))
 
     def work(turn: jax.Array, item: Item) -> None:
@@ -235,7 +259,7 @@ def _multiply(
             pl.when(~has_rows)(lambda: keep_step(turn, item))
         return turn + count(item)
 
-    _walk(blocks_BF, columns, plan, visit)
+    walk(blocks_BF, columns, plan.splits, plan.width, visit)
 
 
 def fitting(size: int, most: int) -> int:

@@ -11,6 +11,7 @@ tokens chose would otherwise have its 0.25 GB of weights read again.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -98,7 +99,7 @@ def _cost(rows: tr.Rows, by: tr.Matrices, outs: list, num_rows: int, num_experts
     entries = by.depth * by.width * by.weights[0].dtype.itemsize
     if by.stored == "int4":
         entries //= 2
-    scales = sum(4 * s.shape[1] * s.shape[2] for s in by.scales or ())
+    scales = sum(4 * math.prod(s.shape[1:]) for s in by.scales or ())
     windows = sum(a.shape[1] * a.dtype.itemsize for a in rows.windows()) * cut.cores
     tiles = sum(a.dtype.itemsize for a in rows.tiles) + sum(size(d).itemsize for d in outs)
     hit = min(num_experts, num_rows)
@@ -138,7 +139,6 @@ def _matrices(x: Inputs, *names: str, is_transposed: bool = False) -> tr.Matrice
     scales = None
     if x.scales is not None:
         scales = [getattr(x.scales, name) for name in names]
-        scales = [s if s.ndim == 3 else s[:, None] for s in scales]
     return tr.Matrices([weights[n] for n in names], scales, is_transposed, stored_as(x), x.first)
 
 
@@ -261,8 +261,7 @@ def _outer(x_PK: jax.Array, dy_PM: jax.Array, p: tp.Plan, like: Any, first) -> j
         cut,
         first=first,
         num_experts=E,
-        num_matrices=like.shape[0],
-        dtype=like.dtype,
+        like=like,
         name="expert_mlp_backward_weights",
         cost=cost,
     )
@@ -342,5 +341,5 @@ def grouped_outer(
     (R, D), F, (E,) = x_RD.shape, dy_RF.shape[1], group_sizes_E.shape
     p = tp.plan(tp.experts_of(group_sizes_E, R), E, _unit(x_RD.dtype))
     dy_PF = jnp.where(p.is_held_P[:, None], dy_RF[p.source_P], 0)
-    like = jax.ShapeDtypeStruct((E, D, F), dtype)
-    return _outer(x_RD[p.source_P], dy_PF, p, like, jnp.int32(0))
+    dw_EDF = jax.ShapeDtypeStruct((E, D, F), dtype)
+    return _outer(x_RD[p.source_P], dy_PF, p, dw_EDF, jnp.int32(0))

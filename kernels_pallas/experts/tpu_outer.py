@@ -15,7 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend
-from kernels_pallas.attention.tpu_blocks import dot, like
+from kernels_pallas.attention.tpu_blocks import dot
+from kernels_pallas.attention.tpu_blocks import like as varying_like
 from kernels_pallas.experts.tpu_plan import Blocks, read_block
 from kernels_pallas.experts.tpu_rows import VMEM_LIMIT, Cut
 
@@ -141,8 +142,7 @@ def grouped_outer_places(
     *,
     first: jax.Array,
     num_experts: int,
-    num_matrices: int,
-    dtype: jnp.dtype,
+    like: Any,
     name: str,
     cost: pl.CostEstimate,
 ) -> jax.Array:
@@ -155,18 +155,17 @@ def grouped_outer_places(
         cut: static sizes.
         first: number of expert 0's matrix.
         num_experts: E.
-        num_matrices: N; those of no expert are zero.
-        dtype: of the result.
+        like: the matrices [N, K, M], an array if some of them are no expert's; those are zero.
         name: of the kernel.
         cost: what it costs.
 
     Returns:
-        dw_NKM.
+        dw_NKM in the dtype of the matrices.
     """
-    K, M = x_PK.shape[1], dy_PM.shape[1]
+    _, K, M = like.shape
     steps = M // (cut.tile * cut.cores)
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    others = [] if num_matrices == num_experts else [jnp.zeros((num_matrices, K, M), dtype)]
+    others = [] if like.shape[0] == num_experts else [jnp.zeros_like(like)]
 
     def place(c, at, first, table):
         item = _item(table, at, steps, cut.unit)
@@ -188,7 +187,7 @@ def grouped_outer_places(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=like(x_PK, (num_matrices, K, M), dtype),
+        out_shape=varying_like(x_PK, like.shape, like.dtype),
         input_output_aliases={4: 0} if others else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT

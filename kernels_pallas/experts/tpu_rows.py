@@ -34,7 +34,7 @@ class Matrices(NamedTuple):
 
     Attributes:
         weights: one or two arrays [N, K, M], [N, M, K] if transposed, [N, K / 2, M] if int4.
-        scales: float32 [N, 1, M], or [N, K / 128, M] if int4; None for floats.
+        scales: float32 [N, M], or [N, K / 128, M] if int4; None for floats.
         is_transposed: whether columns of the product are rows of a matrix.
         stored: how they are stored.
         first: number of expert 0's matrices.
@@ -291,7 +291,8 @@ def grouped_rows(
         )
 
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    scales = [pltpu.with_memory_space_constraint(s, pltpu.HBM) for s in by.scales or ()]
+    scales = [s if s.ndim == 3 else s[:, None] for s in by.scales or ()]
+    scales = [pltpu.with_memory_space_constraint(s, pltpu.HBM) for s in scales]
     counts = [
         len(windows), len(rows.tiles), len(by.weights), len(scales), len(out_dtypes), len(windows),
         len(rows.tiles), len(out_dtypes), len(by.weights) if is_wide else 0,

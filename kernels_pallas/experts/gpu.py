@@ -24,11 +24,13 @@ from kernels_pallas.experts.gpu_product import (
     ROWS,
     Item,
     Plan,
+    Sums,
     Term,
     fitting,
     product,
     staging,
     store,
+    store_all,
 )
 from kernels_pallas.experts.inputs import INT4_GROUP, Inputs, stored_as
 from kernels_pallas.experts.quantize import fp8_rows
@@ -68,7 +70,7 @@ def _silu_product(u: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _up_epilogue(
-    sums: Sequence[jax.Array], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
+    sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
 ) -> None:
     """Write silu(g a) * (g b) and, if asked for, a and b."""
     (gate_P,) = extras
@@ -77,7 +79,7 @@ def _up_epilogue(
     gate_R = plgpu.load(gate_P.at[here], layout=OF_ROWS, optimized=False)
     step = buffers.shape[2]
     for column in range(0, plan.width, step):
-        a, b = (s[:, column : column + step] for s in sums)
+        a, b = (total(column, step) for total in sums)
         g = jax.lax.broadcast_in_dim(gate_R, a.shape, [0])
         at = item._replace(column=item.column + column)
         tiles = (_silu_product(g * a, g * b), a, b)
@@ -87,11 +89,12 @@ def _up_epilogue(
 
 
 def _down_epilogue(
-    sums: Sequence[jax.Array], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
+    sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
 ) -> None:
     del extras
     buffers = scratch[0].at[jax.lax.axis_index("warpgroup")]
-    store(sums[0], buffers, outs[0].at[item.split], item, plan.granule)
+    target = outs[0].at[item.split]
+    store_all(sums[0], plan.width, buffers, target, item, plan.granule)
 
 
 def _plans(x: Inputs, num_experts: int, *, saves: bool) -> tuple[Plan, Plan]:
@@ -172,7 +175,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Sav
         functools.partial(_up_epilogue, plan=up),
         extras=[gpu_rows.spread_gates(x.gate_TX, rows.source_P)],
         out_type=(hidden,) * (3 if saves else 1),
-        scratch=[staging(up.groups, dtype, line=128)],
+        scratch=[staging(up.groups, dtype, line=128 if x.scales is None else 64)],
         name="expert_mlp_up",
         cost=cost(x, num_experts, matrices=2, rows=D + F * (3 if saves else 1)),
     )

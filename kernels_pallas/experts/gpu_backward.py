@@ -24,11 +24,12 @@ from kernels_pallas.experts.gpu_product import (
     TILE,
     Item,
     Plan,
+    Sums,
     Term,
     fitting,
     product,
     staging,
-    store,
+    store_all,
 )
 from kernels_pallas.experts.gpu_rows import Rows
 from kernels_pallas.experts.inputs import Inputs
@@ -95,7 +96,7 @@ def _prologue(item: Item, extras: Any, scratch: Any) -> None:
 
 
 def _epilogue(
-    sums: Sequence[jax.Array], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
+    sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
 ) -> None:
     """Write da, db, hidden and the columns' share of the gates' gradients."""
     mine = _Scratch(*scratch).of(jax.lax.axis_index("warpgroup"))
@@ -112,7 +113,7 @@ def _epilogue(
         for column in range(0, _PART, _SLICE):
             at = slot, slice(None), pl.ds(column, _SLICE)
             begin = part * _PART + column
-            d_hidden = sums[0][:, begin : begin + _SLICE]
+            d_hidden = sums[0](begin, _SLICE)
             a, b = (plgpu.load(ref.at[at], layout=TILE).astype(jnp.float32) for ref in mine[:2])
             gate_R = plgpu.load(extras[0].at[here], layout=OF_ROWS, optimized=False)
             g = jax.lax.broadcast_in_dim(gate_R, a.shape, [0])
@@ -170,10 +171,11 @@ def _hidden_gradients(
 
 
 def _write(
-    sums: Sequence[jax.Array], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
+    sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
 ) -> None:
     del extras
-    store(sums[0], scratch[0].at[jax.lax.axis_index("warpgroup")], outs[0], item, plan.granule)
+    buffers = scratch[0].at[jax.lax.axis_index("warpgroup")]
+    store_all(sums[0], plan.width, buffers, outs[0], item, plan.granule)
 
 
 def _token_gradients(

@@ -81,6 +81,9 @@ class Item(NamedTuple):
     split: jax.Array
 
 
+Sums = Callable[[int, int], jax.Array]  # first and number of columns -> float32 [64, number]
+
+
 class _Ring(NamedTuple):
     """Tiles of rows [stages, rows, DEPTH] and of each matrix, and barriers for each stage."""
 
@@ -125,6 +128,11 @@ def walk(
     total = blocks_BF[0, Block._fields.index("total")] * parts
     start = jax.lax.axis_index("program").astype(jnp.int32), jnp.int32(0)
     return jax.lax.while_loop(lambda state: state[0] < total, visit, start)[1]
+
+
+def sliced(sums: jax.Array) -> Sums:
+    """Return what gives columns of the sums."""
+    return lambda begin, size: sums[:, begin : begin + size]
 
 
 def span(steps: int, split: jax.Array, splits: int) -> tuple[jax.Array, jax.Array]:
@@ -200,7 +208,7 @@ def _multiply(
     plan: Plan,
     ring: _Ring,
     prologue: Callable[[Item], None],
-    epilogue: Callable[[Sequence[jax.Array], Item], None],
+    epilogue: Callable[[Sequence[Sums], Item], None],
 ) -> None:
     """Sum the products of this warpgroup's rows, and hand over the sums of each item."""
     stages = jnp.int32(plan.stages)
@@ -240,7 +248,7 @@ def _multiply(
         sums = pl.run_scoped(lambda *accs: sum_up(accs, turn, item), *accs)
         last = turn + count(item) - 1
         plgpu.barrier_arrive(ring.free.at[jax.lax.rem(last, stages)])
-        epilogue(sums, own)
+        epilogue([sliced(total) for total in sums], own)
 
     def keep_step(turn: jax.Array, item: Item) -> None:
         def step(k: jax.Array, _: None) -> None:
@@ -302,6 +310,17 @@ def store(
                 pl.when(row < item.rows)(write)
 
 
+def store_all(
+    sums: Sums, width: int, buffers: Any, target_PC: Any, item: Item, granule: int
+) -> None:
+    """Write all columns of the sums; see `store`."""
+    step = buffers.shape[2]
+    for column in range(0, width, step):
+        at = item._replace(column=item.column + column)
+        before = column // step
+        store(sums(column, step), buffers, target_PC, at, granule, before=before)
+
+
 def staging(groups: int, dtype: Any, *, line: int = 128, count: int = 2) -> Any:
     """Return buffers for `store`, for each warpgroup; a line of them has so many bytes."""
     return plgpu.SMEM((groups, count, ROWS, line // jnp.dtype(dtype).itemsize), dtype)
@@ -356,8 +375,7 @@ def product(
         terms: what is multiplied and added up.
         blocks_BF: see `gpu_rows`.
         plan: static sizes.
-        epilogue: (sums, item, extras, outputs, scratch) writes the outputs; the sums are float32
-            [64, width] of each matrix.
+        epilogue: (sums of each matrix, item, extras, outputs, scratch) writes the outputs.
         prologue: (item, extras, scratch) starts copies that the epilogue waits for.
         extras: further arrays for these two.
         out_type: of the outputs.
@@ -394,7 +412,7 @@ def product(
             if prologue is not None:
                 prologue(item, extras, own)
 
-        def finish(sums: Sequence[jax.Array], item: Item) -> None:
+        def finish(sums: Sequence[Sums], item: Item) -> None:
             epilogue(sums, item, extras, outs, own)
 
         group = jax.lax.axis_index("warpgroup")

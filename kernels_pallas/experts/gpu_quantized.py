@@ -27,9 +27,11 @@ from kernels_pallas.experts.gpu_product import (
     TILE,
     Item,
     Plan,
+    Sums,
     bring_rows,
     drain,
     launch,
+    sliced,
     span,
     walk,
 )
@@ -141,15 +143,12 @@ def _multiply(
     visit: Callable[..., jax.Array],
     plan: Plan,
     ring: _Ring,
-    epilogue: Callable[[Sequence[jax.Array], Item], None],
+    epilogue: Callable[[Sequence[Sums], Item], None],
 ) -> None:
     """Sum the products of this warpgroup's columns, and hand over the sums of each item."""
     stages, count = jnp.int32(plan.stages), len(term.w)
     group = jax.lax.axis_index("warpgroup")
     wide, shape = ring.wide.at[group], (ROWS, plan.width)
-
-    def across(vector: jax.Array, axis: int) -> jax.Array:
-        return jax.lax.broadcast_in_dim(vector, shape, [axis])
 
     def release(turn: jax.Array) -> None:
         plgpu.barrier_arrive(ring.free.at[jax.lax.rem(turn, stages)])
@@ -195,29 +194,37 @@ def _multiply(
                 part = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
                 scale = ring.scales.at[slot, group, i]
                 scale_C = plgpu.load(scale, layout=_OF_COLUMNS, optimized=False)
-                out.append(before + part * across(scale_C, 1))
+                more = part * jax.lax.broadcast_in_dim(scale_C, shape, [1])
+                out.append(jax.lax.optimization_barrier(before + more))
             release(turn + k)
             return out
 
         nothing = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), TILE)
         return jax.lax.fori_loop(jnp.int32(0), steps, step, [nothing] * count)
 
+    def scaled(sums: Sums, scale_NC: Any, item: Item) -> Sums:
+        """Scale columns and rows when the epilogue asks for them."""
+
+        def columns(begin: int, size: int) -> jax.Array:
+            tile = sums(begin, size)
+            source = scale_NC.at[item.matrix, pl.ds(pl.multiple_of(item.column + begin, 8), size)]
+            scale_C = plgpu.load(source, layout=_OF_COLUMNS, optimized=False)
+            tile *= jax.lax.broadcast_in_dim(scale_C, tile.shape, [1])
+            if term.scale_P is None:
+                return tile
+            here = pl.ds(pl.multiple_of(item.start, 8), ROWS)
+            scale_R = plgpu.load(term.scale_P.at[here], layout=OF_ROWS, optimized=False)
+            return tile * jax.lax.broadcast_in_dim(scale_R, tile.shape, [0])
+
+        return columns
+
     def work(turn: jax.Array, item: Item) -> jax.Array:
         begin, end = span(term.x_PK.shape[1] // term.channels, item.split, plan.splits)
         own = item._replace(column=item.column + group * plan.width)
-        if term.is_int4:
-            sums = by_groups(turn, end - begin)
-        else:
-            columns = pl.ds(pl.multiple_of(own.column, plan.width), plan.width)
-            sums = []
-            for total, scale in zip(by_channels(turn, end - begin), term.scales, strict=True):
-                source = scale.at[item.matrix, columns]
-                scale_C = plgpu.load(source, layout=_OF_COLUMNS, optimized=False)
-                sums.append(total * across(scale_C, 1))
-        if term.scale_P is not None:
-            here = pl.ds(pl.multiple_of(item.start, 8), ROWS)
-            scale_R = plgpu.load(term.scale_P.at[here], layout=OF_ROWS, optimized=False)
-            sums = [total * across(scale_R, 0) for total in sums]
+        multiply = by_groups if term.is_int4 else by_channels
+        sums = [sliced(total) for total in multiply(turn, end - begin)]
+        if not term.is_int4:
+            sums = [scaled(*pair, own) for pair in zip(sums, term.scales, strict=True)]
         epilogue(sums, own)
         return turn + end - begin
 
@@ -262,7 +269,7 @@ def product(
         def visit(step: Callable[..., jax.Array]) -> jax.Array:
             return walk(blocks_BF, columns, plan.splits, width, step)
 
-        def finish(sums: Sequence[jax.Array], item: Item) -> None:
+        def finish(sums: Sequence[Sums], item: Item) -> None:
             epilogue(sums, item, extras, outs, own)
 
         group = jax.lax.axis_index("warpgroup")

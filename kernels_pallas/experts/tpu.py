@@ -25,7 +25,6 @@ from kernels_pallas.experts import tpu_outer as to
 from kernels_pallas.experts import tpu_plan as tp
 from kernels_pallas.experts import tpu_rows as tr
 from kernels_pallas.experts.inputs import Inputs, stored_as
-from kernels_pallas.experts.quantize import fp8_rows
 
 _TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # devices whose programs run on two cores
 _NARROW = (*_TWO_CORES, "TPU v5 lite", "TPU v5e")  # multipliers of 128 x 128; later ones of 256
@@ -196,27 +195,12 @@ def forward(x: Inputs, num_experts: int, *, saves: bool):
     """Apply the experts."""
     (T, X), dtype = x.expert_TX.shape, x.x_TD.dtype
     p = tp.plan(x.expert_TX.reshape(T * X), num_experts, _unit(dtype))
-    is_fp8 = stored_as(x) == "fp8"
     token_P = p.source_P // X
-    gate_P = jnp.where(p.is_held_P, x.gate_TX.reshape(T * X)[p.source_P], 0).astype(jnp.float32)
-    rows_TD = x.x_TD
-    if is_fp8:
-        rows_TD, scale_T1 = fp8_rows(rows_TD)
-        rows_TD = rows_TD.astype(dtype)
-        gate_P *= scale_T1[token_P, 0]
-    left = tr.Rows([rows_TD[token_P]], _column(gate_P))
-    by = _matrices(x, "gate", "up")
+    gate_P = jnp.where(p.is_held_P, x.gate_TX.reshape(T * X)[p.source_P], 0)
+    rows, by = tr.Rows([x.x_TD[token_P]], _column(gate_P)), _matrices(x, "gate", "up")
     outs = [dtype] * (3 if saves else 1)
-    h_PF, *ab = _run("forward", left, by, lambda *a: _swiglu(*a)[: len(outs)], outs, p=p)
-    left = tr.Rows([h_PF])
-    if is_fp8:
-        h_PF, scale_P1 = fp8_rows(h_PF)
-        left = tr.Rows([h_PF.astype(dtype)], _column(scale_P1[:, 0]))
-
-    def scaled(products, column, _):
-        return products if column is None else [products[0] * column]
-
-    (y_PD,) = _run("forward", left, _matrices(x, "down"), scaled, [dtype], p=p)
+    h_PF, *ab = _run("forward", rows, by, lambda *a: _swiglu(*a)[: len(outs)], outs, p=p)
+    (y_PD,) = _run("forward", tr.Rows([h_PF]), _matrices(x, "down"), _sum, [dtype], p=p)
     y_TD = tp.from_places(y_PD, p).reshape(T, X, -1).astype(jnp.float32).sum(1)
     if x.shared_TD is not None:
         y_TD += x.shared_TD

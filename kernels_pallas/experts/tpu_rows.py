@@ -20,8 +20,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend
-from kernels_pallas.attention.tpu_blocks import dot, like
+from kernels_pallas.attention.tpu_blocks import LANES, dot, like
 from kernels_pallas.experts.inputs import INT4_GROUP
+from kernels_pallas.experts.quantize import FP8_MAX, ROW_MAX
 from kernels_pallas.experts.tpu_plan import Block, Blocks, read_block
 
 VMEM_LIMIT = 52 * 2**20  # of 64 MiB on v5p and TPU7x, 128 MiB on v5e and v6e
@@ -36,7 +37,7 @@ class Matrices(NamedTuple):
         weights: one or two arrays [N, K, M], [N, M, K] if transposed, [N, K / 2, M] if int4.
         scales: float32 [N, M], or [N, K / 128, M] if int4; None for floats.
         is_transposed: whether columns of the product are rows of a matrix.
-        stored: how they are stored.
+        stored: how they are stored. Rows are rounded to float8s too where these are.
         first: number of expert 0's matrices.
     """
 
@@ -116,6 +117,32 @@ def _widen(w_ref: Any, wide: Any, stored: str) -> None:
     wide[...] = pltpu.bitcast(word, jnp.bfloat16)
 
 
+def _round_to_fp8(x: jax.Array) -> jax.Array:
+    """Round float32s within +-448 to the nearest float8_e4m3fn, ties to even.
+
+    That is to 3 bits of fraction, and below 2^-6 to a multiple of 2^-9. Older TPUs cannot convert.
+    """
+    bits = pltpu.bitcast(x, jnp.int32)
+    is_odd = jax.lax.shift_right_logical(bits, 20) & 1
+    normal = pltpu.bitcast((bits + is_odd + 0x7FFFF) & -0x100000, jnp.float32)
+    unit = 1.5 * 2.0 ** (23 - 9)  # beside it, what is less than 2^-9 is rounded off
+    return jnp.where(jnp.abs(x) < 2.0**-6, (x + unit) - unit, normal)
+
+
+def _quantize_rows(window: Any, row_scales: Any, chunks: jax.Array, chunk: int) -> None:
+    """Round a block of rows to float8s, in place, and keep their scales."""
+
+    def quantize(n: jax.Array, _: None) -> None:
+        rows = pl.ds(pl.multiple_of(n * chunk, chunk), chunk)
+        x = window[rows].astype(jnp.float32)
+        scale = jnp.clip(jnp.abs(x).max(1, keepdims=True), 1e-12, ROW_MAX) / FP8_MAX
+        rounded = _round_to_fp8(jnp.clip(x / scale, -FP8_MAX, FP8_MAX))
+        window[rows] = rounded.astype(window.dtype)
+        row_scales[rows] = jnp.broadcast_to(scale, (chunk, LANES))
+
+    jax.lax.fori_loop(0, chunks, quantize, None)
+
+
 def _multiply(x: jax.Array, w_ref: Any, scale_ref: Any, by: Matrices) -> jax.Array:
     """Multiply a chunk of rows by a tile of columns; float32."""
     if by.stored != "int4":
@@ -141,6 +168,7 @@ class _Refs(NamedTuple):
     tile_buffers: list[Any]
     out_buffers: list[Any]
     wide: list[Any]
+    row_scales: list[Any]
     window_arrived: Any
     tile_arrived: Any
     out_left: Any
@@ -163,7 +191,7 @@ def _kernel(by: Matrices, cut: Cut, steps: int, counts: Sequence[int], num_left:
         c, i, j = (pl.program_id(axis) for axis in range(3))
         number = pl.num_programs(1)
         at = i * steps + j
-        block = read_block(table, i, cut.unit)
+        chunks = pl.cdiv(read_block(table, i, cut.unit).rows, cut.chunk)
 
         def transfers(sources, targets, semaphores, slot):
             return [
@@ -203,6 +231,9 @@ def _kernel(by: Matrices, cut: Cut, steps: int, counts: Sequence[int], num_left:
             pl.when(i == 0)(lambda: start(window_copies(i)))
             wait(window_copies(i))
             pl.when(i + 1 < number)(lambda: start(window_copies(i + 1)))
+            for row_scales in refs.row_scales:
+                left = refs.window_buffers[0].at[jax.lax.rem(i, 2)]
+                _quantize_rows(left, row_scales, chunks, cut.chunk)
 
         pl.when(at == 0)(lambda: start(tile_copies(at, is_out=False)))
         wait(tile_copies(at, is_out=False))
@@ -223,13 +254,15 @@ def _kernel(by: Matrices, cut: Cut, steps: int, counts: Sequence[int], num_left:
                 _multiply(x, w, scale, by)
                 for x, w, scale in zip(left, weights, scales, strict=True)
             ]
+            for row_scales in refs.row_scales:
+                products = [product * row_scales[rows][:, :1] for product in products]
             column = read[num_left][:, :1] if len(read) > num_left else None
             tiles = [buffer[slot, rows].astype(jnp.float32) for buffer in refs.tile_buffers]
             results = epilogue(products, column, tiles)
             for buffer, result in zip(refs.out_buffers, results, strict=True):
                 buffer[slot, rows] = result.astype(buffer.dtype)
 
-        jax.lax.fori_loop(0, pl.cdiv(block.rows, cut.chunk), compute, None)
+        jax.lax.fori_loop(0, chunks, compute, None)
         start(tile_copies(at, is_out=True))
 
         @pl.when(at == number * steps - 1)
@@ -296,6 +329,7 @@ def grouped_rows(
     counts = [
         len(windows), len(rows.tiles), len(by.weights), len(scales), len(out_dtypes), len(windows),
         len(rows.tiles), len(out_dtypes), len(by.weights) if is_wide else 0,
+        int(by.stored == "fp8"),
     ]  # fmt: skip
     semaphores = [pltpu.SemaphoreType.DMA((max(n, 1), 2)) for n in counts[:2]]
     kernel = _kernel(by, cut, steps, counts, len(rows.left), epilogue)
@@ -315,6 +349,7 @@ def grouped_rows(
                 *[pltpu.VMEM((2, cut.window, cut.tile), a.dtype) for a in rows.tiles],
                 *[pltpu.VMEM((2, cut.window, cut.tile), d) for d in out_dtypes],
                 *[pltpu.VMEM((by.depth, cut.tile), jnp.bfloat16) for _ in by.weights if is_wide],
+                *[pltpu.VMEM((cut.window, LANES), jnp.float32)] * counts[-1],
                 *semaphores,
                 pltpu.SemaphoreType.DMA((len(out_dtypes), 2)),
             ],

@@ -1,0 +1,171 @@
+"""Experts divided over TPUs, one round in one kernel: rows travel, are multiplied, travel back.
+
+Every device starts by sending each peer its queue of rows by remote DMA, then takes its own queue
+through its experts, then that of the peer before it on the ring, and so on; a queue is waited for
+when its turn comes. A finished window of rows leaves for its owner while the next is multiplied. At
+a distance on the ring everybody receives from one peer and sends to one, so no device is crowded.
+
+A window is rows that stay in VMEM, with float32 sums of their results, while the matrices of each
+expert that has rows in it stream past: tiles of gate and up of `tile` columns, of down of as many
+rows. So an expert's matrices are read once for each window in which it has rows: once for a queue
+if that fits. Several short queues share a window, up to `_GROUP` rows, where a product takes about
+as long as reading the matrices; those of an expert are then read once for all of these peers.
+
+An expert's rows may begin anywhere in a window: products are of whole chunks of rows, and hidden
+rows that are another expert's are set to zero, in which way they add nothing to the sums.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels_pallas import backend, tuning
+from kernels_pallas.attention.tpu_blocks import LANES, like
+from kernels_pallas.experts.tpu_parallel_kernel import Mesh, exchange_kernel
+from kernels_pallas.experts.tpu_parallel_walk import Cut
+from kernels_pallas.experts.tpu_plan import SCALARS_BUDGET, round_up
+from kernels_pallas.experts.tpu_rows import TILES, VMEM_BUDGET, VMEM_LIMIT
+
+_TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # devices whose programs run on two cores
+_NARROW = (*_TWO_CORES, "TPU v5 lite", "TPU v5e")  # multipliers of 128 x 128; later ones of 256
+
+
+def _fit(peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int) -> Cut | None:
+    """Choose the largest window that fits into VMEM, then the widest tile, or None if none fit."""
+    (_, D, F), dtype = w_gate_NDF.shape, w_gate_NDF.dtype
+    size, kind = dtype.itemsize, backend.device_kind()
+    default = {
+        "group": 512,
+        "window": 1024,
+        "chunk": 128 if kind in _NARROW else 256,
+        "tile": TILES[0],
+        "cores": 2 if kind in _TWO_CORES else 1,
+    }
+    shape = {"D": D, "F": F, "E": num_local, "dtype": str(dtype)}
+    tuned = tuning.lookup("expert_mlp.exchange", default, **shape)
+    unit = 32 // size
+    chunk, cores = min(tuned["chunk"], round_up(rows, unit)), min(tuned["cores"], peers)
+    queue = round_up(rows, chunk)
+    groups = [n for n in range(peers // cores, 0, -1) if peers % n == 0]
+    shared = [(n, 1) for n in groups if n == 1 or n * queue <= tuned["group"]]
+    for group, windows in [*shared, *((1, n) for n in range(2, queue // chunk + 1))]:
+        part = round_up(-(-rows // windows), chunk)
+        for tile in TILES:
+            is_whole = tile <= tuned["tile"] and F % tile == 0
+            needed = group * part * D * (2 * size + 4) + 6 * D * tile * size
+            if is_whole and group * part <= tuned["window"] and needed < VMEM_BUDGET:
+                return Cut(peers, group, windows, part, chunk, tile, unit, cores)
+    return None
+
+
+def refusal(
+    peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int, dtype: jnp.dtype
+) -> str | None:
+    """Return why these queues cannot be taken, or None if they can.
+
+    Args:
+        peers: devices, each of which has a queue for each.
+        rows: places of a queue.
+        w_gate_NDF: gate matrices as stored.
+        num_local: experts of a device.
+        dtype: of the rows.
+    """
+    _, D, F = w_gate_NDF.shape
+    if peers == 1:
+        return "there is no peer to exchange rows with"
+    if dtype not in (jnp.bfloat16, jnp.float32) or w_gate_NDF.dtype != dtype:
+        return f"rows of {dtype} and matrices of {w_gate_NDF.dtype} must be bfloat16 or float32"
+    if D % LANES or F % LANES:
+        return f"D ({D}) and F ({F}) must be multiples of {LANES}"
+    if num_local >= LANES:
+        return f"{num_local} experts on a device are more than {LANES - 1}"
+    cut = _fit(peers, rows, w_gate_NDF, num_local)
+    if cut is None:
+        return f"rows of {D} columns and tiles of their matrices do not fit into VMEM"
+    needed = 4 * (peers // cut.group * cut.windows * num_local + peers * LANES)
+    if needed > SCALARS_BUDGET:
+        return f"its schedule takes {needed} bytes of SMEM, over {SCALARS_BUDGET}"
+    return None
+
+
+def exchange_and_apply(
+    x_PRD: jax.Array,
+    gate_PR: jax.Array,
+    expert_PR: jax.Array,
+    w_gate_NDF: jax.Array,
+    w_up_NDF: jax.Array,
+    w_down_NFD: jax.Array,
+    first: jax.Array,
+    *,
+    num_local: int,
+    axes: str | tuple[str, ...],
+) -> jax.Array:
+    """Send each peer a queue of rows, apply its experts to them, and bring the results home.
+
+    Call it inside `jax.shard_map`, on all devices of the axes alike.
+
+    Args:
+        x_PRD: queue of rows for each device of the axes.
+        gate_PR: their gates.
+        expert_PR: int32 expert of each row among those of the device it goes to, ascending in a
+            queue; places without a row are last and have -1.
+        w_gate_NDF, w_up_NDF, w_down_NFD: this device's matrices, perhaps of several layers.
+        first: int32 number of its expert 0's matrices.
+        num_local: experts of a device.
+        axes: mesh axes.
+
+    Returns:
+        y_PRD in the dtype of x; places without a row are arbitrary.
+    """
+    (P, R, D), F, size = x_PRD.shape, w_gate_NDF.shape[2], x_PRD.dtype.itemsize
+    mesh, cut = Mesh.of(axes), _fit(P, R, w_gate_NDF, num_local)
+    assert cut is not None
+    lanes, chunks = round_up(cut.chunk, LANES), cut.windows * cut.rows // cut.chunk
+    x_PRD = jnp.pad(x_PRD, ((0, 0), (0, round_up(R, cut.unit) - R), (0, 0)))
+    gates = jnp.pad(gate_PR.astype(jnp.float32), ((0, 0), (0, chunks * cut.chunk - R)))
+    gates = gates.reshape(P, chunks, cut.chunk)
+    gates = jnp.pad(gates, ((0, 0), (0, 0), (0, lanes - cut.chunk)))
+    is_before = (expert_PR[..., None] >= 0) & (expert_PR[..., None] < jnp.arange(num_local + 1))
+    bounds = is_before.sum(1, dtype=jnp.int32)
+    scalars = jnp.stack([first, *mesh.own(), *bounds[:, num_local]]).astype(jnp.int32)
+    bounds = jnp.pad(bounds, ((0, 0), (0, LANES - num_local - 1)))[:, None]
+    in_hbm, in_smem = (pl.BlockSpec(memory_space=m) for m in (pl.ANY, pltpu.SMEM))
+    rows, dtype = cut.group * cut.rows, x_PRD.dtype
+    semaphores = [(), (2,), (), (P,), (), (), (), (3, 2)]
+    readings = P // cut.group * (num_local + cut.windows - 1)
+    y, _ = pl.pallas_call(
+        exchange_kernel(cut, num_local, F // cut.tile, mesh),
+        grid=(cut.cores,),
+        in_specs=[in_smem, *[in_hbm] * 6],
+        out_specs=[in_hbm] * 2,
+        out_shape=[like(x_PRD, x_PRD.shape, dtype)] * 2,
+        scratch_shapes=[
+            pltpu.VMEM(gates.shape, jnp.float32),
+            pltpu.VMEM(bounds.shape, jnp.int32),
+            pltpu.SMEM(bounds.shape, jnp.int32),
+            pltpu.SMEM((P // cut.group * cut.windows * num_local,), jnp.int32),
+            pltpu.VMEM((rows, D), dtype),
+            pltpu.VMEM((rows, D), jnp.float32),
+            pltpu.VMEM((rows, D), dtype),
+            pltpu.VMEM((2, D, cut.tile), dtype),
+            pltpu.VMEM((2, D, cut.tile), dtype),
+            pltpu.VMEM((2, cut.tile, D), dtype),
+            *[pltpu.SemaphoreType.DMA(shape) for shape in semaphores],
+        ],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel",),
+            collective_id=mesh.collective(),
+            has_side_effects=True,
+            vmem_limit_bytes=VMEM_LIMIT,
+        ),
+        cost_estimate=pl.CostEstimate(
+            flops=6 * P * R * D * F,
+            transcendentals=P * R * F,
+            bytes_accessed=(readings * 3 * D * F + 4 * P * R * D) * size,
+            remote_bytes_transferred=2 * (P - 1) * R * D * size,
+        ),
+        interpret=backend.tpu_interpreter(),
+        name="expert_mlp_exchange",
+    )(scalars, x_PRD, gates, bounds, w_gate_NDF, w_up_NDF, w_down_NFD)
+    return y[:, :R]

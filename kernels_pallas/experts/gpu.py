@@ -100,21 +100,21 @@ def _down_epilogue(
 def _plans(x: Inputs, num_experts: int, *, saves: bool) -> tuple[Plan, Plan]:
     """Return the plans of the products with gate and up, and with down."""
     R, (D, F), stored = x.expert_TX.size, (x.x_TD.shape[1], x.w_gate_NDF.shape[2]), stored_as(x)
-    few = R <= _FEW and not saves
+    few, is_wide = R <= _FEW and not saves, stored == "float"
     groups, per_processor = (1, 2) if few and stored != "int4" else (2, 1)
-    wide = groups == 2 and stored == "float"
-    granule = 8 if few else 2 * ROWS if wide else ROWS
+    granule = 8 if few else 2 * ROWS if is_wide else ROWS
     about = {"rows": "few" if few else "many", "stored": stored}
-    default = {"width": 0, "stages": 3 if stored == "int4" else 4}
+    default = {"width": 0, "stages": 4}
+    up_width, down_width = (128, 256) if is_wide and not few else (64, 128)
     plans = []
-    for name, size, most in (("up", F, 128 if wide else 64), ("down", D, 256 if wide else 128)):
+    for name, size, most in (("up", F, up_width), ("down", D, down_width)):
         sizes = tuning.lookup(f"expert_mlp.{name}", default, **about)
-        share = size if stored == "float" else size // groups  # groups have columns of their own
+        share = size if is_wide else size // groups  # groups have columns of their own
         width = fitting(share, sizes["width"] or most)
         plans.append(Plan(groups, granule, width, sizes["stages"], per_processor))
     up, down = plans
     if few:
-        tile = down.width if stored == "float" else groups * down.width
+        tile = down.width if is_wide else groups * down.width
         steps = F // (INT4_GROUP if stored == "int4" else ROWS)
         down = down._replace(splits=_splits(D // tile, min(R, num_experts), steps, down))
     return up, down
@@ -152,6 +152,12 @@ def _product(x: Inputs, x_PK: jax.Array, names: tuple[str, ...], *rest: Any, **h
     return gpu_quantized.product(term, *rest, **how)
 
 
+def _staging(x: Inputs, plan: Plan, dtype: Any) -> Any:
+    """Return what is written by way of; few rows are written one buffer at a time."""
+    line = 128 if x.scales is None else 64
+    return staging(plan.groups, dtype, line=line, count=1 if plan.granule < ROWS else 2)
+
+
 def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Saved | None]:
     """Apply the experts; see `api.expert_mlp`.
 
@@ -175,7 +181,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Sav
         functools.partial(_up_epilogue, plan=up),
         extras=[gpu_rows.spread_gates(x.gate_TX, rows.source_P)],
         out_type=(hidden,) * (3 if saves else 1),
-        scratch=[staging(up.groups, dtype, line=128 if x.scales is None else 64)],
+        scratch=[_staging(x, up, dtype)],
         name="expert_mlp_up",
         cost=cost(x, num_experts, matrices=2, rows=D + F * (3 if saves else 1)),
     )
@@ -190,7 +196,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Sav
         functools.partial(_down_epilogue, plan=down),
         extras=[],
         out_type=(jax.ShapeDtypeStruct((down.splits, P, D), y_dtype),),
-        scratch=[staging(down.groups, y_dtype)],
+        scratch=[_staging(x, down, y_dtype)],
         name="expert_mlp_down",
         cost=cost(x, num_experts, matrices=1, rows=D + F),
     )

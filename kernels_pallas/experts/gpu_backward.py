@@ -76,8 +76,9 @@ class _Scratch(NamedTuple):
 
     def of(self, group: jax.Array) -> "_Scratch":
         """Return the part of a warpgroup."""
-        tiles = (ref.at[group] for ref in self[:-1])
-        return _Scratch(*tiles, tuple(self.ready.at[2 * group + slot] for slot in range(2)))
+        a, b, hidden, sums = (ref.at[group] for ref in self[:-1])
+        ready = tuple(self.ready.at[2 * group + slot] for slot in range(2))
+        return _Scratch(a, b, hidden, sums, ready)
 
 
 def _bring(item: Item, part: int, extras: Any, scratch: _Scratch) -> None:

@@ -1,10 +1,10 @@
 """The grouped product with stored matrices: int8, int4 or float8 on the way to the tensor cores.
 
-As `gpu_product`, except that matrices come into the ring as stored, and that a warpgroup widens its
-tile to bfloat16 before it multiplies: from one place in shared memory to another, through
-registers. So warpgroups side by side share rows and have columns of their own. Widening is exact;
-scales come after the product, in float32: those of output channels, and of rows where these were
-rounded to float8 too, at the end, and those of int4's groups after each step, which is one group.
+As `gpu_product`, except that matrices come into the ring as stored, and that a warpgroup widens
+them to bfloat16 before it multiplies, 64 columns at a time: from one place in shared memory to
+another, through registers, while the tensor cores are at the columns before. So warpgroups side by
+side share rows and have columns of their own. Scales of output channels, and of rows where these
+were rounded to float8 too, multiply the sums, in float32; those of int4's groups the widened tile.
 
 A byte of int4 holds two input channels, which become two tiles, one of the even and one of the odd
 channels; the rows' channels come in that order (`halved`). Both are got by arithmetic on four
@@ -31,14 +31,14 @@ from kernels_pallas.experts.gpu_product import (
     bring_rows,
     drain,
     launch,
-    sliced,
     span,
     walk,
 )
 from kernels_pallas.experts.inputs import INT4_GROUP
 
 _OF_COLUMNS = TILE.reduce(0)
-_PART = 32  # columns that are widened at a time, for want of registers
+_PART = 64  # columns that are widened and multiplied at a time
+_SLICE = 32  # and of these, as many as registers hold
 
 
 class Stored(NamedTuple):
@@ -74,7 +74,7 @@ class _Ring(NamedTuple):
         x: tiles of rows [stages, 64, channels].
         w: tiles as stored [stages, groups, matrices, 64, width].
         scales: of int4's groups [stages, groups, matrices, width], or None.
-        wide: tiles to multiply [groups, buffers, matrices, channels, width].
+        wide: tiles to multiply [groups, matrices * width / 64, channels, 64].
         ready, free: barriers of stages.
     """
 
@@ -122,17 +122,19 @@ def _copy(term: Stored, visit: Callable[..., jax.Array], plan: Plan, ring: _Ring
     drain(ring.free, visit(copies))
 
 
-def _widen(stored: Any, wide: Any) -> None:
-    """Write a tile as bfloat16, of int4 the odd channels after the even ones, part by part."""
-
-    @pl.loop(0, stored.shape[1] // _PART)
-    def _(part: jax.Array) -> None:
-        columns = pl.ds(pl.multiple_of(part * _PART, _PART), _PART)
+def _widen(stored: Any, scale: Any, wide: Any) -> None:
+    """Write a tile as bfloat16, of int4 the odd channels after the even ones, and scaled."""
+    for first in range(0, _PART, _SLICE):
+        columns = pl.ds(first, _SLICE)
         tile = plgpu.load(stored.at[:, columns], layout=TILE)
-        if wide.shape[0] > DEPTH:
-            wide[pl.ds(0, DEPTH), columns] = ((tile & 15) ^ 8).astype(wide.dtype) - 8
-            wide[pl.ds(DEPTH, DEPTH), columns] = (tile & -16).astype(wide.dtype) * 0.0625
-            return
+        if scale is not None:
+            scale_C = plgpu.load(scale.at[columns], layout=_OF_COLUMNS, optimized=False)
+            factor = jax.lax.broadcast_in_dim(scale_C.astype(wide.dtype), tile.shape, [1])
+            even = (((tile & 15) ^ 8).astype(wide.dtype) - 8) * factor
+            wide[pl.ds(0, DEPTH), columns] = even
+            odd = (tile & -16).astype(wide.dtype) * (factor * 0.0625)
+            wide[pl.ds(DEPTH, DEPTH), columns] = odd
+            continue
         if tile.dtype == jnp.float8_e4m3fn:
             tile = tile.astype(jnp.float32)
         wide[:, columns] = tile.astype(wide.dtype)
@@ -146,61 +148,43 @@ def _multiply(
     epilogue: Callable[[Sequence[Sums], Item], None],
 ) -> None:
     """Sum the products of this warpgroup's columns, and hand over the sums of each item."""
-    stages, count = jnp.int32(plan.stages), len(term.w)
+    stages, parts = jnp.int32(plan.stages), plan.width // _PART
     group = jax.lax.axis_index("warpgroup")
-    wide, shape = ring.wide.at[group], (ROWS, plan.width)
+    tiles = [(i, part) for i in range(len(term.w)) for part in range(parts)]
 
     def release(turn: jax.Array) -> None:
         plgpu.barrier_arrive(ring.free.at[jax.lax.rem(turn, stages)])
 
-    def by_channels(turn: jax.Array, steps: jax.Array) -> Sequence[jax.Array]:
-        """Multiply one step while the next is widened."""
-
-        def sum_up(*accs: Any) -> Sequence[jax.Array]:
+    def sum_up(turn: jax.Array, steps: jax.Array) -> Sequence[jax.Array]:
+        def run(*accs: Any) -> Sequence[jax.Array]:
             def step(k: jax.Array, _: None) -> None:
-                slot, buffer = jax.lax.rem(turn + k, stages), jax.lax.rem(k, jnp.int32(2))
+                slot = jax.lax.rem(turn + k, stages)
                 plgpu.barrier_wait(ring.ready.at[slot])
-                for i in range(count):
-                    _widen(ring.w.at[slot, group, i], wide.at[buffer, i])
-                plgpu.commit_smem()
-                for i, acc in enumerate(accs):
-                    plgpu.wgmma(acc, ring.x.at[slot], wide.at[buffer, i])
-                plgpu.wgmma_wait(count)  # those before are done with their tiles
+                for (i, part), acc, n in zip(tiles, accs, range(len(tiles)), strict=True):
+                    columns = pl.ds(part * _PART, _PART)
+                    scale = None if ring.scales is None else ring.scales.at[slot, group, i, columns]
+                    wide = ring.wide.at[group, n]
+                    plgpu.wgmma_wait(len(tiles) - 1)  # the last product with this tile is done
+                    _widen(ring.w.at[slot, group, i, :, columns], scale, wide)
+                    plgpu.commit_smem()
+                    plgpu.wgmma(acc, ring.x.at[slot], wide)
                 pl.when(k > 0)(lambda: release(turn + k - 1))
 
             jax.lax.fori_loop(jnp.int32(0), steps, step, None)
             return [acc[...] for acc in accs]
 
-        sums = pl.run_scoped(sum_up, *[plgpu.ACC(shape, jnp.float32)] * count)
+        sums = pl.run_scoped(run, *[plgpu.ACC((ROWS, _PART), jnp.float32)] * len(tiles))
         release(turn + steps - 1)
         return sums
 
-    def by_groups(turn: jax.Array, steps: jax.Array) -> Sequence[jax.Array]:
-        """Scale the product of each step before it is added."""
+    def joined(sums: Sequence[jax.Array]) -> Sums:
+        """Give columns of a matrix whose sums are in parts; a request stays within one."""
 
-        def step(k: jax.Array, sums: Sequence[jax.Array]) -> Sequence[jax.Array]:
-            slot = jax.lax.rem(turn + k, stages)
-            plgpu.barrier_wait(ring.ready.at[slot])
-            out = []
-            for i, before in enumerate(sums):
-                tile = wide.at[0, i]
-                _widen(ring.w.at[slot, group, i], tile)
-                plgpu.commit_smem()
+        def columns(begin: int, size: int) -> jax.Array:
+            part, inside = divmod(begin, _PART)
+            return sums[part][:, inside : inside + size]
 
-                def multiply(acc: Any, tile: Any = tile) -> jax.Array:
-                    plgpu.wgmma(acc, ring.x.at[slot], tile)
-                    return acc[...]
-
-                part = pl.run_scoped(multiply, plgpu.ACC(shape, jnp.float32))
-                scale = ring.scales.at[slot, group, i]
-                scale_C = plgpu.load(scale, layout=_OF_COLUMNS, optimized=False)
-                more = part * jax.lax.broadcast_in_dim(scale_C, shape, [1])
-                out.append(jax.lax.optimization_barrier(before + more))
-            release(turn + k)
-            return out
-
-        nothing = plgpu.layout_cast(jnp.zeros(shape, jnp.float32), TILE)
-        return jax.lax.fori_loop(jnp.int32(0), steps, step, [nothing] * count)
+        return columns
 
     def scaled(sums: Sums, scale_NC: Any, item: Item) -> Sums:
         """Scale columns and rows when the epilogue asks for them."""
@@ -221,8 +205,8 @@ def _multiply(
     def work(turn: jax.Array, item: Item) -> jax.Array:
         begin, end = span(term.x_PK.shape[1] // term.channels, item.split, plan.splits)
         own = item._replace(column=item.column + group * plan.width)
-        multiply = by_groups if term.is_int4 else by_channels
-        sums = [sliced(total) for total in multiply(turn, end - begin)]
+        totals = sum_up(turn, end - begin)
+        sums = [joined(totals[i * parts :]) for i in range(len(term.w))]
         if not term.is_int4:
             sums = [scaled(*pair, own) for pair in zip(sums, term.scales, strict=True)]
         epilogue(sums, own)
@@ -245,14 +229,13 @@ def product(
 ) -> Any:
     """Multiply the rows of each block by its expert's matrices; see `gpu_product.product`."""
     count, groups, stages = len(term.w), plan.groups, plan.stages
-    buffers = 1 if term.is_int4 else 2
     scales = plgpu.SMEM((stages, groups, count, plan.width), jnp.float32)
     copies = ROWS // plan.granule + groups * count * (2 if term.is_int4 else 1)
     rings = _Ring(
         plgpu.SMEM((stages, ROWS, term.channels), term.x_PK.dtype),
         plgpu.SMEM((stages, groups, count, DEPTH, plan.width), term.w[0].dtype),
         scales if term.is_int4 else None,
-        plgpu.SMEM((groups, buffers, count, term.channels, plan.width), term.x_PK.dtype),
+        plgpu.SMEM((groups, count * plan.width // _PART, term.channels, _PART), term.x_PK.dtype),
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
     )

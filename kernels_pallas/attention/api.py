@@ -7,8 +7,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.attention import reference
-from kernels_pallas.attention.visibility import Inputs, Settings
+from kernels_pallas.attention.visibility import NEGATIVE, Inputs, Settings
 from kernels_pallas.backend import Backend, choose
 
 
@@ -157,4 +156,8 @@ def merge_attention(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Ar
     """
     if outs.shape[:-1] != lses.shape:
         raise ValueError(f"outs {outs.shape} less its last axis must match lses {lses.shape}")
-    return reference.merge_attention(outs, lses)
+    top = jax.lax.stop_gradient(lses.max(0))
+    weights = jnp.exp(lses - top)
+    total = weights.sum(0)
+    out = (outs * weights[..., None]).sum(0) / total[..., None]
+    return out, jnp.where(top > NEGATIVE / 2, top + jnp.log(total), NEGATIVE)

@@ -309,12 +309,3 @@ def backward(
     S = x.k_BSKH.shape[1]
     dq_BTNH = _join(dq, x.q_BTNH).astype(x.q_BTNH.dtype)
     return dq_BTNH, dk[:, :S].astype(x.k_BSKH.dtype), dv[:, :S].astype(x.v_BSKH.dtype)
-
-
-def merge_attention(outs: jax.Array, lses: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Combine attention over disjoint sets of keys. See `api.merge_attention`."""
-    top = jax.lax.stop_gradient(lses.max(0))
-    weights = jnp.exp(lses - top)
-    total = weights.sum(0)
-    out = (outs * weights[..., None]).sum(0) / total[..., None]
-    return out, jnp.where(top > NEGATIVE / 2, top + jnp.log(total), NEGATIVE)

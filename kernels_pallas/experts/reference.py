@@ -49,7 +49,7 @@ def combine(y_RD: jax.Array, to: Dispatch, experts_per_token: int) -> jax.Array:
     return unsorted_RD.reshape(-1, experts_per_token, D).sum(1)
 
 
-def _block_rows(num_rows: int, num_experts: int) -> int:
+def block_rows(num_rows: int, num_experts: int) -> int:
     """Return the rows of a block: about an expert's mean share, within MIN_BLOCK and MAX_BLOCK.
 
     An expert that a few rows share should be one block: each block reads its matrix once more.
@@ -58,7 +58,7 @@ def _block_rows(num_rows: int, num_experts: int) -> int:
     return min(MAX_BLOCK, num_rows, max(MIN_BLOCK, 1 << max(share - 1, 0).bit_length()))
 
 
-class _Blocks(NamedTuple):
+class Blocks(NamedTuple):
     """The run-time schedule: blocks of each expert before it, and the first row of each expert."""
 
     ends_E: jax.Array
@@ -66,13 +66,14 @@ class _Blocks(NamedTuple):
     sizes_E: jax.Array
 
 
-def _schedule(group_sizes_E: jax.Array, rows: int) -> _Blocks:
+def schedule(group_sizes_E: jax.Array, rows: int) -> Blocks:
+    """Cut each expert's rows into blocks of so many rows, the last one partial."""
     ends_E = jnp.cumsum(-(-group_sizes_E // rows))
     offsets_E = jnp.cumsum(group_sizes_E) - group_sizes_E
-    return _Blocks(ends_E, offsets_E, group_sizes_E)
+    return Blocks(ends_E, offsets_E, group_sizes_E)
 
 
-def _locate(blocks: _Blocks, i: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+def locate(blocks: Blocks, i: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the expert of block i, its first row, and how many rows from there are its own."""
     expert = jnp.searchsorted(blocks.ends_E, i, side="right").astype(jnp.int32)
     before = jnp.where(expert > 0, blocks.ends_E[expert - 1], 0)
@@ -80,95 +81,12 @@ def _locate(blocks: _Blocks, i: jax.Array, rows: int) -> tuple[jax.Array, jax.Ar
     return expert, blocks.offsets_E[expert] + inside, blocks.sizes_E[expert] - inside
 
 
-def _pad_rows(x: jax.Array, rows: int) -> jax.Array:
-    return jnp.pad(x, ((0, rows), (0, 0)))
-
-
-@jax.custom_vjp
-def grouped_matmul(
-    x_RD: jax.Array, w_NDF: jax.Array, group_sizes_E: jax.Array, first: jax.Array | int
-) -> jax.Array:
-    """Multiply each run of sorted rows by its expert's matrix.
-
-    Args:
-        x_RD: rows sorted by expert.
-        w_NDF: matrices of these experts and perhaps of others; the loop reads those it needs.
-        group_sizes_E: int32 rows of each expert; rows beyond their sum belong to nobody.
-        first: int32 place of expert 0's matrix in w_NDF; the others follow it.
-
-    Returns:
-        y_RF in the dtype of x; rows of nobody are arbitrary but finite.
-    """
-    (R, D), F, E = x_RD.shape, w_NDF.shape[2], group_sizes_E.shape[0]
-    rows = _block_rows(R, E)
-    blocks = _schedule(group_sizes_E, rows)
-    x_padded = _pad_rows(x_RD, rows)
-
-    def body(i: jax.Array, y: jax.Array) -> jax.Array:
-        expert, start, _ = _locate(blocks, i, rows)
-        x = jax.lax.dynamic_slice(x_padded, (start, 0), (rows, D))
-        w = jax.lax.dynamic_index_in_dim(w_NDF, first + expert, keepdims=False)
-        # Rows past the expert's end are overwritten by the blocks that follow.
-        return jax.lax.dynamic_update_slice(y, jnp.dot(x, w).astype(y.dtype), (start, 0))
-
-    y = jnp.zeros((R + rows, F), x_RD.dtype)
-    return jax.lax.fori_loop(0, blocks.ends_E[-1], body, y)[:R]
-
-
-def _grouped_outer(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """Sum x^T dy over each expert's rows: the float32 gradient of its matrix. Returns dw_EDF."""
-    (R, D), F, E = x_RD.shape, dy_RF.shape[1], group_sizes_E.shape[0]
-    rows = _block_rows(R, E)
-    blocks = _schedule(group_sizes_E, rows)
-    x_padded, dy_padded = _pad_rows(x_RD, rows), _pad_rows(dy_RF, rows)
-
-    def body(i: jax.Array, dw: jax.Array) -> jax.Array:
-        expert, start, count = _locate(blocks, i, rows)
-        x = jax.lax.dynamic_slice(x_padded, (start, 0), (rows, D))
-        dy = jax.lax.dynamic_slice(dy_padded, (start, 0), (rows, F))
-        x = jnp.where(jnp.arange(rows)[:, None] < count, x, 0)
-        dw_DF = jnp.einsum("RD,RF->DF", x, dy, preferred_element_type=jnp.float32)
-        dw_DF += jax.lax.dynamic_index_in_dim(dw, expert, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(dw, dw_DF, expert, 0)
-
-    return jax.lax.fori_loop(0, blocks.ends_E[-1], body, jnp.zeros((E, D, F), jnp.float32))
-
-
-class _Saved(NamedTuple):
-    """The arguments of the product, for its gradient."""
-
-    x_RD: jax.Array
-    w_NDF: jax.Array
-    group_sizes_E: jax.Array
-    first: jax.Array | int
-
-
-def _grouped_matmul_fwd(
-    x_RD: jax.Array, w_NDF: jax.Array, group_sizes_E: jax.Array, first: jax.Array | int
-) -> tuple[jax.Array, _Saved]:
-    saved = _Saved(x_RD, w_NDF, group_sizes_E, first)
-    return grouped_matmul(*saved), saved
-
-
-def _grouped_matmul_bwd(saved: _Saved, dy_RF: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
-    x_RD, w_NDF, group_sizes_E, first = saved
-    is_routed_R = jnp.arange(x_RD.shape[0]) < group_sizes_E.sum()
-    dx_RD = grouped_matmul(dy_RF, w_NDF.transpose(0, 2, 1), group_sizes_E, first)
-    dw = _grouped_outer(x_RD, dy_RF, group_sizes_E).astype(w_NDF.dtype)
-    if dw.shape != w_NDF.shape:
-        dw = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(w_NDF), dw, first, axis=0)
-    return jnp.where(is_routed_R[:, None], dx_RD, 0), dw, None, None
-
-
-grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
-
-
 class _Walk(NamedTuple):
     """The blocks of a call: which rows each takes, and the arrays that they come from."""
 
     x: Inputs
     to: Dispatch
-    blocks: _Blocks
+    blocks: Blocks
     token_R: jax.Array
     gate_R1: jax.Array
     rows: int
@@ -178,12 +96,12 @@ class _Walk(NamedTuple):
         """Plan a walk over all rows; arrays by row are filled up by one block."""
         to = dispatch(x.expert_TX, num_experts) if to is None else to
         R, X = to.order_R.shape[0], x.expert_TX.shape[1]
-        rows = _block_rows(R, num_experts)
+        rows = block_rows(R, num_experts)
         gate_R = x.gate_TX.reshape(R)[to.order_R].astype(jnp.float32)
         return _Walk(
             x,
             to,
-            _schedule(to.group_sizes_E, rows),
+            schedule(to.group_sizes_E, rows),
             jnp.pad(to.order_R // X, (0, rows)),
             jnp.pad(gate_R, (0, rows))[:, None],
             rows,
@@ -191,7 +109,7 @@ class _Walk(NamedTuple):
 
     def at(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
         """Return block i: number of its matrices, first row, tokens, gates, and which are its."""
-        expert, start, count = _locate(self.blocks, i, self.rows)
+        expert, start, count = locate(self.blocks, i, self.rows)
         tokens = jax.lax.dynamic_slice_in_dim(self.token_R, start, self.rows)
         gates = jax.lax.dynamic_slice_in_dim(self.gate_R1, start, self.rows)
         return self.x.first + expert, start, tokens, gates, jnp.arange(self.rows)[:, None] < count

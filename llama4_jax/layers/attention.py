@@ -9,7 +9,8 @@ from llama4_jax.config.model import TextConfig
 from llama4_jax.layers.norm import rms_normalize
 from llama4_jax.layers.param import normal, weight
 from llama4_jax.layers.rope import apply_rope, rope_angles, rope_frequencies
-from llama4_jax.parallel.sequence import Visibility, cached_attention, self_attention
+from llama4_jax.parallel.cached import cached_attention
+from llama4_jax.parallel.sequence import Visibility, self_attention
 from llama4_jax.parallel.shard import einsum
 
 

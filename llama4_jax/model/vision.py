@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from kernels_pallas import chunked_attention
+from kernels_pallas.attention.api import chunked_attention
 from llama4_jax.config.model import VisionConfig
 from llama4_jax.layers.norm import LayerNorm
 from llama4_jax.layers.param import constant, normal, weight

@@ -250,9 +250,9 @@ def test_no_product_grows_with_experts_times_tokens(direction):
 
 
 def test_blocks_are_about_an_experts_mean_share_and_bounded():
-    assert reference._block_rows(1, 16) == 1
-    assert reference._block_rows(1024, 16) == 64
-    assert reference._block_rows(1 << 20, 16) == reference.MAX_BLOCK
+    assert reference.block_rows(1, 16) == 1
+    assert reference.block_rows(1024, 16) == 64
+    assert reference.block_rows(1 << 20, 16) == reference.MAX_BLOCK
 
 
 def test_int4_is_packed_and_saturates_as_meta_has_it():

@@ -217,6 +217,9 @@ def split_cpu(devices: int) -> None:
     """Make the CPU backend `devices` virtual devices, unless that is settled already."""
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
+    if devices > 1:  # or two of them may wait for each other in different collectives
+        one_order = "--xla_cpu_enable_concurrency_optimized_scheduler=false"
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {one_order}"
     try:
         jax.config.update("jax_num_cpu_devices", devices)
     except RuntimeError:  # the backend runs already, with the devices it has

@@ -8,12 +8,14 @@ a distance on the ring everybody receives from one peer and sends to one, so no 
 A window is rows that stay in VMEM, with float32 sums of their results, while the matrices of each
 expert that has rows in it stream past: tiles of gate and up of `tile` columns, of down of as many
 rows. So an expert's matrices are read once for each window in which it has rows: once for a queue
-if that fits. Several short queues share a window, up to `_GROUP` rows, where a product takes about
-as long as reading the matrices; those of an expert are then read once for all of these peers.
+if that fits. Short queues share a window, as many as bring an expert some 512 rows, where products
+take about as long as reading the matrices; those are then read once for all of these peers.
 
 An expert's rows may begin anywhere in a window: products are of whole chunks of rows, and hidden
 rows that are another expert's are set to zero, in which way they add nothing to the sums.
 """
+
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -25,10 +27,24 @@ from kernels_pallas.attention.tpu_blocks import LANES, like
 from kernels_pallas.experts.tpu_parallel_kernel import Mesh, exchange_kernel
 from kernels_pallas.experts.tpu_parallel_walk import Cut
 from kernels_pallas.experts.tpu_plan import SCALARS_BUDGET, round_up
-from kernels_pallas.experts.tpu_rows import TILES, VMEM_BUDGET, VMEM_LIMIT
+from kernels_pallas.experts.tpu_rows import TILES
 
 _TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # devices whose programs run on two cores
 _NARROW = (*_TWO_CORES, "TPU v5 lite", "TPU v5e")  # multipliers of 128 x 128; later ones of 256
+_ROOMY = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")  # 128 MiB of VMEM; others have 64
+_PRODUCTS = 8 * 2**20  # of VMEM, for the products of a chunk
+
+
+def _vmem_limit() -> int:
+    """Return how much VMEM the kernel may use."""
+    return (112 if backend.device_kind() in _ROOMY else 52) * 2**20
+
+
+def _largest_first(shared: list, *tiles: list[int]) -> Iterator[tuple[int, tuple[int, int]]]:
+    """List the choices of a tile and a window: of the first tiles with any window, and so on."""
+    for some in tiles:
+        for window in shared:
+            yield from ((tile, window) for tile in some)
 
 
 def _fit(peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int) -> Cut | None:
@@ -37,7 +53,7 @@ def _fit(peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int) -> Cut | 
     size, kind = dtype.itemsize, backend.device_kind()
     default = {
         "group": 512,
-        "window": 1024,
+        "window": 2048,
         "chunk": 128 if kind in _NARROW else 256,
         "tile": TILES[0],
         "cores": 2 if kind in _TWO_CORES else 1,
@@ -48,14 +64,15 @@ def _fit(peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int) -> Cut | 
     chunk, cores = min(tuned["chunk"], round_up(rows, unit)), min(tuned["cores"], peers)
     queue = round_up(rows, chunk)
     groups = [n for n in range(peers // cores, 0, -1) if peers % n == 0]
-    shared = [(n, 1) for n in groups if n == 1 or n * queue <= tuned["group"]]
-    for group, windows in [*shared, *((1, n) for n in range(2, queue // chunk + 1))]:
+    shared = [(n, 1) for n in groups if n == 1 or n * queue <= tuned["group"] * num_local]
+    shared += [(1, n) for n in range(2, queue // chunk + 1)]
+    tiles = [tile for tile in TILES if tile <= tuned["tile"] and F % tile == 0]
+    wide = [tile for tile in tiles if tile >= default["chunk"]]  # as the multiplier is
+    for tile, (group, windows) in _largest_first(shared, wide, tiles):
         part = round_up(-(-rows // windows), chunk)
-        for tile in TILES:
-            is_whole = tile <= tuned["tile"] and F % tile == 0
-            needed = group * part * D * (2 * size + 4) + 6 * D * tile * size
-            if is_whole and group * part <= tuned["window"] and needed < VMEM_BUDGET:
-                return Cut(peers, group, windows, part, chunk, tile, unit, cores)
+        needed = group * part * D * (2 * size + 4) + 6 * D * tile * size + _PRODUCTS
+        if group * part <= tuned["window"] and needed <= _vmem_limit():
+            return Cut(peers, group, windows, part, chunk, tile, unit, cores)
     return None
 
 
@@ -157,7 +174,7 @@ def exchange_and_apply(
             dimension_semantics=("parallel",),
             collective_id=mesh.collective(),
             has_side_effects=True,
-            vmem_limit_bytes=VMEM_LIMIT,
+            vmem_limit_bytes=_vmem_limit(),
         ),
         cost_estimate=pl.CostEstimate(
             flops=6 * P * R * D * F,

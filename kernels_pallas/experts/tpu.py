@@ -68,24 +68,29 @@ def _fit(
     num_rows: int,
     num_experts: int,
 ) -> tr.Cut | None:
-    """Choose the largest window that fits into VMEM, then the widest tile."""
+    """Choose the largest window that fits into VMEM, then the widest tile.
+
+    A tile should not be narrower than the multiplier, nor a chunk shorter, if there are such.
+    """
     kind, unit = backend.device_kind(), _unit(dtype)
+    multiplier = 128 if kind in _NARROW else 256
     default = {
         "window": 1024,
-        "chunk": 128 if kind in _NARROW else 256,
+        "chunk": multiplier,
         "tile": tr.TILES[0],
         "cores": 2 if kind in _TWO_CORES else 1,
     }
     shape = {"D": depth, "F": width, "E": num_experts, "dtype": stored}
     tuned = tuning.lookup(f"expert_mlp.{operation}", default, **shape)
     cores = tuned["cores"] if width % (tuned["cores"] * LANES) == 0 else 1
+    tiles = [n for n in tr.TILES if n <= tuned["tile"] and width % (cores * n) == 0]
+    tiles = [n for n in tiles if n >= multiplier] or tiles
     chunk = min(tuned["chunk"], tp.round_up(num_rows, unit))
     while chunk:
         chunks = min(tuned["window"], tp.round_up(num_rows, chunk)) // chunk
         while chunks:
-            for tile in tr.TILES:
-                is_whole = tile <= tuned["tile"] and width % (cores * tile) == 0
-                if is_whole and needed(chunks * chunk, tile) <= tr.VMEM_BUDGET:
+            for tile in tiles:
+                if needed(chunks * chunk, tile) <= tr.VMEM_BUDGET:
                     return tr.Cut(chunks * chunk, chunk, tile, unit, cores)
             chunks //= 2
         chunk = chunk // (2 * unit) * unit
@@ -184,10 +189,9 @@ def _cuts(x: Inputs, F: int, num_experts: int) -> dict[str, tr.Cut | None]:
     if stored_as(x) == "float":
         rows = tr.Rows([row(D)], column, [row(F)] * 2)
         cuts["backward hidden"] = cut("backward_hidden", rows, 3, "down")
-        rows = tr.Rows([row(F)] * 2)
-        cuts["backward tokens"] = cut("backward_tokens", rows, 1, "gate", "up")
-        cuts["gradient of up"] = _cut_outer(row(D), row(F), R, num_experts)
-        cuts["gradient of down"] = _cut_outer(row(F), row(D), R, num_experts)
+        rows = tr.Rows([row(F)], None, [jax.ShapeDtypeStruct((1, D), jnp.float32)])
+        cuts["backward tokens"] = cut("backward_tokens", rows, 1, "up")
+        cuts["backward weights"] = _cut_outer(row(D), row(F), R, num_experts)
     return cuts
 
 
@@ -200,7 +204,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool):
     rows, by = tr.Rows([x.x_TD[token_P]], _column(gate_P)), _matrices(x, "gate", "up")
     outs = [dtype] * (3 if saves else 1)
     h_PF, *ab = _run("forward", rows, by, lambda *a: _swiglu(*a)[: len(outs)], outs, p=p)
-    (y_PD,) = _run("forward", tr.Rows([h_PF]), _matrices(x, "down"), _sum, [dtype], p=p)
+    (y_PD,) = _run("forward", tr.Rows([h_PF]), _matrices(x, "down"), _add, [dtype], p=p)
     y_TD = tp.from_places(y_PD, p).reshape(T, X, -1).astype(jnp.float32).sum(1)
     if x.shared_TD is not None:
         y_TD += x.shared_TD
@@ -223,16 +227,25 @@ def _swiglu_gradient(products: list[jax.Array], gate: jax.Array, tiles: list[jax
     return dh * b * (sigma + silu * (1 - sigma)), dh * silu, silu * b
 
 
-def _sum(products: list[jax.Array], *_) -> tuple[jax.Array]:
-    return (sum(products[1:], products[0]),)
+def _add(products: list[jax.Array], _, tiles: list[jax.Array]) -> tuple[jax.Array]:
+    """Return the product, added to what there is."""
+    return (sum(tiles, products[0]),)
 
 
-def _outer(x_PK: jax.Array, dy_PM: jax.Array, p: tp.Plan, like: Any, first) -> jax.Array:
-    """Sum x^T dy over each expert's rows, among zeros for the matrices of other layers."""
+def _outer(
+    x_PK: jax.Array,
+    dy_PM: jax.Array,
+    p: tp.Plan,
+    like: Any,
+    first: jax.Array,
+    *,
+    is_transposed=False,
+) -> jax.Array:
+    """Sum x^T dy (or dy^T x) over each expert's rows, among zeros for those of other layers."""
     (R,), (E,) = p.place_R.shape, p.sizes_E.shape
     cut = _cut_outer(x_PK, dy_PM, R, E)
     assert cut is not None
-    (K, M), size = like.shape[1:], like.dtype.itemsize
+    K, M, size = x_PK.shape[1], dy_PM.shape[1], like.dtype.itemsize
     cost = pl.CostEstimate(
         flops=2 * R * K * M,
         transcendentals=0,
@@ -246,6 +259,7 @@ def _outer(x_PK: jax.Array, dy_PM: jax.Array, p: tp.Plan, like: Any, first) -> j
         first=first,
         num_experts=E,
         like=like,
+        is_transposed=is_transposed,
         name="expert_mlp_backward_weights",
         cost=cost,
     )
@@ -266,13 +280,15 @@ def backward(x: Inputs, num_experts: int, saved: Saved, dy_TD: jax.Array):
     down = _matrices(x, "down", is_transposed=True)
     rows = tr.Rows([dy_PD], _column(gate_P), [saved.a_PF, saved.b_PF])
     da_PF, db_PF, h_PF = run("backward_hidden", rows, down, _swiglu_gradient, [dtype] * 3)
-    gate_up = _matrices(x, "gate", "up", is_transposed=True)
-    (dz_PD,) = run("backward_tokens", tr.Rows([da_PF, db_PF]), gate_up, _sum, [dtype])
+    # One after the other: then twice as many rows fit into VMEM, and fewer experts are read twice.
+    gate, up = (_matrices(x, name, is_transposed=True) for name in ("gate", "up"))
+    parts = run("backward_tokens", tr.Rows([da_PF]), gate, _add, [jnp.float32])
+    (dz_PD,) = run("backward_tokens", tr.Rows([db_PF], None, parts), up, _add, [dtype])
 
     z_PD = (x.x_TD[token_P] * gate_P[:, None]).astype(dtype)
     d_gate = _outer(z_PD, da_PF, p, x.w_gate_NDF, x.first)
     d_up = _outer(z_PD, db_PF, p, x.w_up_NDF, x.first)
-    d_down = _outer(h_PF, dy_PD, p, x.w_down_NFD, x.first)
+    d_down = _outer(dy_PD, h_PF, p, x.w_down_NFD, x.first, is_transposed=True)
 
     dz_TXD = tp.from_places(dz_PD, p).reshape(T, X, -1).astype(jnp.float32)
     dx_TD = (dz_TXD * gate_R.reshape(T, X, 1)).sum(1).astype(dtype)
@@ -304,7 +320,7 @@ def grouped_matmul(
     (R, _), (E,), dtype = x_RD.shape, group_sizes_E.shape, x_RD.dtype
     p = tp.plan(tp.experts_of(group_sizes_E, R), E, _unit(dtype))
     by = tr.Matrices([w_NDF], None, is_transposed, "float", jnp.asarray(first, jnp.int32))
-    (y_PF,) = _run("forward", tr.Rows([x_RD[p.source_P]]), by, _sum, [dtype], p=p)
+    (y_PF,) = _run("forward", tr.Rows([x_RD[p.source_P]]), by, _add, [dtype], p=p)
     return tp.from_places(y_PF, p)
 
 

@@ -47,7 +47,7 @@ def _item(table: Any, at: Any, steps: int, unit: int) -> _Item:
     return _Item(number, read_block(table, number, unit), column)
 
 
-def _kernel(cut: Cut, steps: int, K: int):
+def _kernel(cut: Cut, steps: int, K: int, is_transposed: bool):
     """Return the kernel for static sizes."""
 
     def kernel(_, table, x_hbm, dy_hbm, *flat):
@@ -123,7 +123,11 @@ def _kernel(cut: Cut, steps: int, K: int):
             size = math.gcd(K, _PIECE)
             for first in range(0, K, size):
                 piece = pl.ds(first, size)
-                acc[piece] += dot(x_buffer[x_slot, rows, piece], dy, (0, 0))
+                x = x_buffer[x_slot, rows, piece]
+                if is_transposed:
+                    acc[:, piece] += dot(dy, x, (0, 0))
+                else:
+                    acc[piece] += dot(x, dy, (0, 0))
 
         jax.lax.fori_loop(0, pl.cdiv(item.block.rows, cut.chunk), add, None)
 
@@ -143,45 +147,51 @@ def grouped_outer_places(
     first: jax.Array,
     num_experts: int,
     like: Any,
+    is_transposed: bool,
     name: str,
     cost: pl.CostEstimate,
 ) -> jax.Array:
-    """Sum x^T dy over the rows of each expert.
+    """Sum x^T dy over the rows of each expert, or dy^T x.
 
     Args:
-        x_PK: rows by place.
-        dy_PM: rows by place; zero in empty places, where x must be finite.
+        x_PK: rows by place, of which a block is kept in VMEM.
+        dy_PM: rows by place, of which tiles of columns follow each other. Of the two, one is zero
+            in empty places and the other finite.
         blocks: the list of blocks, of cut.window rows, with one for each expert at least.
         cut: static sizes.
         first: number of expert 0's matrix.
         num_experts: E.
         like: the matrices [N, K, M], an array if some of them are no expert's; those are zero.
+        is_transposed: whether the matrices are [N, M, K].
         name: of the kernel.
         cost: what it costs.
 
     Returns:
-        dw_NKM in the dtype of the matrices.
+        dw_NKM, or dw_NMK, in the dtype of the matrices.
     """
-    _, K, M = like.shape
+    K, M = x_PK.shape[1], dy_PM.shape[1]
     steps = M // (cut.tile * cut.cores)
     in_hbm = pl.BlockSpec(memory_space=pl.ANY)
     others = [] if like.shape[0] == num_experts else [jnp.zeros_like(like)]
 
+    tile = (cut.tile, K) if is_transposed else (K, cut.tile)
+
     def place(c, at, first, table):
         item = _item(table, at, steps, cut.unit)
-        return first[0] + item.block.expert, 0, c * steps + item.column
+        column = c * steps + item.column
+        return first[0] + item.block.expert, *((column, 0) if is_transposed else (0, column))
 
     return pl.pallas_call(
-        _kernel(cut, steps, K),
+        _kernel(cut, steps, K, is_transposed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(cut.cores, blocks.count * steps),
             in_specs=[in_hbm] * (2 + len(others)),
-            out_specs=pl.BlockSpec((None, K, cut.tile), place),
+            out_specs=pl.BlockSpec((None, *tile), place),
             scratch_shapes=[
                 pltpu.VMEM((2, cut.window, K), x_PK.dtype),
                 pltpu.VMEM((2, cut.window, cut.tile), dy_PM.dtype),
-                pltpu.VMEM((K, cut.tile), jnp.float32),
+                pltpu.VMEM(tile, jnp.float32),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
                 pltpu.SemaphoreType.DMA((2,)),

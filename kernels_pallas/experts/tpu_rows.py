@@ -262,7 +262,10 @@ def _kernel(by: Matrices, cut: Cut, steps: int, counts: Sequence[int], num_left:
             for buffer, result in zip(refs.out_buffers, results, strict=True):
                 buffer[slot, rows] = result.astype(buffer.dtype)
 
-        jax.lax.fori_loop(0, chunks, compute, None)
+        if cut.window == cut.chunk:  # without a loop, widening overlaps with the products
+            compute(0, None)
+        else:
+            jax.lax.fori_loop(0, chunks, compute, None)
         start(tile_copies(at, is_out=True))
 
         @pl.when(at == number * steps - 1)

@@ -195,8 +195,17 @@ def _cuts(x: Inputs, F: int, num_experts: int) -> dict[str, tr.Cut | None]:
     return cuts
 
 
-def forward(x: Inputs, num_experts: int, *, saves: bool):
-    """Apply the experts."""
+def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, "Saved | None"]:
+    """Apply the experts.
+
+    Args:
+        x: the arrays.
+        num_experts: E.
+        saves: whether `backward` follows.
+
+    Returns:
+        y_TD in the dtype of x, and what `backward` wants if it follows.
+    """
     (T, X), dtype = x.expert_TX.shape, x.x_TD.dtype
     p = tp.plan(x.expert_TX.reshape(T * X), num_experts, _unit(dtype))
     token_P = p.source_P // X
@@ -265,15 +274,25 @@ def _outer(
     )
 
 
-def backward(x: Inputs, num_experts: int, saved: Saved, dy_TD: jax.Array):
+def backward(
+    x: Inputs, num_experts: int, saved: Saved, dy_TD: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
     """Return dx_TD, the gradients of the three matrices, and dgate_TX.
 
     With z = gate * x the input of an expert and dz its gradient, that of x is gate * dz, that of
-    the gate is the sum of x * dz, and those of the matrices want z.
+    the gate is the sum of x * dz, and those of the matrices want z. Nothing is computed again:
+    these are six products, 12 T X D F FLOPs.
+
+    Args:
+        x: the arrays; the matrices are floats.
+        num_experts: E.
+        saved: from `forward`.
+        dy_TD: gradient of its result.
     """
+    del num_experts  # the plan knows
     (T, X), dtype, p = x.expert_TX.shape, x.x_TD.dtype, saved.plan
     token_P = p.source_P // X
-    gate_R = x.gate_TX.reshape(T * X).astype(jnp.float32)
+    gate_R = jnp.where(p.place_R >= 0, x.gate_TX.reshape(T * X), 0).astype(jnp.float32)
     gate_P = jnp.where(p.is_held_P, gate_R[p.source_P], 0)
     dy_PD = dy_TD[token_P]
     run = functools.partial(_run, p=p)

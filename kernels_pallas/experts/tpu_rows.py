@@ -91,6 +91,7 @@ class Rows(NamedTuple):
 def buffer_bytes(rows: Rows, by: Matrices, outs: Sequence[Any], window: int, tile: int) -> int:
     """Return how much VMEM the buffers take."""
     windows = sum(a.shape[1] * a.dtype.itemsize for a in rows.windows())
+    windows += 2 * LANES if by.stored == "fp8" else 0
     tiles = sum(a.dtype.itemsize for a in rows.tiles) + sum(jnp.dtype(d).itemsize for d in outs)
     entry = by.weights[0].dtype.itemsize * by.weights[0].shape[1] * by.weights[0].shape[2]
     weights = entry // by.width * 2 + (0 if by.scales is None else 2 * by.depth)

@@ -130,18 +130,18 @@ def _round_to_fp8(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.abs(x) < 2.0**-6, (x + unit) - unit, normal)
 
 
-def _quantize_rows(window: Any, row_scales: Any, chunks: jax.Array, chunk: int) -> None:
+def _quantize_rows(window: Any, row_scales: Any, count: jax.Array, unit: int) -> None:
     """Round a block of rows to float8s, in place, and keep their scales."""
 
     def quantize(n: jax.Array, _: None) -> None:
-        rows = pl.ds(pl.multiple_of(n * chunk, chunk), chunk)
+        rows = pl.ds(pl.multiple_of(n * unit, unit), unit)
         x = window[rows].astype(jnp.float32)
         scale = jnp.clip(jnp.abs(x).max(1, keepdims=True), 1e-12, ROW_MAX) / FP8_MAX
         rounded = _round_to_fp8(jnp.clip(x / scale, -FP8_MAX, FP8_MAX))
         window[rows] = rounded.astype(window.dtype)
-        row_scales[rows] = jnp.broadcast_to(scale, (chunk, LANES))
+        row_scales[rows] = jnp.broadcast_to(scale, (unit, LANES))
 
-    jax.lax.fori_loop(0, chunks, quantize, None)
+    jax.lax.fori_loop(0, jax.lax.div(count, unit), quantize, None)
 
 
 def _multiply(x: jax.Array, w_ref: Any, scale_ref: Any, by: Matrices) -> jax.Array:
@@ -192,7 +192,8 @@ def _kernel(by: Matrices, cut: Cut, steps: int, counts: Sequence[int], num_left:
         c, i, j = (pl.program_id(axis) for axis in range(3))
         number = pl.num_programs(1)
         at = i * steps + j
-        chunks = pl.cdiv(read_block(table, i, cut.unit).rows, cut.chunk)
+        block = read_block(table, i, cut.unit)
+        chunks = pl.cdiv(block.rows, cut.chunk)
 
         def transfers(sources, targets, semaphores, slot):
             return [
@@ -234,7 +235,7 @@ def _kernel(by: Matrices, cut: Cut, steps: int, counts: Sequence[int], num_left:
             pl.when(i + 1 < number)(lambda: start(window_copies(i + 1)))
             for row_scales in refs.row_scales:
                 left = refs.window_buffers[0].at[jax.lax.rem(i, 2)]
-                _quantize_rows(left, row_scales, chunks, cut.chunk)
+                _quantize_rows(left, row_scales, block.rows, cut.unit)
 
         pl.when(at == 0)(lambda: start(tile_copies(at, is_out=False)))
         wait(tile_copies(at, is_out=False))

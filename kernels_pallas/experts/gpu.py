@@ -4,7 +4,8 @@ Rows are arranged by expert (`gpu_rows`); the products are persistent kernels (`
 read the matrices of experts with rows and of no others. The gate folds into the epilogue of the
 first, silu(g a) * (g b), in float32. With few rows, where time goes by bytes of the matrices,
 blocks are 64 rows of which groups of 8 are copied if there are any, two programs share a
-multiprocessor, and the second product is split along its sum to give all of them work.
+multiprocessor, and the second product is split along its sum to give all of them work. Stored
+matrices are read as they are (`gpu_quantized`).
 """
 
 import functools
@@ -19,15 +20,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import backend, tuning
 from kernels_pallas.experts import gpu_backward, gpu_quantized, gpu_rows
 from kernels_pallas.experts.gpu_backward import Saved, cost
-from kernels_pallas.experts.gpu_product import (
+from kernels_pallas.experts.gpu_product import Term, product
+from kernels_pallas.experts.gpu_work import (
     OF_ROWS,
     ROWS,
     Item,
     Plan,
     Sums,
-    Term,
     fitting,
-    product,
     staging,
     store,
     store_all,

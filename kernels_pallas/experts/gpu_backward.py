@@ -18,20 +18,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas import tuning
 from kernels_pallas.experts import gpu_rows
 from kernels_pallas.experts.gpu_outer import outer
-from kernels_pallas.experts.gpu_product import (
+from kernels_pallas.experts.gpu_product import Term, product
+from kernels_pallas.experts.gpu_rows import Rows
+from kernels_pallas.experts.gpu_work import (
     OF_ROWS,
     ROWS,
     TILE,
     Item,
     Plan,
     Sums,
-    Term,
     fitting,
-    product,
     staging,
     store_all,
 )
-from kernels_pallas.experts.gpu_rows import Rows
 from kernels_pallas.experts.inputs import Inputs
 
 _GROUPS = 2  # warpgroups that multiply

@@ -13,8 +13,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import tuning
-from kernels_pallas.experts.gpu_product import ROWS, Item, drain, fitting, launch, staging, store
 from kernels_pallas.experts.gpu_rows import Rows
+from kernels_pallas.experts.gpu_work import (
+    ROWS,
+    Item,
+    drain,
+    fitting,
+    launch,
+    staging,
+    store,
+)
 
 _GROUPS = 2  # warpgroups that multiply, each 64 lines of a tile
 _LINES = _GROUPS * ROWS

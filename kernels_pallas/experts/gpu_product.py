@@ -7,7 +7,6 @@ multiply, 64 rows each, and hand the float32 sums to an epilogue. Gate and up ar
 side, so that rows are read once for both. A warpgroup whose rows are all empty only keeps step.
 """
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -16,47 +15,19 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import backend
-from kernels_pallas.experts.gpu_rows import Block
-
-ROWS = 64  # of the tile that one warpgroup multiplies
-DEPTH = 64  # input channels of a step
-TILE = plgpu.Layout.WGMMA
-OF_ROWS = TILE.reduce(1)  # a vector with one number per row of a tile
-_MULTIPROCESSORS = 132
-_TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
-
-
-class Plan(NamedTuple):
-    """What is static in a product.
-
-    Attributes:
-        groups: warpgroups that multiply.
-        granule: rows of one copy, of which an expert's rows fill a multiple.
-        width: columns of one matrix in an item.
-        stages: tiles in the ring.
-        per_processor: programs of a multiprocessor.
-        splits: parts of the sum.
-        is_transposed: whether matrices are [columns, input channels].
-    """
-
-    groups: int
-    granule: int
-    width: int
-    stages: int
-    per_processor: int
-    splits: int = 1
-    is_transposed: bool = False
-
-    @property
-    def rows(self) -> int:
-        """Return the rows of a block."""
-        return self.groups * ROWS
-
-    @property
-    def programs(self) -> int:
-        """Return how many programs run at a time."""
-        return self.per_processor * _MULTIPROCESSORS
+from kernels_pallas.experts.gpu_work import (
+    DEPTH,
+    ROWS,
+    Item,
+    Plan,
+    Sums,
+    bring_rows,
+    drain,
+    launch,
+    sliced,
+    span,
+    walk,
+)
 
 
 class Term(NamedTuple):
@@ -71,19 +42,6 @@ class Term(NamedTuple):
     w: tuple[Any, ...]
 
 
-class Item(NamedTuple):
-    """An item of work: its matrix, first row, rows that count, first column, part of the sum."""
-
-    matrix: jax.Array
-    start: jax.Array
-    rows: jax.Array
-    column: jax.Array
-    split: jax.Array
-
-
-Sums = Callable[[int, int], jax.Array]  # first and number of columns -> float32 [64, number]
-
-
 class _Ring(NamedTuple):
     """Tiles of rows [stages, rows, DEPTH] and of each matrix, and barriers for each stage."""
 
@@ -91,79 +49,6 @@ class _Ring(NamedTuple):
     w: Any
     ready: Any
     free: Any
-
-
-def _read(blocks_BF: Any, b: jax.Array) -> Block:
-    return Block(*(blocks_BF[b, f] for f in range(len(Block._fields))))
-
-
-def walk(
-    blocks_BF: Any, columns: int, splits: int, width: int, step: Callable[..., jax.Array]
-) -> jax.Array:
-    """Visit the items of this program.
-
-    Args:
-        blocks_BF: see `gpu_rows`.
-        columns: tiles of so many columns.
-        splits: parts of each sum.
-        width: of a tile.
-        step: (tiles that came before, item) -> tiles with those of the item.
-
-    Returns:
-        Tiles of all items.
-    """
-    parts = columns * splits
-
-    def visit(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        i, turn = state
-        run = _read(blocks_BF, jax.lax.div(i, jnp.int32(parts)))  # some block of the same run
-        inside = i - run.first * parts
-        part = jax.lax.div(inside, run.count)
-        block = _read(blocks_BF, run.first + jax.lax.rem(inside, run.count))
-        column = jax.lax.div(part, jnp.int32(splits)) * width
-        split = jax.lax.rem(part, jnp.int32(splits))
-        turn = step(turn, Item(block.matrix, block.start, block.rows, column, split))
-        return i + jax.lax.axis_size("program"), turn
-
-    total = blocks_BF[0, Block._fields.index("total")] * parts
-    start = jax.lax.axis_index("program").astype(jnp.int32), jnp.int32(0)
-    return jax.lax.while_loop(lambda state: state[0] < total, visit, start)[1]
-
-
-def sliced(sums: jax.Array) -> Sums:
-    """Return what gives columns of the sums."""
-    return lambda begin, size: sums[:, begin : begin + size]
-
-
-def span(steps: int, split: jax.Array, splits: int) -> tuple[jax.Array, jax.Array]:
-    """Return the first step of a part of the sum, and the one after its last."""
-    if splits == 1:
-        return jnp.int32(0), jnp.int32(steps)
-    parts = jnp.int32(splits)
-    return jax.lax.div(split * steps, parts), jax.lax.div((split + 1) * steps, parts)
-
-
-def bring_rows(x_PK: Any, item: Item, channels: Any, tile: Any, ready: Any, granule: int) -> None:
-    """Copy those granules of a block that have rows; for the others arrive all the same."""
-    for row in range(0, tile.shape[0], granule):
-
-        def bring(row: int = row) -> None:
-            theirs = pl.ds(pl.multiple_of(item.start + row, granule), granule)
-            plgpu.copy_gmem_to_smem(x_PK.at[theirs, channels], tile.at[pl.ds(row, granule)], ready)
-
-        if row == 0:
-            bring()
-        else:
-            jax.lax.cond(row < item.rows, bring, lambda: plgpu.barrier_arrive(ready))
-
-
-def drain(free: Any, turns: jax.Array) -> None:
-    """Wait until all tiles that were brought have been read."""
-    for slot in range(free.shape[0]):
-
-        @pl.when(slot < turns)
-        def _drain(slot: int = slot) -> None:
-            plgpu.barrier_wait(free.at[slot])
 
 
 def _span(term: Term, plan: Plan, item: Item) -> tuple[jax.Array, jax.Array]:
@@ -268,92 +153,6 @@ def _multiply(
         return turn + count(item)
 
     walk(blocks_BF, columns, plan.splits, plan.width, visit)
-
-
-def fitting(size: int, most: int) -> int:
-    """Return the most columns of a tile that divide a matrix."""
-    return next(width for width in (256, 128, 64) if width <= most and size % width == 0)
-
-
-def store(
-    tile: jax.Array, buffers: Any, target_PC: Any, item: Item, granule: int, *, before: int = 0
-) -> None:
-    """Write a tile of 64 rows, only those that are the item's own.
-
-    Args:
-        tile: float32 [64, columns].
-        buffers: in shared memory [count, 64, some columns], of this warpgroup alone; a
-            copy from one goes on while the next is filled.
-        target_PC: where to; the item says at which row and column.
-        item: an item whose rows are those of the tile.
-        granule: of rows that are written or left together.
-        before: copies that the epilogue has made by way of the same buffers.
-    """
-    (count, _, width), dtype, step = buffers.shape, buffers.dtype, min(granule, ROWS)
-    for i, column in enumerate(range(0, tile.shape[1], width), before):
-        buffer = buffers.at[i % count]
-        unread = count - 1 if i > 0 and step == ROWS else 0  # copies that may be under way
-        plgpu.wait_smem_to_gmem(unread, wait_read_only=True)
-        buffer[...] = tile[:, column : column + width].astype(dtype)
-        plgpu.commit_smem()
-        columns = pl.ds(item.column + column, width)
-        for row in range(0, ROWS, step):
-
-            def write(row: int = row, columns: Any = columns, buffer: Any = buffer) -> None:
-                theirs = pl.ds(pl.multiple_of(item.start + row, step), step)
-                target = target_PC.at[theirs, columns]
-                plgpu.copy_smem_to_gmem(buffer.at[pl.ds(row, step)], target)
-
-            if row == 0:
-                write()
-            else:
-                pl.when(row < item.rows)(write)
-
-
-def store_all(
-    sums: Sums, width: int, buffers: Any, target_PC: Any, item: Item, granule: int
-) -> None:
-    """Write all columns of the sums; see `store`."""
-    step = buffers.shape[2]
-    for column in range(0, width, step):
-        at = item._replace(column=item.column + column)
-        before = column // step
-        store(sums(column, step), buffers, target_PC, at, granule, before=before)
-
-
-def staging(groups: int, dtype: Any, *, line: int = 128, count: int = 2) -> Any:
-    """Return buffers for `store`, for each warpgroup; a line of them has so many bytes."""
-    return plgpu.SMEM((groups, count, ROWS, line // jnp.dtype(dtype).itemsize), dtype)
-
-
-def launch(
-    body: Callable[..., None],
-    arrays: Sequence[jax.Array],
-    *,
-    out_type: Any,
-    scratch: Sequence[Any],
-    programs: int,
-    warpgroups: int,
-    name: str,
-    cost: pl.CostEstimate,
-) -> Any:
-    """Run a kernel; its results vary over the manual mesh axes over which some argument does."""
-    how: dict[str, Any] = {"cost_estimate": cost} if _TAKES_COST else {}
-    call = plgpu.kernel(
-        body,
-        out_type=out_type,
-        scratch_types=scratch,
-        grid=(programs,),
-        grid_names=("program",),
-        num_threads=warpgroups,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        interpret=backend.gpu_interpreter(),
-        **how,
-    )
-    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
-    return jax.lax.pcast(call(*arrays), tuple(axes), to="varying")
 
 
 def product(

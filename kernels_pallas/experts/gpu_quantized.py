@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas.experts.gpu_product import (
+from kernels_pallas.experts.gpu_work import (
     DEPTH,
     OF_ROWS,
     ROWS,

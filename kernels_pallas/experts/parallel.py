@@ -5,21 +5,27 @@ queue, at most `load_factor` times what each would be if all were equally long, 
 experts to what it received, and sends the results back. There are as many rounds as the longest
 queue of any device needs, which is known at run time only: one when tokens choose evenly, more when
 they do not. So nothing is dropped, and no buffer is sized for the worst case.
+
+A round goes by XLA's collectives, with the products between them; or, on TPUs, all of it is one
+kernel (`tpu_parallel`) that multiplies what has arrived while the rest is under way. The gradient
+goes by collectives in either case.
 """
 
 import functools
 import math
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.backend import Backend
+from kernels_pallas.backend import Backend, device_kind, is_interpreting, platform
+from kernels_pallas.experts import tpu_parallel
 from kernels_pallas.experts.api import expert_mlp
 from kernels_pallas.experts.inputs import WeightScales
 from kernels_pallas.experts.reference import Dispatch, combine, dispatch
 
 Axes = str | tuple[str, ...]
+Transport = Literal["xla", "dma"]
 
 
 class _Plan(NamedTuple):
@@ -29,6 +35,12 @@ class _Plan(NamedTuple):
     num_local: int
     load_factor: float
     backend: Backend | None
+    transport: Transport
+
+    def rows(self, num_routed: int) -> int:
+        """Return the most rows of a queue that leave in one round."""
+        peers = jax.lax.axis_size(self.axes)
+        return min(num_routed, math.ceil(self.load_factor * num_routed / peers))
 
 
 class _Arrays(NamedTuple):
@@ -58,6 +70,7 @@ def expert_mlp_parallel(
     group: jax.Array | None = None,
     load_factor: float = 1.25,
     backend: Backend | None = None,
+    transport: Transport = "xla",
 ) -> jax.Array:
     """Apply experts that are divided over mesh axes to tokens that are divided over the same.
 
@@ -77,23 +90,41 @@ def expert_mlp_parallel(
         load_factor: rows that may travel from a device to another in one round, relative to T * X /
             devices, the mean.
         backend: of the products.
+        transport: "xla" for collectives, "dma" for the TPU kernel, which has products of its own;
+            the gradient takes collectives, and the products of the backend, in either case.
 
     Returns:
         y_TD in the dtype of x.
 
     Raises:
         ValueError: the load factor is not positive, or `expert_mlp` finds the arguments wrong.
+        NotImplementedError: the named backend or transport cannot take these arrays here.
     """
     if load_factor <= 0:
         raise ValueError(f"load_factor ({load_factor}) must be positive; 1.25 is the default")
-    plan = _Plan(axes, w_gate_EDF.shape[-3], load_factor, backend)
+    plan = _Plan(axes, w_gate_EDF.shape[-3], load_factor, backend, transport)
     expert_TX = jnp.asarray(expert_TX, jnp.int32)
     arrays = _Arrays(
         x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, gate_TX, expert_TX, weight_scales, group
     )
+    if transport == "dma":
+        _check_dma(plan, arrays)
     with jax.named_scope("expert_mlp_parallel"):
         y_TD = _apply(plan, arrays)
     return y_TD if shared_TD is None else y_TD + shared_TD
+
+
+def _check_dma(plan: _Plan, arrays: _Arrays) -> None:
+    """Raise if the kernel cannot take these arrays here."""
+    peers, rows = jax.lax.axis_size(plan.axes), plan.rows(arrays.expert_TX.size)
+    w_gate, dtype = arrays.w_gate, arrays.x_TD.dtype
+    reason = tpu_parallel.refusal(peers, rows, w_gate, plan.num_local, dtype)
+    if reason is None and not is_interpreting() and platform() != "tpu":
+        reason = f"it needs a TPU, and this is {device_kind()}"
+    if reason is not None:
+        raise NotImplementedError(
+            f"transport 'dma' of experts refuses: {reason}; 'xla' takes whatever `expert_mlp` does"
+        )
 
 
 class _Queues(NamedTuple):
@@ -117,7 +148,7 @@ class _Queues(NamedTuple):
         peers = jax.lax.axis_size(plan.axes)
         to = dispatch(expert_TX, peers * plan.num_local)
         length_P = to.group_sizes_E.reshape(peers, plan.num_local).sum(1)
-        rows = min(expert_TX.size, math.ceil(plan.load_factor * expert_TX.size / peers))
+        rows = plan.rows(expert_TX.size)
         rounds = jax.lax.pmax(-(-length_P.max() // rows), plan.axes)
         return _Queues(to, jnp.cumsum(length_P) - length_P, length_P, rows, rounds)
 
@@ -134,25 +165,30 @@ def _exchange(x_PR: jax.Array, axes: Axes) -> jax.Array:
 
 
 class _Round(NamedTuple):
-    """Rows of one round where they are computed: flat over the peers that sent them."""
+    """Rows of one round: by peer, or flat over the peers where they are computed."""
 
     x_RD: jax.Array
     gate_R1: jax.Array
     expert_R1: jax.Array
 
 
-def _send(plan: _Plan, arrays: _Arrays, queues: _Queues, number: jax.Array) -> _Round:
-    """Bring the rows of a round to their experts; a place without a row has expert -1."""
+def _leaving(plan: _Plan, arrays: _Arrays, queues: _Queues, number: jax.Array) -> _Round:
+    """Collect the rows of a round by peer; a place without a row has expert -1."""
     X = arrays.expert_TX.shape[1]
     sorted_PR, is_row = queues.leaving(number)
     routed_PR = queues.to.order_R[sorted_PR]
     local_PR = arrays.expert_TX.reshape(-1)[routed_PR] % plan.num_local
-    D = arrays.x_TD.shape[1]
     return _Round(
-        _exchange(arrays.x_TD[routed_PR // X], plan.axes).reshape(-1, D),
-        _exchange(arrays.gate_TX.reshape(-1)[routed_PR], plan.axes).reshape(-1, 1),
-        _exchange(jnp.where(is_row, local_PR, -1), plan.axes).reshape(-1, 1),
+        arrays.x_TD[routed_PR // X],
+        arrays.gate_TX.reshape(-1)[routed_PR],
+        jnp.where(is_row, local_PR, -1),
     )
+
+
+def _send(plan: _Plan, arrays: _Arrays, queues: _Queues, number: jax.Array) -> _Round:
+    """Bring the rows of a round to their experts."""
+    x, gate, expert = (_exchange(a, plan.axes) for a in _leaving(plan, arrays, queues, number))
+    return _Round(x.reshape(-1, x.shape[2]), gate.reshape(-1, 1), expert.reshape(-1, 1))
 
 
 def _local(plan: _Plan, arrays: _Arrays, here: _Round, x_RD, gate_R1, *weights) -> jax.Array:
@@ -167,12 +203,35 @@ def _local(plan: _Plan, arrays: _Arrays, here: _Round, x_RD, gate_R1, *weights) 
     )
 
 
-def _return(
-    plan: _Plan, queues: _Queues, number: jax.Array, rows: jax.Array, all_rows: jax.Array
-) -> jax.Array:
-    """Bring results [P * rows, ...] of a round home, into their places among the sorted rows."""
+def _round_trip(plan: _Plan, arrays: _Arrays, queues: _Queues, number: jax.Array) -> jax.Array:
+    """Take the rows of a round to their experts and back; by peer."""
+    if plan.transport == "dma":
+        rows = _leaving(plan, arrays, queues, number)
+        w_gate, w_up, w_down = (w.reshape(-1, *w.shape[-2:]) for w in arrays[1:4])
+        return tpu_parallel.exchange_and_apply(
+            rows.x_RD,
+            rows.gate_R1,
+            rows.expert_R1,
+            w_gate,
+            w_up,
+            w_down,
+            jnp.int32(0) if arrays.group is None else arrays.group * plan.num_local,
+            num_local=plan.num_local,
+            axes=plan.axes,
+        )
+    here = _send(plan, arrays, queues, number)
+    y = _local(plan, arrays, here, here.x_RD, here.gate_R1, *arrays[1:4])
+    return _back(plan, queues, y)
+
+
+def _back(plan: _Plan, queues: _Queues, rows: jax.Array) -> jax.Array:
+    """Send results [P * rows, ...] of a round back; by peer."""
+    return _exchange(rows.reshape(-1, queues.rows, rows.shape[1]), plan.axes)
+
+
+def _place(queues: _Queues, number: jax.Array, home: jax.Array, all_rows: jax.Array) -> jax.Array:
+    """Put results of a round into their places among the sorted rows."""
     sorted_PR, is_row = queues.leaving(number)
-    home = _exchange(rows.reshape(*sorted_PR.shape, -1), plan.axes)
     places = jnp.where(is_row, sorted_PR, all_rows.shape[0])
     return all_rows.at[places].set(home.astype(all_rows.dtype), mode="drop")
 
@@ -182,9 +241,7 @@ def _apply(plan: _Plan, arrays: _Arrays) -> jax.Array:
     queues = _Queues.of(plan, arrays.expert_TX)
 
     def body(number: jax.Array, y_RD: jax.Array) -> jax.Array:
-        here = _send(plan, arrays, queues, number)
-        y = _local(plan, arrays, here, here.x_RD, here.gate_R1, *arrays[1:4])
-        return _return(plan, queues, number, y, y_RD)
+        return _place(queues, number, _round_trip(plan, arrays, queues, number), y_RD)
 
     nothing = jnp.zeros((arrays.expert_TX.size, arrays.x_TD.shape[1]), arrays.x_TD.dtype)
     y_RD = jax.lax.fori_loop(0, queues.rounds, body, nothing)
@@ -208,8 +265,8 @@ def _apply_bwd(plan: _Plan, arrays: _Arrays, dy_TD: jax.Array) -> tuple[_Arrays]
         _, pull = jax.vjp(local, here.x_RD, here.gate_R1, *weights)
         dx, dgate, *more = pull(dy_RD)
         return (
-            _return(plan, queues, number, dx, dx_RD),
-            _return(plan, queues, number, dgate, dgate_R1),
+            _place(queues, number, _back(plan, queues, dx), dx_RD),
+            _place(queues, number, _back(plan, queues, dgate), dgate_R1),
             jax.tree.map(lambda total, part: total + part, d_weights, more),
         )
 

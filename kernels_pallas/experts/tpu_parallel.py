@@ -49,7 +49,7 @@ def _largest_first(shared: list, *tiles: list[int]) -> Iterator[tuple[int, tuple
 
 def _fit(peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int) -> Cut | None:
     """Choose the largest window that fits into VMEM, then the widest tile, or None if none fit."""
-    (_, D, F), dtype = w_gate_NDF.shape, w_gate_NDF.dtype
+    (D, F), dtype = w_gate_NDF.shape[-2:], w_gate_NDF.dtype
     size, kind = dtype.itemsize, backend.device_kind()
     default = {
         "group": 512,
@@ -88,7 +88,7 @@ def refusal(
         num_local: experts of a device.
         dtype: of the rows.
     """
-    _, D, F = w_gate_NDF.shape
+    D, F = w_gate_NDF.shape[-2:]
     if peers == 1:
         return "there is no peer to exchange rows with"
     if dtype not in (jnp.bfloat16, jnp.float32) or w_gate_NDF.dtype != dtype:

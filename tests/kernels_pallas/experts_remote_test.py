@@ -7,6 +7,7 @@ from jax.sharding import PartitionSpec as P
 from kernels_pallas import backend, tuning
 from kernels_pallas.experts import tpu_parallel
 from kernels_pallas.experts.api import expert_mlp
+from kernels_pallas.experts.parallel import expert_mlp_parallel
 
 D, F = 128, 256
 
@@ -130,3 +131,88 @@ def test_what_does_not_fit_is_refused_with_the_reason():
     assert "do not fit into VMEM" in refusal(shape=(2, 128 * 1024, 256))
     assert "more than 127" in refusal(num_local=128)
     assert "of SMEM" in refusal(peers=2048)
+
+
+def tokens(how, devices, experts, choices, num_tokens):
+    rng = np.random.default_rng(4)
+    floats = (
+        rng.normal(size=(devices * num_tokens, D)),
+        *(rng.normal(size=(2, experts, D, F)) * D**-0.5),
+        rng.normal(size=(experts, F, D)) * F**-0.5,
+        rng.uniform(0.1, 1, size=(devices * num_tokens, choices)),
+    )
+    shape = (devices * num_tokens, choices)
+    expert = {
+        "at random": rng.integers(-1, experts, size=shape),
+        "all one expert": np.full(shape, experts - 1),
+        "never the first device": rng.integers(experts // devices, experts, size=shape),
+    }[how]
+    return [jnp.float32(a) for a in floats], jnp.int32(expert)
+
+
+def divided(floats, expert, devices, apply=expert_mlp_parallel, **how):
+    """Apply experts that are divided over devices."""
+    mesh = jax.make_mesh((devices,), ("expert",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def one_device(x, w_gate, w_up, w_down, gate, expert):
+        return apply(x, w_gate, w_up, w_down, expert_TX=expert, gate_TX=gate, axes="expert", **how)
+
+    along = P("expert")
+    run = jax.shard_map(
+        one_device, mesh=mesh, in_specs=(along,) * 6, out_specs=along, check_vma=False
+    )
+    return run(*floats, expert)
+
+
+@pytest.mark.parametrize(
+    ("how", "devices", "choices"),
+    [
+        ("at random", 4, 2),
+        ("all one expert", 4, 1),
+        ("never the first device", 4, 1),
+        ("all one expert", 8, 1),
+    ],
+)
+def test_as_many_rounds_as_it_takes_and_their_gradient(how, devices, choices):
+    floats, expert = tokens(how, devices, 2 * devices, choices, num_tokens=8)
+
+    def both(function):
+        def loss(*floats):
+            y = function(*floats)
+            return (jnp.cos(jnp.arange(y.size).reshape(y.shape)) * y).sum(), y
+
+        return jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(*floats)
+
+    with backend.interpreted():
+        (_, ours), our_grads = both(lambda *f: divided(f, expert, devices, transport="dma"))
+    (_, theirs), their_grads = both(
+        lambda *f: expert_mlp(*f[:4], expert_TX=expert, gate_TX=f[4], backend="reference")
+    )
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for a, b in zip(our_grads, their_grads, strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-4)  # sums of 256 in another order
+
+
+def test_one_layer_of_stacked_matrices():
+    floats, expert = tokens("at random", 4, 4, 1, num_tokens=8)
+    stacked = [
+        floats[0],
+        *(jnp.stack([0 * w, w]).reshape(2, 4, 1, *w.shape[1:]).swapaxes(0, 1) for w in floats[1:4]),
+        floats[4],
+    ]
+
+    def squeezed(*arrays, **how):
+        return expert_mlp_parallel(
+            arrays[0], *(w[0] for w in arrays[1:4]), group=jnp.int32(1), **how
+        )
+
+    with backend.interpreted():
+        ours = divided(stacked, expert, 4, apply=squeezed, transport="dma")
+    theirs = expert_mlp(*floats[:4], expert_TX=expert, gate_TX=floats[4], backend="reference")
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+
+
+def test_a_transport_that_cannot_be_is_refused():
+    floats, expert = tokens("at random", 4, 4, 1, num_tokens=8)
+    with pytest.raises(NotImplementedError, match="it needs a TPU, and this is cpu"):
+        divided(floats, expert, 4, transport="dma")

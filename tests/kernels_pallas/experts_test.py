@@ -157,6 +157,22 @@ def test_reference_takes_bfloat16(case):
     check(case, "reference", "bfloat16")
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_tpu_kernels_equal_the_definition_in_the_interpreter(case):
+    check(case, "tpu", "float32")
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if case.experts > 64 else [])
+        for case in CASES
+    ],
+)
+def test_gpu_kernels_equal_the_definition_in_the_interpreter(case):
+    check(case, "gpu", "bfloat16")
+
+
 QUANTIZE = {
     "int8": quantize.quantize_int8,
     "fp8": quantize.quantize_fp8,
@@ -204,6 +220,12 @@ def test_reference_reads_quantised_matrices(kind, tokens, layers):
     check_quantized("reference", kind, tokens, layers, "float32")
 
 
+@pytest.mark.parametrize(("backend", "dtype"), [("tpu", "float32"), ("gpu", "bfloat16")])
+@pytest.mark.parametrize("kind", QUANTIZE)
+def test_kernels_read_quantised_matrices_in_the_interpreter(kind, backend, dtype):
+    check_quantized(backend, kind, 45, 2, dtype)
+
+
 def forward(arrays, expert, backend="reference"):
     x, w_gate, w_up, w_down, gate, *_ = arrays
     return expert_mlp(x, w_gate, w_up, w_down, expert_TX=expert, gate_TX=gate, backend=backend)
@@ -218,8 +240,11 @@ def check_order(backend, dtype):
     np.testing.assert_array_equal(np.float32(a)[order], np.float32(b))
 
 
-def test_the_order_of_tokens_changes_no_bit():
-    check_order("reference", "float32")
+@pytest.mark.parametrize(
+    ("backend", "dtype"), [("reference", "float32"), ("tpu", "float32"), ("gpu", "bfloat16")]
+)
+def test_the_order_of_tokens_changes_no_bit(backend, dtype):
+    check_order(backend, dtype)
 
 
 def test_gate_scales_the_input_and_not_the_output():

@@ -173,7 +173,7 @@ def _cuts(x: Inputs, F: int, num_experts: int) -> dict[str, tr.Cut | None]:
     """Return the sizes of all kernels, backward included if the matrices are floats."""
     D, dtype, R = x.x_TD.shape[1], x.x_TD.dtype, x.expert_TX.size
 
-    def row(width: int) -> Any:
+    def row(width: int, dtype: Any = dtype) -> Any:
         return jax.ShapeDtypeStruct((1, width), dtype)
 
     column: Any = jax.ShapeDtypeStruct((1, LANES), jnp.float32)
@@ -189,7 +189,7 @@ def _cuts(x: Inputs, F: int, num_experts: int) -> dict[str, tr.Cut | None]:
     if stored_as(x) == "float":
         rows = tr.Rows([row(D)], column, [row(F)] * 2)
         cuts["backward hidden"] = cut("backward_hidden", rows, 3, "down")
-        rows = tr.Rows([row(F)], None, [jax.ShapeDtypeStruct((1, D), jnp.float32)])
+        rows = tr.Rows([row(F)], None, [row(D, jnp.float32)])
         cuts["backward tokens"] = cut("backward_tokens", rows, 1, "up")
         cuts["backward weights"] = _cut_outer(row(D), row(F), R, num_experts)
     return cuts

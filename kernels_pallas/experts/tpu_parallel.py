@@ -24,7 +24,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend, tuning
 from kernels_pallas.attention.tpu_blocks import LANES, like
-from kernels_pallas.experts.tpu_parallel_kernel import Mesh, exchange_kernel
+from kernels_pallas.experts.tpu_parallel_kernel import exchange_kernel
+from kernels_pallas.experts.tpu_parallel_travel import Mesh
 from kernels_pallas.experts.tpu_parallel_walk import Cut
 from kernels_pallas.experts.tpu_plan import SCALARS_BUDGET, round_up
 from kernels_pallas.experts.tpu_rows import TILES
@@ -100,7 +101,7 @@ def refusal(
     cut = _fit(peers, rows, w_gate_NDF, num_local)
     if cut is None:
         return f"rows of {D} columns and tiles of their matrices do not fit into VMEM"
-    needed = 4 * (peers // cut.group * cut.windows * num_local + peers * LANES)
+    needed = 4 * (peers // cut.group * cut.windows * (num_local + 1) + peers * LANES)
     if needed > SCALARS_BUDGET:
         return f"its schedule takes {needed} bytes of SMEM, over {SCALARS_BUDGET}"
     return None
@@ -150,6 +151,7 @@ def exchange_and_apply(
     in_hbm, in_smem = (pl.BlockSpec(memory_space=m) for m in (pl.ANY, pltpu.SMEM))
     rows, dtype = cut.group * cut.rows, x_PRD.dtype
     semaphores = [(), (2,), (), (P,), (), (), (), (3, 2)]
+    slabs = P // cut.group * cut.windows
     readings = P // cut.group * (num_local + cut.windows - 1)
     y, _ = pl.pallas_call(
         exchange_kernel(cut, num_local, F // cut.tile, mesh),
@@ -161,7 +163,8 @@ def exchange_and_apply(
             pltpu.VMEM(gates.shape, jnp.float32),
             pltpu.VMEM(bounds.shape, jnp.int32),
             pltpu.SMEM(bounds.shape, jnp.int32),
-            pltpu.SMEM((P // cut.group * cut.windows * num_local,), jnp.int32),
+            pltpu.SMEM((slabs * num_local,), jnp.int32),
+            pltpu.SMEM((slabs + 1,), jnp.int32),
             pltpu.VMEM((rows, D), dtype),
             pltpu.VMEM((rows, D), jnp.float32),
             pltpu.VMEM((rows, D), dtype),

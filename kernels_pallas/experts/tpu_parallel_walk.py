@@ -1,5 +1,6 @@
 """In which order a device takes the rows that peers sent it: scalars, read inside the kernel."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -45,11 +46,54 @@ class Bounds(NamedTuple):
         return self.table[peer, 0, num_experts]
 
 
+class Step(NamedTuple):
+    """A tile of an expert's matrices, for a window.
+
+    Attributes:
+        slab: the window.
+        tile: the tile.
+        expert: whose matrices.
+        is_first, is_last: of the window's steps.
+        opens, closes: whether it is the first, or last, of the window's experts at this tile.
+    """
+
+    slab: jax.Array
+    tile: jax.Array
+    expert: jax.Array
+    is_first: jax.Array
+    is_last: jax.Array
+    opens: jax.Array
+    closes: jax.Array
+
+
+class Chunk(NamedTuple):
+    """Rows of a window that are multiplied at once.
+
+    Attributes:
+        peer: whose queue they are of.
+        number: their number in the queue, as a slice of one.
+        here: they themselves in VMEM.
+        begin, end: of them, those of an expert, if one is asked for.
+    """
+
+    peer: jax.Array
+    number: Any
+    here: Any
+    begin: jax.Array
+    end: jax.Array
+
+    def is_own(self, shape: tuple[int, ...]) -> jax.Array:
+        """Return which rows are the expert's."""
+        place = jax.lax.broadcasted_iota(jnp.int32, shape, 0)
+        return (place >= self.begin) & (place < self.end)
+
+
 class Walk(NamedTuple):
     """The order of windows, and of the experts that have rows in one.
 
     Windows are numbered by distance on the ring of the queues in them, then by their place in the
-    queues. An item of the schedule is a window and an expert: window * E + expert.
+    queues. An item of the schedule is a window and an expert: window * E + expert. The steps of a
+    window are tiles of columns, and at each of those the window's experts one after the other.
 
     Attributes:
         cut: static sizes.
@@ -58,6 +102,8 @@ class Walk(NamedTuple):
         core: number of this core, which takes every second group of queues if there are two.
         bounds: of the queues.
         items: the schedule in SMEM.
+        begins: the first item of each window in SMEM, and then how many there are.
+        num_steps: tiles of a matrix.
     """
 
     cut: Cut
@@ -66,6 +112,8 @@ class Walk(NamedTuple):
     core: jax.Array
     bounds: Bounds
     items: Any
+    begins: Any
+    num_steps: int
 
     def whole(self, rows: jax.Array) -> jax.Array:
         """Round a number of rows up to whole tiles of memory."""
@@ -117,7 +165,12 @@ class Walk(NamedTuple):
         def one(code, count):
             slab = jax.lax.div(code, self.num_experts)
             is_mine = self.is_mine(jax.lax.div(slab, self.cut.windows))
-            has_rows = is_mine & self._has_rows(slab, code - slab * self.num_experts)
+            expert = code - slab * self.num_experts
+            has_rows = is_mine & self._has_rows(slab, expert)
+
+            @pl.when(expert == 0)
+            def _():
+                self.begins[slab] = count
 
             @pl.when(has_rows)
             def _():
@@ -125,21 +178,57 @@ class Walk(NamedTuple):
 
             return count + has_rows.astype(jnp.int32)
 
-        return jax.lax.fori_loop(0, slabs * self.num_experts, one, 0)
+        items = jax.lax.fori_loop(0, slabs * self.num_experts, one, 0)
+        self.begins[slabs] = items
+        return items
 
-    def slab(self, item: jax.Array) -> jax.Array:
-        """Return the window of an item."""
-        return jax.lax.div(self.items[item], self.num_experts)
+    def step(self, at: jax.Array) -> Step:
+        """Find step `at` of all."""
+        slab = jax.lax.div(self.items[jax.lax.div(at, self.num_steps)], self.num_experts)
+        begin = self.begins[slab]
+        count = self.begins[slab + 1] - begin
+        local = at - begin * self.num_steps
+        tile = jax.lax.div(local, count)
+        number = local - tile * count
+        return Step(
+            slab,
+            tile,
+            jax.lax.rem(self.items[begin + number], self.num_experts),
+            local == 0,
+            local == count * self.num_steps - 1,
+            number == 0,
+            number == count - 1,
+        )
 
-    def expert(self, item: jax.Array) -> jax.Array:
-        """Return the expert of an item."""
-        return jax.lax.rem(self.items[item], self.num_experts)
+    def own_chunks(self, slab: jax.Array, expert: jax.Array, body: Callable[[Chunk], None]) -> None:
+        """Call with each chunk of a window that has rows of an expert."""
+        cut = self.cut
+        chunks = cut.rows // cut.chunk
 
-    def is_first(self, item: jax.Array) -> jax.Array:
-        """Return whether an item is the first of its window."""
-        return (item == 0) | (self.slab(jnp.maximum(item - 1, 0)) != self.slab(item))
+        def one(n, _):
+            part = jax.lax.div(n, chunks)
+            peer, start, _ = self.part(slab, part)
+            start += (n - part * chunks) * cut.chunk
+            begin, end = (b - start for b in self.bounds.of(peer, expert))
 
-    def is_last(self, item: jax.Array, count: jax.Array) -> jax.Array:
-        """Return whether an item is the last of its window."""
-        after = jnp.minimum(item + 1, count - 1)
-        return (item == count - 1) | (self.slab(after) != self.slab(item))
+            @pl.when((begin < cut.chunk) & (end > 0) & (begin < end))
+            def _():
+                here = pl.ds(pl.multiple_of(n * cut.chunk, cut.chunk), cut.chunk)
+                number = pl.ds(jax.lax.div(start, cut.chunk), 1)
+                body(Chunk(peer, number, here, begin, end))
+
+        jax.lax.fori_loop(0, cut.group * chunks, one, None)
+
+    def every_chunk(self, slab: jax.Array, body: Callable[[Chunk], None]) -> None:
+        """Call with each chunk of a window."""
+        cut = self.cut
+        chunks = cut.rows // cut.chunk
+
+        def one(n, _):
+            part = jax.lax.div(n, chunks)
+            peer, start, _ = self.part(slab, part)
+            here = pl.ds(pl.multiple_of(n * cut.chunk, cut.chunk), cut.chunk)
+            number = pl.ds(jax.lax.div(start, cut.chunk) + n - part * chunks, 1)
+            body(Chunk(peer, number, here, jnp.int32(0), jnp.int32(0)))
+
+        jax.lax.fori_loop(0, cut.group * chunks, one, None)

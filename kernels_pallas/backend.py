@@ -48,6 +48,24 @@ def gpu_interpreter() -> Any:
     return _watching(plgpu.InterpretGPUParams) if _interpreting.value else False
 
 
+def vary_alike(arrays: Any) -> Any:
+    """Let all arrays vary over the manual mesh axes over which one of them does.
+
+    Inside `jax.shard_map` the types of arrays say over which axes they vary, and loops and kernels
+    want them alike. The gradient of an array that did not vary is summed over the axes, as it must
+    be. Elsewhere this is the identity.
+    """
+    axes = frozenset[str]()
+    for array in jax.tree.leaves(arrays):
+        axes |= jax.typeof(array).manual_axis_type.varying
+
+    def vary(array: jax.Array) -> jax.Array:
+        lacks = tuple(sorted(axes - jax.typeof(array).manual_axis_type.varying))
+        return jax.lax.pcast(array, lacks, to="varying") if lacks else array
+
+    return jax.tree.map(vary, arrays)
+
+
 def _device() -> Any:
     """Return the device programs are traced for: that of the mesh in force, or the default one.
 

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.backend import Backend, choose
+from kernels_pallas.backend import Backend, choose, vary_alike
 from kernels_pallas.experts.inputs import INT4_GROUP, Inputs, WeightScales
 
 
@@ -93,6 +93,7 @@ def expert_mlp(
         shared_TD,
         None if weight_scales is None else WeightScales(*map(flat, weight_scales)),
     )
+    x = vary_alike(x)
     return _apply(choose(backend, "experts", x, E), E, x)
 
 

@@ -1,11 +1,15 @@
 """The arrays of one mixture-of-experts call, and how stored weights stand for real ones."""
 
+import contextlib
+from collections.abc import Iterator
 from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 INT4_GROUP = 128  # input channels that share a scale
+
+_held = jax.make_user_context(default_value=1.0)
 
 
 class WeightScales(NamedTuple):
@@ -46,3 +50,19 @@ def stored_as(x: Inputs) -> Literal["float", "int8", "int4", "fp8"]:
     if x.w_gate_NDF.dtype == jnp.float8_e4m3fn:
         return "fp8"
     return "int4" if x.scales.gate.ndim == 3 else "int8"
+
+
+@contextlib.contextmanager
+def holding(share: float) -> Iterator[None]:
+    """Let kernels estimate their cost as if this share of the routed rows had an expert.
+
+    Rows without one cost nothing, but a static estimate cannot see how many those are. Whoever
+    sizes a buffer for more rows than it expects knows better.
+    """
+    with _held(share):
+        yield
+
+
+def expected_rows(num_rows: int) -> int:
+    """Return how many of the routed rows are expected to have an expert, one at least."""
+    return max(1, round(num_rows * _held.value))

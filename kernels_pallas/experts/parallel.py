@@ -18,10 +18,10 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.backend import Backend, device_kind, is_interpreting, platform
+from kernels_pallas.backend import Backend, device_kind, is_interpreting, platform, vary_alike
 from kernels_pallas.experts import tpu_parallel
 from kernels_pallas.experts.api import expert_mlp
-from kernels_pallas.experts.inputs import WeightScales
+from kernels_pallas.experts.inputs import WeightScales, holding
 from kernels_pallas.experts.reference import Dispatch, combine, dispatch
 
 Axes = str | tuple[str, ...]
@@ -41,6 +41,10 @@ class _Plan(NamedTuple):
         """Return the most rows of a queue that leave in one round."""
         peers = jax.lax.axis_size(self.axes)
         return min(num_routed, math.ceil(self.load_factor * num_routed / peers))
+
+    def share(self, num_routed: int) -> float:
+        """Return the share of a round's places that have a row on the mean device."""
+        return min(1.0, num_routed / (jax.lax.axis_size(self.axes) * self.rows(num_routed)))
 
 
 class _Arrays(NamedTuple):
@@ -104,8 +108,8 @@ def expert_mlp_parallel(
         raise ValueError(f"load_factor ({load_factor}) must be positive; 1.25 is the default")
     plan = _Plan(axes, w_gate_EDF.shape[-3], load_factor, backend, transport)
     expert_TX = jnp.asarray(expert_TX, jnp.int32)
-    arrays = _Arrays(
-        x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, gate_TX, expert_TX, weight_scales, group
+    arrays = vary_alike(
+        _Arrays(x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, gate_TX, expert_TX, weight_scales, group)
     )
     if transport == "dma":
         _check_dma(plan, arrays)
@@ -243,8 +247,9 @@ def _apply(plan: _Plan, arrays: _Arrays) -> jax.Array:
     def body(number: jax.Array, y_RD: jax.Array) -> jax.Array:
         return _place(queues, number, _round_trip(plan, arrays, queues, number), y_RD)
 
-    nothing = jnp.zeros((arrays.expert_TX.size, arrays.x_TD.shape[1]), arrays.x_TD.dtype)
-    y_RD = jax.lax.fori_loop(0, queues.rounds, body, nothing)
+    nothing = jnp.zeros_like(arrays.x_TD, shape=(arrays.expert_TX.size, arrays.x_TD.shape[1]))
+    with holding(plan.share(arrays.expert_TX.size)):
+        y_RD = jax.lax.fori_loop(0, queues.rounds, body, nothing)
     return combine(y_RD, queues.to, arrays.expert_TX.shape[1])
 
 
@@ -271,11 +276,12 @@ def _apply_bwd(plan: _Plan, arrays: _Arrays, dy_TD: jax.Array) -> tuple[_Arrays]
         )
 
     nothing = (
-        jnp.zeros((R, D), arrays.x_TD.dtype),
-        jnp.zeros((R, 1), arrays.gate_TX.dtype),
-        [jnp.zeros(w.shape, jnp.float32) for w in weights],
+        jnp.zeros_like(arrays.x_TD, shape=(R, D)),
+        jnp.zeros_like(arrays.gate_TX, shape=(R, 1)),
+        [jnp.zeros_like(w, jnp.float32) for w in weights],
     )
-    dx_RD, dgate_R1, d_weights = jax.lax.fori_loop(0, queues.rounds, body, nothing)
+    with holding(plan.share(R)):
+        dx_RD, dgate_R1, d_weights = jax.lax.fori_loop(0, queues.rounds, body, nothing)
     d_gate, d_up, d_down = (dw.astype(w.dtype) for dw, w in zip(d_weights, weights, strict=True))
     dx_TD, dgate_TX = combine(dx_RD, queues.to, X), combine(dgate_R1, queues.to, 1).reshape(-1, X)
     return (_Arrays(dx_TD, d_gate, d_up, d_down, dgate_TX, None, None, None),)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from kernels_pallas.attention.tpu_blocks import LANES
 from kernels_pallas.experts import tpu_outer as to
 from kernels_pallas.experts import tpu_plan as tp
 from kernels_pallas.experts import tpu_rows as tr
-from kernels_pallas.experts.inputs import Inputs, stored_as
+from kernels_pallas.experts.inputs import Inputs, expected_rows, stored_as
 
 _TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # devices whose programs run on two cores
 _NARROW = (*_TWO_CORES, "TPU v5 lite", "TPU v5e")  # multipliers of 128 x 128; later ones of 256
@@ -99,7 +99,7 @@ def _fit(
 
 def _cost(rows: tr.Rows, by: tr.Matrices, outs: list, num_rows: int, num_experts: int, cut: tr.Cut):
     """Estimate a kernel: weights of the experts that are hit once, rows once for each core."""
-    pairs, size = len(by.weights), jnp.dtype
+    pairs, size, num_rows = len(by.weights), jnp.dtype, expected_rows(num_rows)
     entries = by.depth * by.width * by.weights[0].dtype.itemsize
     if by.stored == "int4":
         entries //= 2
@@ -255,10 +255,11 @@ def _outer(
     cut = _cut_outer(x_PK, dy_PM, R, E)
     assert cut is not None
     K, M, size = x_PK.shape[1], dy_PM.shape[1], like.dtype.itemsize
+    held = expected_rows(R)
     cost = pl.CostEstimate(
-        flops=2 * R * K * M,
+        flops=2 * held * K * M,
         transcendentals=0,
-        bytes_accessed=E * K * M * size + R * (K * cut.cores + M) * x_PK.dtype.itemsize,
+        bytes_accessed=E * K * M * size + held * (K * cut.cores + M) * x_PK.dtype.itemsize,
     )
     return to.grouped_outer_places(
         x_PK,

@@ -1,11 +1,14 @@
 import functools
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+import kernels_pallas
+from kernels_pallas.experts import reference, tpu_plan
 from kernels_pallas.experts.api import expert_mlp
 from kernels_pallas.experts.parallel import expert_mlp_parallel
 
@@ -103,3 +106,52 @@ def test_a_load_factor_that_moves_nothing_is_refused():
     arrays, expert = build(4, 8, 1, "evenly")
     with pytest.raises(ValueError, match=r"load_factor \(0\)"):
         divided(*arrays, expert=expert, devices=4, load_factor=0)
+
+
+def estimated_products(function, *arrays):
+    """FLOPs that the kernels in a function say they take."""
+
+    def inside(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "pallas_call":
+                yield equation.params["cost_estimate"].flops
+            else:
+                for inner in jax.tree.leaves(list(equation.params.values())):
+                    if isinstance(inner, (jex.Jaxpr, jex.ClosedJaxpr)):
+                        yield from inside(getattr(inner, "jaxpr", inner))
+
+    with kernels_pallas.interpreted():
+        return sum(inside(jax.make_jaxpr(function)(*arrays).jaxpr))
+
+
+def test_kernels_estimate_the_rows_that_are_expected_and_not_the_places_of_buffers():
+    devices, depth, width, tokens = 4, 128, 256, 40
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(devices * tokens, depth))
+    w_gate, w_up = rng.normal(size=(2, devices, depth, width))
+    w_down, gate = rng.normal(size=(devices, width, depth)), np.ones((devices * tokens, 1))
+    arrays = [jnp.float32(a) for a in (x, w_gate, w_up, w_down, gate)]
+    expert = jnp.zeros((devices * tokens, 1), jnp.int32)
+
+    def apply(*arrays):
+        return divided(*arrays, expert=expert, devices=devices, backend="tpu")
+
+    forward = 6 * tokens * depth * width  # each device has the mean
+    assert estimated_products(apply, *arrays) == forward
+
+    def pull(*arrays):
+        y, slopes = jax.vjp(apply, *arrays)
+        return slopes(y)
+
+    # Forward, forward again, and six products, which are twice the three of the forward pass.
+    assert estimated_products(pull, *arrays) == 4 * forward
+
+
+def test_places_of_a_buffer_that_hold_no_row_are_in_no_block():
+    held = np.repeat(np.arange(4), 20)
+    for empty in (0, 10, 500):
+        expert = jnp.int32(np.concatenate([held, np.full(empty, -1)]))
+        plan = tpu_plan.plan(expert, 4, 8)
+        assert tpu_plan.blocks(plan, 8, unit=8).count == 4 * 3
+        sizes = reference.dispatch(expert[:, None], 4).group_sizes_E
+        assert reference.schedule(sizes, 8).ends_E[-1] == 4 * 3

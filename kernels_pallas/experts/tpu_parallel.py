@@ -15,7 +15,8 @@ An expert's rows may begin anywhere in a window: products are of whole chunks of
 rows that are another expert's are set to zero, in which way they add nothing to the sums.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -36,9 +37,19 @@ _ROOMY = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")  # 128 MiB of VMEM
 _PRODUCTS = 8 * 2**20  # of VMEM, for the products of a chunk
 
 
-def _vmem_limit() -> int:
-    """Return how much VMEM the kernel may use."""
+def vmem_limit() -> int:
+    """Return how much VMEM the kernels may use."""
     return (112 if backend.device_kind() in _ROOMY else 52) * 2**20
+
+
+def multiplier() -> int:
+    """Return the columns of the matrix multiplier."""
+    return 128 if backend.device_kind() in _NARROW else 256
+
+
+def num_cores() -> int:
+    """Return on how many cores a program runs."""
+    return 2 if backend.device_kind() in _TWO_CORES else 1
 
 
 def _largest_first(shared: list, *tiles: list[int]) -> Iterator[tuple[int, tuple[int, int]]]:
@@ -48,20 +59,32 @@ def _largest_first(shared: list, *tiles: list[int]) -> Iterator[tuple[int, tuple
             yield from ((tile, window) for tile in some)
 
 
-def _fit(peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int) -> Cut | None:
-    """Choose the largest window that fits into VMEM, then the widest tile, or None if none fit."""
+def fit(
+    operation: str,
+    needed: Callable[[int, int], int],
+    peers: int,
+    rows: int,
+    w_gate_NDF: jax.Array,
+    num_local: int,
+) -> Cut | None:
+    """Choose the largest window that fits into VMEM, then the widest tile, or None if none fit.
+
+    Args:
+        operation: as tuning knows it.
+        needed: from the rows of a window and the columns of a tile, the bytes of buffers.
+        peers, rows, w_gate_NDF, num_local: as `refusal` has them.
+    """
     (D, F), dtype = w_gate_NDF.shape[-2:], w_gate_NDF.dtype
-    size, kind = dtype.itemsize, backend.device_kind()
     default = {
         "group": 512,
         "window": 2048,
-        "chunk": 128 if kind in _NARROW else 256,
+        "chunk": multiplier(),
         "tile": TILES[0],
-        "cores": 2 if kind in _TWO_CORES else 1,
+        "cores": num_cores(),
     }
     shape = {"D": D, "F": F, "E": num_local, "dtype": str(dtype)}
-    tuned = tuning.lookup("expert_mlp.exchange", default, **shape)
-    unit = 32 // size
+    tuned = tuning.lookup(operation, default, **shape)
+    unit = 32 // dtype.itemsize
     chunk, cores = min(tuned["chunk"], round_up(rows, unit)), min(tuned["cores"], peers)
     queue = round_up(rows, chunk)
     groups = [n for n in range(peers // cores, 0, -1) if peers % n == 0]
@@ -71,10 +94,20 @@ def _fit(peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int) -> Cut | 
     wide = [tile for tile in tiles if tile >= default["chunk"]]  # as the multiplier is
     for tile, (group, windows) in _largest_first(shared, wide, tiles):
         part = round_up(-(-rows // windows), chunk)
-        needed = group * part * D * (2 * size + 4) + 6 * D * tile * size + _PRODUCTS
-        if group * part <= tuned["window"] and needed <= _vmem_limit():
+        is_small = needed(group * part, tile) + _PRODUCTS <= vmem_limit()
+        if group * part <= tuned["window"] and is_small:
             return Cut(peers, group, windows, part, chunk, tile, unit, cores)
     return None
+
+
+def _fit(peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int) -> Cut | None:
+    """Choose the sizes of the kernel, or None if none fit."""
+    D, size = w_gate_NDF.shape[-2], w_gate_NDF.dtype.itemsize
+
+    def needed(window: int, tile: int) -> int:
+        return window * D * (2 * size + 4) + 6 * D * tile * size
+
+    return fit("expert_mlp.exchange", needed, peers, rows, w_gate_NDF, num_local)
 
 
 def refusal(
@@ -98,13 +131,68 @@ def refusal(
         return f"D ({D}) and F ({F}) must be multiples of {LANES}"
     if num_local >= LANES:
         return f"{num_local} experts on a device are more than {LANES - 1}"
-    cut = _fit(peers, rows, w_gate_NDF, num_local)
+    return refusal_of_sizes(_fit(peers, rows, w_gate_NDF, num_local), D, num_local)
+
+
+def refusal_of_sizes(cut: Cut | None, width: int, num_local: int) -> str | None:
+    """Return why these sizes cannot be, or None if they can."""
     if cut is None:
-        return f"rows of {D} columns and tiles of their matrices do not fit into VMEM"
-    needed = 4 * (peers // cut.group * cut.windows * (num_local + 1) + peers * LANES)
+        return f"rows of {width} columns and tiles of their matrices do not fit into VMEM"
+    needed = 4 * (slabs(cut) * (num_local + 1) + cut.peers * LANES)
     if needed > SCALARS_BUDGET:
         return f"its schedule takes {needed} bytes of SMEM, over {SCALARS_BUDGET}"
     return None
+
+
+def slabs(cut: Cut) -> int:
+    """Return how many windows there are."""
+    return cut.peers // cut.group * cut.windows
+
+
+class Labels(NamedTuple):
+    """What goes with queues of rows.
+
+    Attributes:
+        scalars: int32; see `tpu_parallel_travel.Travel`.
+        gates: float32 [P, chunks, lanes], a chunk's along the lanes.
+        bounds: int32 [P, 1, 128], where each expert's rows begin, and at [E] where they all end.
+    """
+
+    scalars: jax.Array
+    gates: jax.Array
+    bounds: jax.Array
+
+    @staticmethod
+    def of(
+        cut: Cut,
+        mesh: Mesh,
+        first: jax.Array,
+        gate_PR: jax.Array,
+        expert_PR: jax.Array,
+        num_local: int,
+    ) -> "Labels":
+        """Lay out gates and experts of rows, as `exchange_and_apply` has them."""
+        (P, R), chunks = gate_PR.shape, cut.windows * cut.rows // cut.chunk
+        gates = jnp.pad(gate_PR.astype(jnp.float32), ((0, 0), (0, chunks * cut.chunk - R)))
+        gates = gates.reshape(P, chunks, cut.chunk)
+        rest = round_up(cut.chunk, LANES) - cut.chunk
+        gates = jnp.pad(gates, ((0, 0), (0, 0), (0, rest)))
+        experts = jnp.arange(num_local + 1)
+        is_before = (expert_PR[..., None] >= 0) & (expert_PR[..., None] < experts)
+        bounds = is_before.sum(1, dtype=jnp.int32)
+        scalars = jnp.stack([first, *mesh.own(), *bounds[:, num_local]]).astype(jnp.int32)
+        bounds = jnp.pad(bounds, ((0, 0), (0, LANES - num_local - 1)))[:, None]
+        return Labels(scalars, gates, bounds)
+
+    def buffers(self, cut: Cut, num_local: int) -> list:
+        """Return where they arrive, and the schedule."""
+        return [
+            pltpu.VMEM(self.gates.shape, jnp.float32),
+            pltpu.VMEM(self.bounds.shape, jnp.int32),
+            pltpu.SMEM(self.bounds.shape, jnp.int32),
+            pltpu.SMEM((slabs(cut) * num_local,), jnp.int32),
+            pltpu.SMEM((slabs(cut) + 1,), jnp.int32),
+        ]
 
 
 def exchange_and_apply(
@@ -139,19 +227,11 @@ def exchange_and_apply(
     (P, R, D), F, size = x_PRD.shape, w_gate_NDF.shape[2], x_PRD.dtype.itemsize
     mesh, cut = Mesh.of(axes), _fit(P, R, w_gate_NDF, num_local)
     assert cut is not None
-    lanes, chunks = round_up(cut.chunk, LANES), cut.windows * cut.rows // cut.chunk
     x_PRD = jnp.pad(x_PRD, ((0, 0), (0, round_up(R, cut.unit) - R), (0, 0)))
-    gates = jnp.pad(gate_PR.astype(jnp.float32), ((0, 0), (0, chunks * cut.chunk - R)))
-    gates = gates.reshape(P, chunks, cut.chunk)
-    gates = jnp.pad(gates, ((0, 0), (0, 0), (0, lanes - cut.chunk)))
-    is_before = (expert_PR[..., None] >= 0) & (expert_PR[..., None] < jnp.arange(num_local + 1))
-    bounds = is_before.sum(1, dtype=jnp.int32)
-    scalars = jnp.stack([first, *mesh.own(), *bounds[:, num_local]]).astype(jnp.int32)
-    bounds = jnp.pad(bounds, ((0, 0), (0, LANES - num_local - 1)))[:, None]
+    labels = Labels.of(cut, mesh, first, gate_PR, expert_PR, num_local)
     in_hbm, in_smem = (pl.BlockSpec(memory_space=m) for m in (pl.ANY, pltpu.SMEM))
     rows, dtype = cut.group * cut.rows, x_PRD.dtype
     semaphores = [(), (2,), (), (P,), (), (), (), (3, 2)]
-    slabs = P // cut.group * cut.windows
     readings = P // cut.group * (num_local + cut.windows - 1)
     y, _ = pl.pallas_call(
         exchange_kernel(cut, num_local, F // cut.tile, mesh),
@@ -160,11 +240,7 @@ def exchange_and_apply(
         out_specs=[in_hbm] * 2,
         out_shape=[like(x_PRD, x_PRD.shape, dtype)] * 2,
         scratch_shapes=[
-            pltpu.VMEM(gates.shape, jnp.float32),
-            pltpu.VMEM(bounds.shape, jnp.int32),
-            pltpu.SMEM(bounds.shape, jnp.int32),
-            pltpu.SMEM((slabs * num_local,), jnp.int32),
-            pltpu.SMEM((slabs + 1,), jnp.int32),
+            *labels.buffers(cut, num_local),
             pltpu.VMEM((rows, D), dtype),
             pltpu.VMEM((rows, D), jnp.float32),
             pltpu.VMEM((rows, D), dtype),
@@ -177,7 +253,7 @@ def exchange_and_apply(
             dimension_semantics=("parallel",),
             collective_id=mesh.collective(),
             has_side_effects=True,
-            vmem_limit_bytes=_vmem_limit(),
+            vmem_limit_bytes=vmem_limit(),
         ),
         cost_estimate=pl.CostEstimate(
             flops=6 * P * R * D * F,
@@ -187,5 +263,5 @@ def exchange_and_apply(
         ),
         interpret=backend.tpu_interpreter(),
         name="expert_mlp_exchange",
-    )(scalars, x_PRD, gates, bounds, w_gate_NDF, w_up_NDF, w_down_NFD)
+    )(labels.scalars, x_PRD, labels.gates, labels.bounds, w_gate_NDF, w_up_NDF, w_down_NFD)
     return y[:, :R]

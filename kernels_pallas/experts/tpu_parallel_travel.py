@@ -187,7 +187,7 @@ def tile_copies(
     width: int,
     first: jax.Array,
     step: Step,
-    at: jax.Array,
+    at: jax.Array | int,
 ) -> list[Any]:
     """Return the copies of a step's tiles of matrices to the slot of its number.
 

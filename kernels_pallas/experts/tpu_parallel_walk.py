@@ -125,7 +125,7 @@ class Walk(NamedTuple):
         rows = self.whole(self.bounds.length(peer, self.num_experts))
         return pl.multiple_of(rows, self.cut.unit)
 
-    def is_mine(self, group: jax.Array) -> jax.Array:
+    def is_mine(self, group: jax.Array | int) -> jax.Array:
         """Return whether this core takes a group of queues."""
         return jax.lax.rem(group, self.cut.cores) == self.core
 
@@ -182,7 +182,7 @@ class Walk(NamedTuple):
         self.begins[slabs] = items
         return items
 
-    def step(self, at: jax.Array) -> Step:
+    def step(self, at: jax.Array | int) -> Step:
         """Find step `at` of all."""
         slab = jax.lax.div(self.items[jax.lax.div(at, self.num_steps)], self.num_experts)
         begin = self.begins[slab]

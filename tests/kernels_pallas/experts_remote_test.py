@@ -5,7 +5,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import backend, tuning
-from kernels_pallas.experts import tpu_parallel
+from kernels_pallas.experts import tpu_parallel, tpu_parallel_gradient
 from kernels_pallas.experts.api import expert_mlp
 from kernels_pallas.experts.parallel import expert_mlp_parallel
 
@@ -44,46 +44,110 @@ def build(how, devices, rows, experts, dtype, layers=1):
     return floats, np.where(is_row, expert, -1).astype(np.int32)
 
 
-def check(how, mesh_shape, names, axes, *, rows=24, experts=3, dtype=jnp.float32, layer=0, ring=1):
-    """Compare each ring of devices with its experts applied to all it received, one by one."""
-    devices = int(np.prod(mesh_shape))
-    peers = devices // ring
-    parts = [build(how, peers, rows, experts, dtype, layer + 1) for _ in range(ring)]
-    floats = [jnp.concatenate(arrays) for arrays in zip(*(part[0] for part in parts), strict=True)]
-    expert = np.concatenate([part[1] for part in parts])
-    floats[0] *= 1 + jnp.arange(devices, dtype=dtype).reshape(-1, 1, 1, 1)  # rings differ
-    mesh = jax.make_mesh(mesh_shape, names, axis_types=(jax.sharding.AxisType.Auto,) * len(names))
+class Rings:
+    """Queues of all devices, which stand in rings of peers, and what runs on one of them."""
 
-    def one_device(*arrays):
-        return tpu_parallel.exchange_and_apply(
-            *(a[0] for a in arrays), jnp.int32(layer * experts), num_local=experts, axes=axes
-        )[None]
+    def __init__(
+        self,
+        how,
+        mesh_shape,
+        names,
+        axes,
+        *,
+        rows=24,
+        experts=3,
+        dtype=jnp.float32,
+        layer=0,
+        ring=1,
+    ):
+        self.devices = int(np.prod(mesh_shape))
+        self.peers, self.rows, self.experts, self.dtype = self.devices // ring, rows, experts, dtype
+        self.mesh_shape, self.names, self.axes, self.layer = mesh_shape, names, axes, layer
+        parts = [build(how, self.peers, rows, experts, dtype, layer + 1) for _ in range(ring)]
+        floats = [jnp.concatenate(a) for a in zip(*(part[0] for part in parts), strict=True)]
+        rings_differ = 1 + jnp.arange(self.devices, dtype=dtype).reshape(-1, 1, 1, 1)
+        self.x, self.gate, self.weights = floats[0] * rings_differ, floats[1], floats[2:]
+        self.expert = jnp.asarray(np.concatenate([part[1] for part in parts]))
 
-    order = (0, 1, 5, 2, 3, 4)
-    arrays = [[*floats, jnp.asarray(expert)][i] for i in order]
-    run = jax.shard_map(
-        one_device, mesh=mesh, in_specs=(P(names),) * 6, out_specs=P(names), check_vma=False
-    )
-    with backend.interpreted():
-        y = np.asarray(jax.jit(run)(*arrays), np.float32)
+    def run(self, kernel, *queues):
+        """Run a kernel on all devices, on queues and then gates, experts and matrices."""
+        types = (jax.sharding.AxisType.Auto,) * len(self.names)
+        mesh = jax.make_mesh(self.mesh_shape, self.names, axis_types=types)
+        first, along = jnp.int32(self.layer * self.experts), P(self.names)
 
-    x, gate, *weights = floats
-    chosen = slice(layer * experts, (layer + 1) * experts)
-    for device in range(devices):
-        senders = range(device // peers * peers, (device // peers + 1) * peers)
-        here = device % peers
-        theirs = expert_mlp(
-            jnp.concatenate([x[s, here] for s in senders]),
-            *(w[device, chosen] for w in weights),
-            expert_TX=jnp.concatenate([expert[s, here] for s in senders])[:, None],
-            gate_TX=jnp.concatenate([gate[s, here] for s in senders])[:, None],
-            backend="reference",
+        def one_device(*arrays):
+            result = kernel(*(a[0] for a in arrays), first, num_local=self.experts, axes=self.axes)
+            return jax.tree.map(lambda a: a[None], result)
+
+        arrays = (*queues, self.gate, self.expert, *self.weights)
+        divided = jax.shard_map(
+            one_device, mesh=mesh, in_specs=along, out_specs=along, check_vma=False
         )
-        theirs = np.asarray(theirs, np.float32).reshape(peers, rows, D)
-        for n, s in enumerate(senders):
-            is_row = expert[s, here] >= 0
-            bound = 1e-4 if dtype == jnp.float32 else 0.05
-            np.testing.assert_allclose(y[s, here][is_row], theirs[n][is_row], atol=bound, rtol=0.02)
+        with backend.interpreted():
+            return jax.tree.map(lambda a: np.asarray(a, np.float32), jax.jit(divided)(*arrays))
+
+    def each(self):
+        """List devices with the peers that send to it, its number for them, and its matrices."""
+        chosen = slice(self.layer * self.experts, (self.layer + 1) * self.experts)
+        for device in range(self.devices):
+            first = device // self.peers * self.peers
+            senders = np.arange(first, first + self.peers)
+            yield device, senders, device % self.peers, [w[device, chosen] for w in self.weights]
+
+    def sent(self, array, senders, here):
+        """Join what some devices send to one."""
+        return jnp.concatenate([array[s, here] for s in senders])
+
+    def apply(self, senders, here):
+        """Return a function of rows, gates and matrices: one device's experts, one by one."""
+        expert = self.sent(self.expert, senders, here)[:, None]
+
+        def whole(x, gate, *weights):
+            return expert_mlp(
+                x, *weights, expert_TX=expert, gate_TX=gate[:, None], backend="reference"
+            )
+
+        return whole
+
+
+def check(*args, **how):
+    """Compare each device with its experts applied to all it received, one by one."""
+    rings = Rings(*args, **how)
+    bound = 1e-4 if rings.dtype == jnp.float32 else 0.05
+    y = rings.run(tpu_parallel.exchange_and_apply, rings.x)
+    for _, senders, here, weights in rings.each():
+        x, gate = (rings.sent(a, senders, here) for a in (rings.x, rings.gate))
+        theirs = np.asarray(rings.apply(senders, here)(x, gate, *weights), np.float32)
+        is_row = np.asarray(rings.expert[senders, here]) >= 0
+        theirs = theirs.reshape(rings.peers, rings.rows, D)
+        np.testing.assert_allclose(y[senders, here][is_row], theirs[is_row], atol=bound, rtol=0.02)
+
+
+def check_gradient(*args, **how):
+    """Compare the gradients of each device's experts with those of the reference."""
+    rings = Rings(*args, **how)
+    rng = np.random.default_rng(5)
+    dy = jnp.asarray(rng.normal(size=rings.x.shape), rings.dtype)
+    dy = jnp.where(rings.expert[..., None] >= 0, dy, jnp.nan)
+    dx, dgate, d_weights = rings.run(tpu_parallel_gradient.exchange_gradient, rings.x, dy)
+    rtol, atol = (1e-5, 1e-6) if rings.dtype == jnp.float32 else (0.02, 0.01)
+
+    def compare(ours, theirs):
+        theirs = np.asarray(theirs, np.float32)
+        np.testing.assert_allclose(
+            ours, theirs, rtol=rtol, atol=atol * max(1, np.abs(theirs).max(initial=0))
+        )
+
+    for device, senders, here, weights in rings.each():
+        is_row = np.asarray(rings.expert[senders, here]) >= 0
+        x, gate, sent_dy = (rings.sent(a, senders, here) for a in (rings.x, rings.gate, dy))
+        x, sent_dy = (jnp.where(is_row.reshape(-1, 1), a, 0) for a in (x, sent_dy))
+        _, pull = jax.vjp(rings.apply(senders, here), x, gate, *weights)
+        their_dx, their_dgate, *their_weights = pull(sent_dy)
+        compare(dx[senders, here][is_row], their_dx.reshape(*is_row.shape, D)[is_row])
+        compare(dgate[senders, here][is_row], their_dgate.reshape(is_row.shape)[is_row])
+        for ours, theirs in zip(d_weights, their_weights, strict=True):
+            compare(ours[device], theirs)
 
 
 HOW = ["ragged", "full", "all to one device", "one device idle", "nobody"]
@@ -117,6 +181,37 @@ def test_devices_are_found_along_their_axis_of_a_mesh_of_several():
 
 def test_experts_divided_over_two_axes():
     check("ragged", (2, 4), ("fsdp", "expert"), ("fsdp", "expert"), rows=9, experts=1)
+
+
+@pytest.mark.parametrize("how", HOW)
+def test_gradients_come_home_whatever_the_routing(how):
+    check_gradient(how, (4,), ("expert",), "expert")
+
+
+@pytest.mark.parametrize("how", ["ragged", "all to one device"])
+def test_gradients_of_eight_devices_with_one_expert_each(how):
+    check_gradient(how, (8,), ("expert",), "expert", rows=9, experts=1)
+
+
+@pytest.mark.parametrize(("how", "cores"), [("ragged", 1), ("one device idle", 2)])
+def test_gradients_of_several_windows_and_of_cores_that_share_them(how, cores):
+    sizes = {"window": 16, "group": 16, "chunk": 8, "tile": 128, "cores": cores}
+    with tuning.overridden({"expert_mlp.exchange_gradient": sizes}):
+        check_gradient(how, (4,), ("expert",), "expert", rows=30)
+
+
+def test_gradients_of_queues_that_share_a_window():
+    sizes = {"chunk": 8, "group": 64, "tile": 128}
+    with tuning.overridden({"expert_mlp.exchange_gradient": sizes}):
+        check_gradient("ragged", (4,), ("expert",), "expert", rows=12, experts=2)
+
+
+def test_gradients_in_bfloat16_of_a_layer_among_several():
+    check_gradient("ragged", (4,), ("expert",), "expert", dtype=jnp.bfloat16, layer=1)
+
+
+def test_gradients_along_one_axis_of_a_mesh_of_several():
+    check_gradient("ragged", (2, 4), ("fsdp", "expert"), "expert", rows=9, experts=2, ring=2)
 
 
 def test_what_does_not_fit_is_refused_with_the_reason():

@@ -8,8 +8,8 @@ The kernels suite checks each operation against the reference and prints its tim
 share of what the device could do, and how it compares with others in the same run: on a CPU the
 reference itself on nano's shapes, two minutes. `--tune` first measures block sizes and keeps the
 best in kernels_pallas/tuning. The compile suite prints FLOPs, bytes and memory against the floor
-and against splash attention; `make kernels` brings its compilers. A result that is wrong, a program
-that does not compile or is beyond its bounds ends it with status 1.
+and against splash attention and megablox; `make kernels` brings its compilers. A result that is
+wrong, a program that does not compile or is beyond its bounds ends it with status 1.
 """
 
 from typing import Any
@@ -30,7 +30,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "kernels times them on this device; compile compiles them for others.", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_list(
-        "shapes", [], "Names from kernels_pallas/shapes.py; all, on a CPU those of nano.",
+        "shapes", [], "Names from kernels_pallas/shapes; all, on a CPU those of nano.",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_multi_enum(
@@ -93,8 +93,9 @@ def run_compile(values: flags.FlagValues) -> dict[str, Any]:
         for case in cases:
             for record in benchmark_compile.compile_case(case, TARGETS[name]):
                 records.append(record)
-                lines = [benchmark_compile.line(record), *report.fault_lines(record)]
-                print("\n".join(lines), flush=True)
+                print(benchmark_compile.line(record), flush=True)
+    benchmark_compile.judge_beside(cases, records)
+    print("\n".join(line for record in records for line in report.fault_lines(record)))
     print(benchmark_compile.NOTES)
     return {"shapes": {case.shape: case.sizes for case in cases}, "records": records}
 

@@ -29,12 +29,14 @@ class Work:
       needed: the bytes if every block of queries read the keys it needs and no others. Of a
         backward pass this is not defined, and the bytes of its blocks stand for it.
       blocks: the sizes, for the table.
+      around: of the bytes, those that XLA moves before, between and after the kernels.
     """
 
     flops: int
     bytes: int
     needed: int
     blocks: str
+    around: int = 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

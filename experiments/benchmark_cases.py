@@ -6,17 +6,19 @@ To benchmark another operation, make a case of it in a function like `decode_cas
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
 import kernels_pallas
-from experiments import benchmark_peers
+from experiments import benchmark_expert_peers, benchmark_peers
 from experiments.benchmark_blocks import BACKWARD, FORWARD, Work, attention_work, decode_work
+from experiments.benchmark_expert_work import expert_work
 from kernels_pallas import shapes
 
-Arrays = Mapping[str, jax.Array]
+Arrays = Mapping[str, Any]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,6 +27,26 @@ class Floor:
 
     flops: int
     bytes: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Bound:
+    """What the compiled kernel may need at most, on every chip that has a kernel for it.
+
+    Attributes:
+      flops: times the FLOPs of the floor.
+      bytes: times the bytes that are needed.
+      multiplied: by chip, times the floor FLOPs of what the schedule multiplies, padding included;
+        elsewhere `flops` holds for that too.
+      peers: of a peer, how many times our bytes its own must be at least.
+      beside: another shape, and times its FLOPs.
+    """
+
+    flops: float
+    bytes: float
+    multiplied: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    peers: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    beside: tuple[str, float] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,20 +65,20 @@ class Case:
       work: of a pass, the platform and the block sizes in use, what the schedule of blocks really
         multiplies and copies, counted without asking the kernel; None if nobody can tell.
       candidates: of a pass and a platform, block sizes worth trying.
-      bounds: of a pass, how many times its floor FLOPs and bytes the compiled kernel may need.
+      bounds: of a pass, what the compiled kernel is held to.
     """
 
     operation: str
     shape: str
     sizes: Mapping[str, Any]
-    build: Callable[[jax.Array], dict[str, jax.Array]]
+    build: Callable[[jax.Array], dict[str, Any]]
     function: Callable[..., Any]
     floors: Mapping[str, Floor]
     wrt: tuple[str, ...] = ()
     peers: tuple[benchmark_peers.Peer, ...] = ()
     work: Callable[[str, str, Mapping[str, Any]], Work | None] = lambda *_: None
     candidates: Callable[[str, str], list[dict[str, dict[str, int]]]] = lambda *_: []
-    bounds: Mapping[str, tuple[float, float]] = dataclasses.field(default_factory=dict)
+    bounds: Mapping[str, Bound] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,7 +140,7 @@ def attention_case(shape: shapes.Attention) -> Case:
         peers=benchmark_peers.of_attention(shape),
         work=functools.partial(attention_work, shape),
         candidates=attention_candidates,
-        bounds={"forward": (1.15, 1.3)} if shape.name.startswith("scout") else {},
+        bounds={"forward": Bound(flops=1.15, bytes=1.3)} if shape.name.startswith("scout") else {},
     )
 
 
@@ -134,13 +156,68 @@ def decode_case(shape: shapes.Decode) -> Case:
         peers=benchmark_peers.of_decode(shape),
         work=functools.partial(decode_work, shape),
         candidates=decode_candidates,
-        bounds={"forward": (1.15, 1.05)} if "_1m" in shape.name else {},
+        bounds={"forward": Bound(flops=1.15, bytes=1.05)} if "_1m" in shape.name else {},
     )
 
 
 def _decode(shape: shapes.Decode, *, backend: Any, **arrays: jax.Array) -> Any:
     arguments: dict[str, Any] = {**shape.arguments(arrays), **shape.settings}
     return kernels_pallas.decode_attention(**arguments, backend=backend)
+
+
+# Rows are multiplied in whole chunks, of 128 on v5e and v5p and of 256 where multipliers are wider:
+# to 8192 rows 16 experts add about half a chunk each.
+_CHUNKS = {"v5e": 1.2, "v5p": 1.2, "v6e": 1.35, "tpu7x": 1.35}
+_EXPERT_BOUNDS = {
+    "scout_experts_8k": Bound(flops=1.05, bytes=1.25, multiplied=_CHUNKS, peers={"megablox": 1.5}),
+    "maverick_experts_8k": Bound(
+        flops=1.05, bytes=1.25, multiplied=dict.fromkeys(_CHUNKS, math.inf),
+        beside=("scout_experts_8k", 1.1),
+    ),
+    "scout_experts_1": Bound(flops=math.inf, bytes=1.1),
+    "maverick_experts_1": Bound(flops=math.inf, bytes=1.1),
+}  # fmt: skip
+
+
+def expert_case(shape: shapes.Experts) -> Case:
+    """Return the mixture of experts on a shape, with a gradient if the matrices are floats."""
+    is_float = shape.stored == "float"
+    floors = {
+        direction: Floor(
+            flops=shape.flops(backward=direction == "backward"),
+            bytes=shape.bytes(backward=direction == "backward"),
+        )
+        for direction in ("forward", "backward")[: 1 + is_float]
+    }
+    bound = _EXPERT_BOUNDS.get(shape.name)
+    return Case(
+        operation="expert_mlp",
+        shape=shape.name,
+        sizes=dataclasses.asdict(shape),
+        build=shape.build,
+        function=kernels_pallas.expert_mlp,
+        floors=floors,
+        wrt=("x_TD", "w_gate_EDF", "w_up_EDF", "w_down_EFD", "gate_TX") if is_float else (),
+        peers=benchmark_expert_peers.of_experts(shape),
+        work=functools.partial(expert_work, shape),
+        candidates=expert_candidates,
+        bounds={} if bound is None else {"forward": bound},
+    )
+
+
+def expert_candidates(direction: str, platform: str) -> list[dict[str, dict[str, int]]]:
+    """List sizes of the experts' kernels to try."""
+    if platform == "tpu":
+        backward = ("backward_hidden", "backward_tokens", "backward_weights")
+        names = ("forward",) if direction == "forward" else backward
+        sizes = [
+            {"window": window, "chunk": chunk, "tile": tile}
+            for window in (512, 1024, 2048) for chunk in (128, 256) for tile in (256, 512)
+        ]  # fmt: skip
+    else:
+        names = ("up", "down") if direction == "forward" else ("dhidden", "dx", "dup", "ddown")
+        sizes = [{"width": n, "stages": depth} for n in (64, 128, 256) for depth in (3, 4, 5)]
+    return [{f"expert_mlp.{name}": each for name in names} for each in sizes]
 
 
 def attention_candidates(direction: str, platform: str) -> list[dict[str, dict[str, int]]]:
@@ -163,16 +240,19 @@ def decode_candidates(direction: str, platform: str) -> list[dict[str, dict[str,
     return [{"decode_attention": each} for each in sizes]
 
 
+def _case(shape: shapes.Shape) -> Case:
+    if isinstance(shape, shapes.Experts):
+        return expert_case(shape)
+    return attention_case(shape) if isinstance(shape, shapes.Attention) else decode_case(shape)
+
+
 def cases(names: list[str] | None = None, *, small: bool = False) -> list[Case]:
     """List the cases of the shapes named; without names all of them, or nano's if `small`.
 
     Raises:
       ValueError: a name is no shape.
     """
-    known = [
-        attention_case(shape) if isinstance(shape, shapes.Attention) else decode_case(shape)
-        for shape in shapes.SHAPES.values()
-    ]
+    known = [_case(shape) for shape in shapes.SHAPES.values()]
     every = {case.shape: case for case in known}
     for name in names or ():
         if name not in every:

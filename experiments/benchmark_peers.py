@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -30,12 +30,16 @@ class Peer:
       platforms: where it runs.
       function: of the arrays of the case, by name.
       work: of a pass, what its blocks multiply and copy; None if nobody can tell.
+      arrays: makes those that it takes from those of the case; None if they are the same.
+      computes_the_same: or else only does as many FLOPs.
     """
 
     name: str
     platforms: tuple[str, ...]
     function: Callable[..., jax.Array]
     work: Callable[[str], Work | None] | None = None
+    arrays: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    computes_the_same: bool = True
 
 
 def warmed(q_BTNH: jax.Array, positions_BT: jax.Array, temperature) -> jax.Array:

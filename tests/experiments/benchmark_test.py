@@ -22,7 +22,7 @@ from experiments import (
     benchmark_timing,
     benchmark_tune,
 )
-from experiments.benchmark_cases import Case, Floor
+from experiments.benchmark_cases import Bound, Case, Floor
 from experiments.benchmark_timing import Limits, Machine
 from experiments.launch import FlagError
 from kernels_pallas import tuning
@@ -126,7 +126,7 @@ def test_what_would_mislead_is_refused(arguments, says):
 
 def test_a_cpu_runs_nano_unless_it_is_told_otherwise():
     assert {case.shape for case in benchmark_cases.cases(small=True)} == {
-        "nano_chunk", "nano_nope", "nano_decode",
+        "nano_chunk", "nano_nope", "nano_decode", "nano_experts_2k", "nano_experts_1",
     }  # fmt: skip
     (case,) = benchmark_cases.cases(["vision"], small=True)
     assert case.shape == "vision"
@@ -235,14 +235,15 @@ def test_a_shape_that_must_do_may_not_be_refused():
     (refused, _) = benchmark_compile.compile_case(case, _Cpu())
     assert refused["refused"] == "too wide" and not refused["faults"]
     assert "reference" in benchmark_compile.line(refused)
-    bounded = dataclasses.replace(case, bounds={"forward": (1.0, 1.0)})
+    bounded = dataclasses.replace(case, bounds={"forward": Bound(flops=1.0, bytes=1.0)})
     failed, _ = benchmark_compile.compile_case(bounded, _Cpu())
     assert failed["faults"] == ["does not compile: too wide"]
 
 
 def figures(**known):
     zeros = {"arguments": 0, "temp": 0, "vmem": 0, "smem": 0, "seconds": 0.0}
-    return benchmark_compile.Figures(**{**zeros, "flops": 256.0, "bytes": 2048.0, **known})
+    said = {"flops": 256.0, "bytes": 2048.0, "declared": 2048.0}
+    return benchmark_compile.Figures(**{**zeros, **said, **known})
 
 
 @pytest.mark.parametrize(
@@ -250,13 +251,13 @@ def figures(**known):
     [
         ({}, []),
         ({"flops": 300.0}, ["FLOPs by estimate are 1.172 times the floor"]),
-        ({"bytes": 1900.0}, ["says that it moves"]),
-        ({"bytes": 2300.0}, ["bytes by estimate are 1.123 times", "says that it moves"]),
+        ({"declared": 1900.0}, ["says that it moves"]),
+        ({"bytes": 2300.0}, ["bytes by estimate are 1.123 times"]),
         ({"temp": 2 << 30}, ["needs 2.1 GB of memory"]),
     ],
 )
 def test_bounds_and_false_estimates_are_faults(known, says):
-    case = dataclasses.replace(doubling(), bounds={"forward": (1.15, 1.1)})
+    case = dataclasses.replace(doubling(), bounds={"forward": Bound(flops=1.15, bytes=1.1)})
     work = benchmark_blocks.Work(flops=256, bytes=2048, needed=2048, blocks="")
     found = list(benchmark_compile.judge(case, "forward", _Cpu(), figures(**known), work))
     assert len(found) == len(says)

@@ -7,11 +7,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from kernels_pallas import expert_mlp
 from kernels_pallas.attention.visibility import visible
-from kernels_pallas.shapes import SHAPES, Attention, Decode
+from kernels_pallas.shapes import SHAPES, Attention, Decode, Experts
 
 KEY = jax.random.key(0)
-SMALL = [s for s in SHAPES.values() if s.name.startswith(("odd", "nano", "vision"))]
+ATTENDING = [s for s in SHAPES.values() if not isinstance(s, Experts)]
+SMALL = [s for s in ATTENDING if s.name.startswith(("odd", "nano", "vision"))]
+EXPERTS = [s for s in SHAPES.values() if isinstance(s, Experts)]
+SMALL_EXPERTS = [s for s in EXPERTS if s.name.startswith(("odd", "nano"))]
 TINY = {"B": 1, "N": 2, "K": 1, "H": 4, "dtype": "float32"}
 
 
@@ -36,7 +40,7 @@ def test_pairs_are_those_of_the_mask(shape):
     assert shape.pairs() == int(mask_of(shape, jax.jit(shape.build)(KEY)).sum())
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=lambda shape: shape.name)
+@pytest.mark.parametrize("shape", ATTENDING, ids=lambda shape: shape.name)
 def test_bytes_are_at_least_those_of_the_arrays_that_are_read(shape):
     arrays = jax.eval_shape(shape.build, KEY)
     q = arrays["q_BTNH"].size * arrays["q_BTNH"].dtype.itemsize
@@ -105,3 +109,61 @@ def test_sizes_that_disagree_are_refused():
         dataclasses.replace(SHAPES["odd_decode"], lengths=(1,))
     with pytest.raises(ValueError, match="pages of 128 slots"):
         dataclasses.replace(SHAPES["odd_decode_fp8"], S=1000)
+
+
+@pytest.mark.parametrize("shape", EXPERTS, ids=lambda shape: shape.name)
+def test_bytes_of_an_expert_are_those_of_its_arrays(shape):
+    arrays = jax.eval_shape(shape.build, KEY)
+    assert arrays["expert_TX"].shape == (shape.T, shape.X) == arrays["gate_TX"].shape
+    stored = [x for name, x in arrays.items() if name.startswith("w")]
+    of_all = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(stored))
+    assert of_all == shape.E * shape.matrices_bytes()
+
+
+@pytest.mark.parametrize("shape", SMALL_EXPERTS, ids=lambda shape: shape.name)
+def test_the_reference_takes_the_rows_of_experts_that_are_counted(shape):
+    arrays = shape.build(KEY)
+    real = shape.T - shape.padding
+    assert bool(jnp.isnan(arrays["x_TD"][real:]).all())
+    assert bool(jnp.isnan(arrays["gate_TX"][real:]).all())
+    assert shape.sizes().sum() == real * shape.X
+    y_TD = expert_mlp(**arrays, backend="reference").astype(jnp.float32)
+    base_TD = arrays["shared_TD"].astype(jnp.float32) if shape.has_shared else 0 * y_TD
+    moved_T = jnp.abs(y_TD - base_TD).max(1) > 0
+    assert moved_T[:real].all() and not moved_T[real:].any()
+
+
+def test_experts_by_hand():
+    shape = Experts(name="", T=3, X=2, D=4, F=8, E=3, padding=1, dtype="float32")
+    sizes = [int((shape.choices() == e).sum()) for e in range(3)]
+    assert shape.sizes().tolist() == sizes and sum(sizes) == 4
+    # Two tokens choose two different experts each, so two or three are hit.
+    hit = sum(n > 0 for n in sizes)
+    assert shape.flops() == 3 * 2 * 4 * 8 * 4 and shape.flops(backward=True) == 2 * shape.flops()
+    assert shape.bytes() == hit * 3 * 4 * 8 * 4 + 2 * 3 * 4 * 4 + 2 * 4 * 8 * 4
+    assert shape.bytes(backward=True) == (hit + 3) * 384 + 3 * 48 + 8 * 4 * 8 * 4
+
+
+def test_routings_do_what_their_names_say():
+    shape = SHAPES["odd_experts_hot"]
+    assert shape.sizes().tolist() == [0, 0, 0, 697]
+    sizes = SHAPES["odd_experts_empty"].sizes()
+    assert (sizes[::2] == 0).all() and (sizes[1::2] > 0).all()
+    assert not SHAPES["odd_experts_nobody"].sizes().any()
+    assert SHAPES["scout_experts_1"].sizes().sum() == 1
+    even = SHAPES["scout_experts_8k"].sizes()
+    assert even.sum() == 8192 and even.min() > 400 and even.max() < 624
+
+
+@pytest.mark.parametrize(
+    ("known", "says"),
+    [
+        ({"X": 5}, "different experts"),
+        ({"X": 2, "routing": "hot"}, "different experts"),
+        ({"padding": 4}, "cannot exceed the 3 tokens"),
+        ({"stored": "int3"}, "choose from float, int8"),
+    ],
+)
+def test_experts_that_cannot_be_are_refused(known, says):
+    with pytest.raises(ValueError, match=says):
+        Experts(**{"name": "", "T": 3, "D": 4, "F": 8, "E": 4, **known})

@@ -1,7 +1,5 @@
-"""Real shapes of the operations by name: tests, tuning and benchmarks speak of the same ones.
+"""Shapes of attention, over as many keys as queries and against a cache.
 
-A shape knows how to make its arrays, and the least work and traffic that any implementation needs.
-`build` can be traced, so `jax.eval_shape(shape.build, key)` gives the same arrays without numbers.
 Numbers are drawn so that a query prefers a few keys strongly: outputs are then of the size of
 single values wherever the query stands, and a block left out or read twice shows in the error. What
 no query may see, padding and slots past a row's length, is NaN where the dtype has one.
@@ -286,60 +284,3 @@ class Decode:
         of_slot = self.K * (self.H * jnp.dtype(self.dtype).itemsize + 4 * (self.dtype == "int8"))
         q_width = 4 if self.dtype == "float32" else 2
         return 2 * slots * of_slot + 2 * self.B * self.T * self.N * self.H * q_width
-
-
-_SCOUT = {"N": 40, "K": 8, "H": 128}  # Maverick's are the same
-_NANO = {"N": 4, "K": 2, "H": 32}
-_TEMPERATURE = (8192, 0.1)
-
-ATTENTION = (
-    Attention(name="scout_chunk_32k", B=1, T=32768, chunk_size=8192, **_SCOUT),
-    Attention(name="scout_chunk_8k", B=1, T=8192, chunk_size=8192, **_SCOUT),
-    Attention(name="scout_nope_32k", B=1, T=32768, temperature=_TEMPERATURE, **_SCOUT),
-    Attention(
-        name="packed_8k", B=1, T=8192, chunk_size=8192, segments=(3000, 1700, 2492, 1000), **_SCOUT
-    ),
-    Attention(name="vision", B=4, T=577, N=16, K=16, H=88, is_causal=False),  # an image in 4 tiles
-    Attention(name="nano_chunk", B=8, T=256, chunk_size=64, **_NANO),
-    Attention(name="nano_nope", B=8, T=256, temperature=(512, 0.1), **_NANO),
-)
-
-DECODE = (
-    Decode(name="scout_decode_8k_b16", B=16, S=8192),
-    Decode(name="scout_decode_128k", S=131_072),
-    Decode(name="scout_decode_1m", S=1_048_576),
-    Decode(name="scout_decode_1m_int8", S=1_048_576, dtype="int8"),
-    Decode(name="scout_decode_1m_fp8", S=1_048_576, dtype="float8_e4m3fn"),
-    Decode(name="scout_decode_1m_verify", S=1_048_576, T=5),
-    Decode(name="scout_decode_1m_paged", S=1_048_576, page_size=256),
-    Decode(name="scout_decode_10m", S=10_485_760),
-    Decode(name="nano_decode", B=8, S=512, temperature=(512, 0.1), **_NANO),
-)
-
-# Shapes of no model, in which everything that may differ does: small enough for any device.
-ODD = (
-    Attention(
-        name="odd_88", B=2, T=577, N=6, K=3, H=88, chunk_size=200, padding=31, return_lse=True
-    ),
-    Attention(
-        name="odd_packed", B=1, T=700, N=8, K=2, H=64, chunk_size=256, segments=(300, 9, 350),
-        padding=41, temperature=(64, 0.1), return_lse=True,
-    ),
-    Attention(name="odd_256", B=1, T=333, N=4, K=4, H=256, return_lse=True),
-    Decode(
-        name="odd_decode", B=3, S=1000, T=3, N=6, K=2, H=64, lengths=(1000, 515, 3),
-        chunk_size=256, temperature=(64, 0.1), return_lse=True,
-    ),
-    Decode(
-        name="odd_decode_fp8", B=2, S=1024, T=8, N=10, K=2, dtype="float8_e4m3fn",
-        lengths=(700, 33), page_size=128, return_lse=True,
-    ),
-    Decode(
-        name="odd_decode_int8", B=2, S=1024, T=2, N=10, K=2, dtype="int8",
-        lengths=(1024, 200), page_size=128, return_lse=True,
-    ),
-)  # fmt: skip
-
-SHAPES: Mapping[str, Attention | Decode] = {
-    shape.name: shape for shape in (*ATTENTION, *DECODE, *ODD)
-}

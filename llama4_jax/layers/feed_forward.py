@@ -112,13 +112,14 @@ class MoE(nnx.Module):
             router_DE = weight(self.router_DE, dtype)
             logits_BTE = einsum("BTD,DE->BTE", x_BTD, router_DE, out=("batch", "seq", None))
             routing = route(logits_BTE, self.experts_per_token)
-            routed_BTD = sharded_expert_mlp(
+            y_BTD = sharded_expert_mlp(
                 x_BTD,
                 weight(experts.w_gate_EDF, dtype, is_stacked=is_stacked),
                 weight(experts.w_up_EDF, dtype, is_stacked=is_stacked),
                 weight(experts.w_down_EFD, dtype, is_stacked=is_stacked),
                 expert_BTX=routing.expert_BTX,
                 gate_BTX=routing.gate_BTX,
+                shared_BTD=self.shared(x_BTD),
                 group=stack.group if stack else None,
             )
-            return self.shared(x_BTD) + routed_BTD, logits_BTE
+            return y_BTD, logits_BTE

@@ -1,5 +1,8 @@
 """Expert parallelism: tokens travel to their experts, or every shard applies its own to all."""
 
+import functools
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 
@@ -8,48 +11,52 @@ from kernels_pallas.experts.parallel import expert_mlp_parallel
 from llama4_jax.parallel.shard import mesh_axes, per_shard
 
 
+class _Plan(NamedTuple):
+    """What is known of a call before it runs.
+
+    Attributes:
+        travel_over: mesh axes over which tokens travel to their experts.
+        own_over: mesh axes along which tokens are whole, and every shard applies its own experts.
+        summed_over: mesh axes over which results are summed.
+        optional: names of the optional arrays that there are.
+    """
+
+    travel_over: tuple[str, ...]
+    own_over: tuple[str, ...]
+    summed_over: tuple[str, ...]
+    optional: tuple[str, ...]
+
+
 def _apply_own(
-    divided: dict[str, tuple[str, ...]],
+    plan: _Plan,
     x_BTD: jax.Array,
     w_gate_EDF: jax.Array,
     w_up_EDF: jax.Array,
     w_down_EFD: jax.Array,
     expert_BTX: jax.Array,
     gate_BTX: jax.Array,
-    group: jax.Array | None = None,
+    *more: jax.Array,
 ) -> jax.Array:
-    """Apply this shard's experts; the first argument says what is divided over which mesh axes."""
+    """Apply this shard's experts."""
     B, T, D = x_BTD.shape
     x_TD, expert_TX, gate_TX = (a.reshape(B * T, -1) for a in (x_BTD, expert_BTX, gate_BTX))
-    expert_axes = divided["experts"]
-    tokens_over = {*divided["batch"], *divided["seq"]}
-    summed_over = divided["expert_mlp"]
-    if expert_axes and tokens_over.issuperset(expert_axes):
-        y_TD = expert_mlp_parallel(
-            x_TD,
-            w_gate_EDF,
-            w_up_EDF,
-            w_down_EFD,
-            expert_TX=expert_TX,
-            gate_TX=gate_TX,
-            group=group,
-            axes=expert_axes,
-        )
-    else:
-        if expert_axes:  # every shard sees all tokens; those of others' experts count for nothing
-            expert_TX -= jax.lax.axis_index(expert_axes) * w_gate_EDF.shape[-3]
-            summed_over += expert_axes
-        y_TD = expert_mlp(
-            x_TD,
-            w_gate_EDF,
-            w_up_EDF,
-            w_down_EFD,
-            expert_TX=expert_TX,
-            gate_TX=gate_TX,
-            group=group,
-        )
-    if summed_over:
-        y_TD = jax.lax.psum(y_TD, summed_over)
+    given = dict(zip(plan.optional, more, strict=True))
+    shared_TD = given["shared_BTD"].reshape(B * T, D) if "shared_BTD" in given else None
+    if plan.own_over:  # those of others' experts count for nothing
+        expert_TX -= jax.lax.axis_index(plan.own_over) * w_gate_EDF.shape[-3]
+    travel = functools.partial(expert_mlp_parallel, axes=plan.travel_over)
+    y_TD = (travel if plan.travel_over else expert_mlp)(
+        x_TD,
+        w_gate_EDF,
+        w_up_EDF,
+        w_down_EFD,
+        expert_TX=expert_TX,
+        gate_TX=gate_TX,
+        shared_TD=shared_TD,
+        group=given.get("group"),
+    )
+    if plan.summed_over:
+        y_TD = jax.lax.psum(y_TD, plan.summed_over)
     return y_TD.reshape(B, T, D)
 
 
@@ -61,6 +68,7 @@ def sharded_expert_mlp(
     *,
     expert_BTX: jax.Array,
     gate_BTX: jax.Array,
+    shared_BTD: jax.Array | None = None,
     group: jax.Array | None = None,
 ) -> jax.Array:
     """Apply the routed experts to a batch whose rows, experts and hidden features may be divided.
@@ -73,28 +81,40 @@ def sharded_expert_mlp(
     Args:
         x_BTD: tokens; D whole.
         w_gate_EDF, w_up_EDF, w_down_EFD: expert matrices with D whole.
-        expert_BTX: int32 chosen experts.
+        expert_BTX: int32 chosen experts; another number than theirs contributes nothing.
         gate_BTX: their gates, which scale the experts' inputs.
+        shared_BTD: what to add to the result, such as the shared expert's: in the operation, or,
+            where results of several shards are summed, once after that.
         group: int32 scalar; with it the matrices have a leading axis of layer groups, of which
             this one is used. See `expert_mlp`.
 
     Returns:
         y_BTD in the dtype and layout of x.
     """
-    E = w_gate_EDF.shape[-3]
+    E, expert_axes = w_gate_EDF.shape[-3], mesh_axes("experts")
     batch_axes = {*mesh_axes("batch", x_BTD.shape[0]), *mesh_axes("seq", x_BTD.shape[1])}
-    if batch_axes & {*mesh_axes("experts")} not in (set(), {*mesh_axes("experts")}):
+    if batch_axes & {*expert_axes} not in (set(), {*expert_axes}):
         raise ValueError(
             f"tokens are divided over {sorted(batch_axes)}, a part of the axes of the experts "
-            f"{mesh_axes('experts')}; divide tokens over all of them or none"
+            f"{expert_axes}; divide tokens over all of them or none"
         )
-    if mesh_axes("experts", E) != mesh_axes("experts"):
-        raise ValueError(f"num_experts ({E}) must be divisible by mesh axes {mesh_axes('experts')}")
+    if mesh_axes("experts", E) != expert_axes:
+        raise ValueError(f"num_experts ({E}) must be divisible by mesh axes {expert_axes}")
+    travel_over = expert_axes if batch_axes.issuperset(expert_axes) else ()
+    own_over = () if travel_over else expert_axes
+    summed_over = (*mesh_axes("expert_mlp", w_gate_EDF.shape[-1]), *own_over)
     tokens, stack = ("batch", "seq", None), () if group is None else (None,)
     w_in, w_out = (*stack, "experts", None, "expert_mlp"), (*stack, "experts", "expert_mlp", None)
     arrays = (x_BTD, w_gate_EDF, w_up_EDF, w_down_EFD, expert_BTX.astype(jnp.int32), gate_BTX)
-    axes = (tokens, w_in, w_in, w_out, tokens, tokens)
+    axes, optional = (tokens, w_in, w_in, w_out, tokens, tokens), ()
     if group is not None:
-        arrays, axes = (*arrays, group), (*axes, ())
+        arrays, axes, optional = (*arrays, group), (*axes, ()), (*optional, "group")
+    if shared_BTD is not None and not summed_over:
+        arrays, axes = (*arrays, shared_BTD), (*axes, tokens)
+        optional = (*optional, "shared_BTD")
+    plan = _Plan(travel_over, own_over, summed_over, optional)
     with jax.named_scope("sharded_expert_mlp"):
-        return per_shard(_apply_own, *arrays, axes=axes, out=tokens)
+        y_BTD = per_shard(
+            lambda _, *local: _apply_own(plan, *local), *arrays, axes=axes, out=tokens
+        )
+        return y_BTD if shared_BTD is None or "shared_BTD" in optional else y_BTD + shared_BTD

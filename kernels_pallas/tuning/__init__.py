@@ -57,7 +57,9 @@ def lookup(operation: str, default: Mapping[str, int], **shape: int | str) -> di
     sizes = {**default, **{name: size for name, size in blocks.items() if name in default}}
     found = _found.get()
     if found is not None:
-        found[operation] = {"blocks": sizes, "shape": shape}
+        before = found.get(operation, {"shape": shape})["shape"]
+        shared = {key: value for key, value in shape.items() if before.get(key) == value}
+        found[operation] = {"blocks": sizes, "shape": shared}
     return sizes
 
 
@@ -74,7 +76,10 @@ def overridden(blocks: Mapping[str, Mapping[str, int]]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def recorded() -> Iterator[dict[str, dict]]:
-    """Collect what kernels that are traced inside look up: of each operation, blocks and shape."""
+    """Collect what kernels that are traced inside look up: of each operation, blocks and shape.
+
+    Where several kernels look up the same operation, what their shapes agree in.
+    """
     found: dict[str, dict] = {}
     token = _found.set(found)
     try:

@@ -37,3 +37,10 @@ def test_what_kernels_look_up_can_be_collected():
     with tuning.recorded() as found:
         tuning.lookup("collected.forward", {"q": 3}, head_dim=8)
     assert found == {"collected.forward": {"blocks": {"q": 3}, "shape": {"head_dim": 8}}}
+
+
+def test_kernels_that_share_an_operation_agree_in_what_they_have_in_common():
+    with tuning.recorded() as found:
+        tuning.lookup("shared.forward", {"q": 3}, depth=8, width=4, dtype="int8")
+        tuning.lookup("shared.forward", {"q": 3}, depth=4, width=8, dtype="int8")
+    assert found["shared.forward"]["shape"] == {"dtype": "int8"}

@@ -176,7 +176,7 @@ def _serving(mesh: str, long_mesh: str, layers: int) -> list[Program]:
             preset="long_context", rows=1, tokens=2048, context=1 << 20, scratch=8 * GB,
         ),
         Program(
-            name="decode-expert", kind="decode", layers=layers, preset="tensor",
+            name="decode-expert", kind="decode", layers=layers, preset="expert",
             mesh=mesh.replace("tensor", "expert"), rows=16, tokens=1, context=8192, scratch=1 * GB,
         ),
         Program(

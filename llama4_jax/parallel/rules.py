@@ -83,6 +83,16 @@ TENSOR = make_rules(
 )
 """Serving: weights never move; activations, which are small, are summed over their shards."""
 
+EXPERT = make_rules(
+    {
+        **dict(TENSOR.table),
+        "q_heads": ("expert", "tensor"),
+        "kv_heads": ("expert", "tensor"),
+    }
+)
+"""Serving mixtures: as TENSOR, with heads and caches divided over `expert` as well. A device then
+reads its part of attention's weights and not all; there must be as many kv heads as devices."""
+
 LONG_CONTEXT = make_rules(
     {
         **dict(TENSOR.table),
@@ -97,5 +107,6 @@ PRESETS = {
     "fsdp": FSDP,
     "fsdp_expert": FSDP_EXPERT,
     "tensor": TENSOR,
+    "expert": EXPERT,
     "long_context": LONG_CONTEXT,
 }

@@ -85,6 +85,7 @@ def test_loss_logits_and_gradient_equal_the_undivided_model(mesh, preset, family
         pytest.param("expert:4,tensor:2", "tensor", id="tensor_serving"),
         pytest.param("tensor:2,context:4", "long_context", id="long_context"),
         pytest.param("data:2,expert:4", "tensor", id="data_x_expert"),
+        pytest.param("data:2,expert:2", "expert", id="heads_over_experts_too"),
     ],
 )
 def test_decoding_in_pieces_equals_the_undivided_full_forward(mesh, preset, family):

@@ -190,11 +190,10 @@ def product(
     for term in terms:
         if any(w.shape[channels_axis] != term.x_PK.shape[1] for w in term.w):
             raise ValueError(f"rows {term.x_PK.shape} do not fit matrices {term.w[0].shape}")
-    copies = plan.rows // plan.granule + matrices
     rings = _Ring(
         plgpu.SMEM((plan.stages, plan.rows, DEPTH), dtype),
         plgpu.SMEM((plan.stages, matrices, *shape), dtype),
-        plgpu.Barrier(num_arrivals=copies, num_barriers=plan.stages),
+        plgpu.Barrier(num_arrivals=1 + matrices, num_barriers=plan.stages),
         plgpu.Barrier(num_arrivals=plan.groups, num_barriers=plan.stages),
     )
     inputs = (list(terms), blocks_BF, list(extras))

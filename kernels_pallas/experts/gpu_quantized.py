@@ -7,9 +7,9 @@ side share rows and have columns of their own. Scales of output channels, and of
 were rounded to float8 too, multiply the sums, in float32; those of int4's groups the widened tile.
 
 A byte of int4 holds two input channels, which become two tiles, one of the even and one of the odd
-channels; the rows' channels come in that order (`halved`). Both are got by arithmetic on four
-bytes at a time: the high nibble's byte is 16 times its level, the low one's, its sign bit flipped,
-the level plus 8.
+channels; the rows' channels come in that order (`halved`). Widening is what bounds these products,
+so threads take eight columns of a line at a time, and levels come of few instructions: four bytes
+at a time are spread over the last bits of bfloat16s that are 128.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,9 +17,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import vector
 
+from kernels_pallas import backend
 from kernels_pallas.experts.gpu_work import (
     DEPTH,
     OF_ROWS,
@@ -37,8 +42,12 @@ from kernels_pallas.experts.gpu_work import (
 from kernels_pallas.experts.inputs import INT4_GROUP
 
 _OF_COLUMNS = TILE.reduce(0)
+# Each thread has eight columns of a line: reading bytes and writing bfloat16s meet no conflicts.
+_LINES = plgpu.Layout.TILED(
+    plgpu.Tiling(((16, 64), (4, 64), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
+)
 _PART = 64  # columns that are widened and multiplied at a time
-_SLICE = 32  # and of these, as many as registers hold
+_SLICE = 32  # lines of these, as many as registers hold
 
 
 class Stored(NamedTuple):
@@ -122,22 +131,78 @@ def _copy(term: Stored, visit: Callable[..., jax.Array], plan: Plan, ring: _Ring
     drain(ring.free, visit(copies))
 
 
+def _levels_of_word(word: Any) -> tuple[Any, ...]:
+    """Turn four bytes into the levels of their low nibbles and of their high ones.
+
+    A level plus 8, put into the last bits of 128 as a bfloat16, is 128 + 8 + level.
+    """
+    word_type = ir.IntegerType.get_signless(32)
+    return mgpu.utils.inline_ptx(
+        """
+        {
+        .reg .b32 low, high, bias;
+        mov.b32 bias, 0x43084308;
+        shr.u32 high, $4, 4;
+        lop3.b32 low, $4, 0x0f0f0f0f, 0x08080808, 0x6a;
+        lop3.b32 high, high, 0x0f0f0f0f, 0x08080808, 0x6a;
+        prmt.b32 $0, low, 0x43, 0x4140;
+        prmt.b32 $1, low, 0x43, 0x4342;
+        prmt.b32 $2, high, 0x43, 0x4140;
+        prmt.b32 $3, high, 0x43, 0x4342;
+        sub.bf16x2 $0, $0, bias;
+        sub.bf16x2 $1, $1, bias;
+        sub.bf16x2 $2, $2, bias;
+        sub.bf16x2 $3, $3, bias;
+        }
+        """,
+        word,
+        result_types=[word_type] * 4,
+    )
+
+
+def _levels(tile: jax.Array) -> Sequence[jax.Array]:
+    """Return the levels of low nibbles and of high ones, in bfloat16."""
+    if backend.is_interpreting():
+        low, high = (tile & 15) ^ 8, jnp.right_shift(tile, 4)
+        return (low - 8).astype(jnp.bfloat16), high.astype(jnp.bfloat16)
+    result = plgpu.ShapeDtypeStruct(tile.shape, jnp.dtype(jnp.bfloat16), _LINES)
+
+    @plgpu.inline_mgpu(arg_types=(_LINES,), return_type=(result, result))
+    def split(_: Any, tile: Any) -> Sequence[Any]:
+        words_type = ir.VectorType.get((2,), ir.IntegerType.get_signless(32))
+        floats_type = ir.VectorType.get((8,), ir.BF16Type.get())
+        outs = np.empty_like(tile.registers), np.empty_like(tile.registers)
+        for at, register in np.ndenumerate(tile.registers):
+            words = vector.bitcast(words_type, register)
+            parts = [_levels_of_word(vector.extract(words, [], [i])) for i in range(2)]
+            for half, out in enumerate(outs):
+                pairs = [pair for part in parts for pair in part[2 * half :][:2]]
+                joined = vector.from_elements(ir.VectorType.get((4,), pairs[0].type), pairs)
+                out[at] = vector.bitcast(floats_type, joined)
+        return [
+            mgpu.FragmentedArray(_registers=out, _layout=tile.layout, _is_signed=None)
+            for out in outs
+        ]
+
+    return split(tile)
+
+
 def _widen(stored: Any, scale: Any, wide: Any) -> None:
     """Write a tile as bfloat16, of int4 the odd channels after the even ones, and scaled."""
-    for first in range(0, _PART, _SLICE):
-        columns = pl.ds(first, _SLICE)
-        tile = plgpu.load(stored.at[:, columns], layout=TILE)
-        if scale is not None:
-            scale_C = plgpu.load(scale.at[columns], layout=_OF_COLUMNS, optimized=False)
-            factor = jax.lax.broadcast_in_dim(scale_C.astype(wide.dtype), tile.shape, [1])
-            even = (((tile & 15) ^ 8).astype(wide.dtype) - 8) * factor
-            wide[pl.ds(0, DEPTH), columns] = even
-            odd = (tile & -16).astype(wide.dtype) * (factor * 0.0625)
-            wide[pl.ds(DEPTH, DEPTH), columns] = odd
-            continue
+    if scale is not None:
+        scale_C = plgpu.load(scale, layout=_LINES.reduce(0), optimized=False)
+        factor_C = scale_C.astype(wide.dtype)
+        tile = plgpu.load(stored, layout=_LINES)
+        for half, levels in enumerate(_levels(tile)):
+            factor = jax.lax.broadcast_in_dim(factor_C, tile.shape, [1])
+            wide[pl.ds(half * DEPTH, DEPTH), :] = levels * factor
+        return
+    for line in range(0, DEPTH, _SLICE):
+        lines = pl.ds(line, _SLICE)
+        tile = plgpu.load(stored.at[lines], layout=_LINES)
         if tile.dtype == jnp.float8_e4m3fn:
             tile = tile.astype(jnp.float32)
-        wide[:, columns] = tile.astype(wide.dtype)
+        wide[lines, :] = tile.astype(wide.dtype)
 
 
 def _multiply(
@@ -230,7 +295,7 @@ def product(
     """Multiply the rows of each block by its expert's matrices; see `gpu_product.product`."""
     count, groups, stages = len(term.w), plan.groups, plan.stages
     scales = plgpu.SMEM((stages, groups, count, plan.width), jnp.float32)
-    copies = ROWS // plan.granule + groups * count * (2 if term.is_int4 else 1)
+    copies = 1 + groups * count * (2 if term.is_int4 else 1)
     rings = _Ring(
         plgpu.SMEM((stages, ROWS, term.channels), term.x_PK.dtype),
         plgpu.SMEM((stages, groups, count, DEPTH, plan.width), term.w[0].dtype),

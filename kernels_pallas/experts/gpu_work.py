@@ -116,17 +116,22 @@ def span(steps: int, split: jax.Array, splits: int) -> tuple[jax.Array, jax.Arra
 
 
 def bring_rows(x_PK: Any, item: Item, channels: Any, tile: Any, ready: Any, granule: int) -> None:
-    """Copy those granules of a block that have rows; for the others arrive all the same."""
-    for row in range(0, tile.shape[0], granule):
+    """Copy the rows of a block that count, in one copy of a granule, or of two, four, and so on.
 
-        def bring(row: int = row) -> None:
-            theirs = pl.ds(pl.multiple_of(item.start + row, granule), granule)
-            plgpu.copy_gmem_to_smem(x_PK.at[theirs, channels], tile.at[pl.ds(row, granule)], ready)
+    What comes after them, other experts' rows, is multiplied and not written.
+    """
 
-        if row == 0:
-            bring()
+    def bring(rows: int) -> None:
+        theirs = pl.ds(pl.multiple_of(item.start, granule), rows)
+        plgpu.copy_gmem_to_smem(x_PK.at[theirs, channels], tile.at[pl.ds(0, rows)], ready)
+
+    def at_least(rows: int) -> None:
+        if rows >= tile.shape[0]:
+            bring(tile.shape[0])
         else:
-            jax.lax.cond(row < item.rows, bring, lambda: plgpu.barrier_arrive(ready))
+            jax.lax.cond(item.rows <= rows, lambda: bring(rows), lambda: at_least(2 * rows))
+
+    at_least(granule)
 
 
 def drain(free: Any, turns: jax.Array) -> None:

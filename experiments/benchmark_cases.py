@@ -180,14 +180,15 @@ _EXPERT_BOUNDS = {
 
 
 def expert_case(shape: shapes.Experts) -> Case:
-    """Return the mixture of experts on a shape, with a gradient if the matrices are floats."""
-    is_float = shape.stored == "float"
+    """Return the mixture of experts on a shape, with its gradient where there is one."""
+    is_differentiated = shape.has_gradient and shape.stored == "float"
+    names = ("x_TD", "w_gate_EDF", "w_up_EDF", "w_down_EFD", "gate_TX")
     floors = {
         direction: Floor(
             flops=shape.flops(backward=direction == "backward"),
             bytes=shape.bytes(backward=direction == "backward"),
         )
-        for direction in ("forward", "backward")[: 1 + is_float]
+        for direction in ("forward", "backward")[: 1 + is_differentiated]
     }
     bound = _EXPERT_BOUNDS.get(shape.name)
     return Case(
@@ -197,7 +198,7 @@ def expert_case(shape: shapes.Experts) -> Case:
         build=shape.build,
         function=kernels_pallas.expert_mlp,
         floors=floors,
-        wrt=("x_TD", "w_gate_EDF", "w_up_EDF", "w_down_EFD", "gate_TX") if is_float else (),
+        wrt=names if is_differentiated else (),
         peers=benchmark_expert_peers.of_experts(shape),
         work=functools.partial(expert_work, shape),
         candidates=expert_candidates,

@@ -259,16 +259,16 @@ def compile_case(case: Case, target: Target) -> Iterator[dict[str, Any]]:
         record["work"] = None if work is None else dataclasses.asdict(work)
         record["faults"] = list(judge(case, direction, target, found, work))
         for peer in case.peers:
-            if device.platform not in peer.platforms or peer.work is None:
+            counted = None if peer.work is None else peer.work(direction)
+            if device.platform not in peer.platforms or counted is None:
                 continue
             try:
                 theirs = compile_pass(
                     *abstract_pass(peer.function, case, direction, device), device
                 )
-                counted = peer.work(direction)
                 record["peers"][peer.name] = {
                     **dataclasses.asdict(theirs),
-                    "work": None if counted is None else dataclasses.asdict(counted),
+                    "work": dataclasses.asdict(counted),
                 }
             except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
                 record["peers"][peer.name] = {"fails": str(error)[:200]}
@@ -308,8 +308,7 @@ def line(record: dict[str, Any]) -> str:
     theirs = [
         f"{name} {each['fails'].splitlines()[0][:60]}"
         if "fails" in each
-        else f"{name} {scaled((each['work'] or each)['flops'], 1e9)}, "
-        f"{scaled((each['work'] or each)['bytes'], 1e9)}, "
+        else f"{name} {scaled(each['work']['flops'], 1e9)}, {scaled(each['work']['bytes'], 1e9)}, "
         f"{each['temp'] / 1e6:.0f}, {each['vmem'] / 1024:.0f}"
         for name, each in record["peers"].items()
     ]

@@ -47,17 +47,18 @@ EXPERTS = (
     Experts(name="scout_experts_8k", T=8192, **_SCOUT_EXPERTS),
     Experts(name="scout_experts_8k_hot", T=8192, routing="hot", **_SCOUT_EXPERTS),
     Experts(name="scout_experts_4k_top2", T=4096, X=2, **_SCOUT_EXPERTS),
-    Experts(name="scout_experts_1", T=1, **_SCOUT_EXPERTS),
-    Experts(name="scout_experts_8", T=8, **_SCOUT_EXPERTS),
-    Experts(name="scout_experts_64", T=64, **_SCOUT_EXPERTS),
+    Experts(name="scout_experts_1", T=1, has_gradient=False, **_SCOUT_EXPERTS),
+    Experts(name="scout_experts_8", T=8, has_gradient=False, **_SCOUT_EXPERTS),
+    Experts(name="scout_experts_64", T=64, has_gradient=False, **_SCOUT_EXPERTS),
     *(
         Experts(name=f"scout_experts_{name}_{stored}", T=T, stored=stored, **_SCOUT_EXPERTS)
         for stored in ("int8", "int4", "fp8")
-        for name, T in (("8k", 8192), ("1", 1), ("64", 64))
+        for name, T in (("8k", 8192), ("64", 64))
     ),
+    Experts(name="scout_experts_1_int4", T=1, stored="int4", **_SCOUT_EXPERTS),
     Experts(name="maverick_experts_8k", T=8192, **_MAVERICK_EXPERTS),
-    Experts(name="maverick_experts_1", T=1, **_MAVERICK_EXPERTS),
-    Experts(name="maverick_experts_64", T=64, **_MAVERICK_EXPERTS),
+    Experts(name="maverick_experts_1", T=1, has_gradient=False, **_MAVERICK_EXPERTS),
+    Experts(name="maverick_experts_64", T=64, has_gradient=False, **_MAVERICK_EXPERTS),
     Experts(name="nano_experts_2k", T=2048, **_NANO_EXPERTS),
     Experts(name="nano_experts_1", T=1, **_NANO_EXPERTS),
 )

@@ -38,6 +38,7 @@ class Experts:
         has_shared: whether there is something to add to the result.
         dtype: of tokens, gates, and matrices unless these are stored otherwise.
         stored: how matrices are stored, "float" or as `expert_mlp` describes it.
+        has_gradient: whether its gradient is of interest; stored matrices have none.
     """
 
     name: str
@@ -51,6 +52,7 @@ class Experts:
     has_shared: bool = False
     dtype: str = "bfloat16"
     stored: str = "float"
+    has_gradient: bool = True
 
     def __post_init__(self):
         """Check that tokens can choose, and that the matrices can be stored so."""

@@ -7,19 +7,20 @@ queue of any device needs, which is known at run time only: one when tokens choo
 they do not. So nothing is dropped, and no buffer is sized for the worst case.
 
 A round goes by XLA's collectives, with the products between them; or, on TPUs, all of it is one
-kernel (`tpu_parallel`) that multiplies what has arrived while the rest is under way. The gradient
-goes by collectives in either case.
+kernel (`tpu_parallel`, and `tpu_parallel_gradient` for the gradient) that multiplies what has
+arrived while the rest is under way.
 """
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.backend import Backend, device_kind, is_interpreting, platform, vary_alike
-from kernels_pallas.experts import tpu_parallel
+from kernels_pallas.experts import tpu_parallel, tpu_parallel_gradient
 from kernels_pallas.experts.api import expert_mlp
 from kernels_pallas.experts.inputs import WeightScales, holding
 from kernels_pallas.experts.reference import Dispatch, combine, dispatch
@@ -94,8 +95,8 @@ def expert_mlp_parallel(
         load_factor: rows that may travel from a device to another in one round, relative to T * X /
             devices, the mean.
         backend: of the products.
-        transport: "xla" for collectives, "dma" for the TPU kernel, which has products of its own;
-            the gradient takes collectives, and the products of the backend, in either case.
+        transport: "xla" for collectives, "dma" for the TPU kernels, which have products of their
+            own.
 
     Returns:
         y_TD in the dtype of x.
@@ -123,6 +124,8 @@ def _check_dma(plan: _Plan, arrays: _Arrays) -> None:
     peers, rows = jax.lax.axis_size(plan.axes), plan.rows(arrays.expert_TX.size)
     w_gate, dtype = arrays.w_gate, arrays.x_TD.dtype
     reason = tpu_parallel.refusal(peers, rows, w_gate, plan.num_local, dtype)
+    if reason is None:
+        reason = tpu_parallel_gradient.refusal(peers, rows, w_gate, plan.num_local)
     if reason is None and not is_interpreting() and platform() != "tpu":
         reason = f"it needs a TPU, and this is {device_kind()}"
     if reason is not None:
@@ -207,21 +210,18 @@ def _local(plan: _Plan, arrays: _Arrays, here: _Round, x_RD, gate_R1, *weights) 
     )
 
 
+def _flat(plan: _Plan, arrays: _Arrays) -> tuple[jax.Array, ...]:
+    """Return the matrices of all groups, and the number of this group's first ones."""
+    first = jnp.int32(0) if arrays.group is None else arrays.group * plan.num_local
+    return *(w.reshape(-1, *w.shape[-2:]) for w in arrays[1:4]), first
+
+
 def _round_trip(plan: _Plan, arrays: _Arrays, queues: _Queues, number: jax.Array) -> jax.Array:
     """Take the rows of a round to their experts and back; by peer."""
     if plan.transport == "dma":
         rows = _leaving(plan, arrays, queues, number)
-        w_gate, w_up, w_down = (w.reshape(-1, *w.shape[-2:]) for w in arrays[1:4])
         return tpu_parallel.exchange_and_apply(
-            rows.x_RD,
-            rows.gate_R1,
-            rows.expert_R1,
-            w_gate,
-            w_up,
-            w_down,
-            jnp.int32(0) if arrays.group is None else arrays.group * plan.num_local,
-            num_local=plan.num_local,
-            axes=plan.axes,
+            *rows, *_flat(plan, arrays), num_local=plan.num_local, axes=plan.axes
         )
     here = _send(plan, arrays, queues, number)
     y = _local(plan, arrays, here, here.x_RD, here.gate_R1, *arrays[1:4])
@@ -257,32 +257,65 @@ def _apply_fwd(plan: _Plan, arrays: _Arrays) -> tuple[jax.Array, _Arrays]:
     return _apply(plan, arrays), arrays
 
 
+def _round_trip_bwd(
+    plan: _Plan, arrays: _Arrays, queues: _Queues, number: jax.Array, dy_TD: jax.Array
+) -> tuple[jax.Array, jax.Array, Sequence[jax.Array]]:
+    """Return the gradients of a round: of rows and gates by peer, and of matrices.
+
+    Those are all groups', or if they come from the kernel this group's in float32.
+    """
+    weights, X = arrays[1:4], arrays.expert_TX.shape[1]
+    dy_PRD = dy_TD[queues.to.order_R[queues.leaving(number)[0]] // X]
+    if plan.transport == "dma":
+        rows = _leaving(plan, arrays, queues, number)
+        dx, dgate_PR, d_weights = tpu_parallel_gradient.exchange_gradient(
+            rows.x_RD,
+            dy_PRD,
+            *rows[1:],
+            *_flat(plan, arrays),
+            num_local=plan.num_local,
+            axes=plan.axes,
+        )
+        return dx, dgate_PR[..., None], d_weights
+    here = _send(plan, arrays, queues, number)
+    dy_RD = _exchange(dy_PRD, plan.axes).reshape(-1, dy_TD.shape[1])
+    local = functools.partial(_local, plan, arrays, here)
+    _, pull = jax.vjp(local, here.x_RD, here.gate_R1, *weights)
+    dx, dgate, *d_weights = pull(dy_RD)
+    return _back(plan, queues, dx), _back(plan, queues, dgate), d_weights
+
+
+def _of_group(plan: _Plan, arrays: _Arrays, dw: jax.Array, w: jax.Array) -> jax.Array:
+    """Place the gradients of a group's matrices among those of all groups, in their dtype."""
+    dw = dw.astype(w.dtype)
+    if dw.shape == w.shape:
+        return dw
+    return jax.lax.dynamic_update_index_in_dim(jnp.zeros_like(w), dw, arrays.group, 0)
+
+
 def _apply_bwd(plan: _Plan, arrays: _Arrays, dy_TD: jax.Array) -> tuple[_Arrays]:
     queues, X = _Queues.of(plan, arrays.expert_TX), arrays.expert_TX.shape[1]
     (R, D), weights = (arrays.expert_TX.size, arrays.x_TD.shape[1]), arrays[1:4]
+    summed = slice(-3, None) if plan.transport == "dma" else slice(None)  # a group's, or all
 
     def body(number: jax.Array, carry: Any) -> Any:
         dx_RD, dgate_R1, d_weights = carry
-        here = _send(plan, arrays, queues, number)
-        dy_PRD = dy_TD[queues.to.order_R[queues.leaving(number)[0]] // X]
-        dy_RD = _exchange(dy_PRD, plan.axes).reshape(-1, D)
-        local = functools.partial(_local, plan, arrays, here)
-        _, pull = jax.vjp(local, here.x_RD, here.gate_R1, *weights)
-        dx, dgate, *more = pull(dy_RD)
+        dx, dgate, more = _round_trip_bwd(plan, arrays, queues, number, dy_TD)
         return (
-            _place(queues, number, _back(plan, queues, dx), dx_RD),
-            _place(queues, number, _back(plan, queues, dgate), dgate_R1),
-            jax.tree.map(lambda total, part: total + part, d_weights, more),
+            _place(queues, number, dx, dx_RD),
+            _place(queues, number, dgate, dgate_R1),
+            [total + part for total, part in zip(d_weights, more, strict=True)],
         )
 
     nothing = (
         jnp.zeros_like(arrays.x_TD, shape=(R, D)),
         jnp.zeros_like(arrays.gate_TX, shape=(R, 1)),
-        [jnp.zeros_like(w, jnp.float32) for w in weights],
+        [jnp.zeros_like(w, jnp.float32, shape=w.shape[summed]) for w in weights],
     )
     with holding(plan.share(R)):
         dx_RD, dgate_R1, d_weights = jax.lax.fori_loop(0, queues.rounds, body, nothing)
-    d_gate, d_up, d_down = (dw.astype(w.dtype) for dw, w in zip(d_weights, weights, strict=True))
+    of_group = functools.partial(_of_group, plan, arrays)
+    d_gate, d_up, d_down = map(of_group, d_weights, weights)
     dx_TD, dgate_TX = combine(dx_RD, queues.to, X), combine(dgate_R1, queues.to, 1).reshape(-1, X)
     return (_Arrays(dx_TD, d_gate, d_up, d_down, dgate_TX, None, None, None),)  # type: ignore[arg-type]
 

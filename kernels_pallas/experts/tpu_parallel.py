@@ -25,6 +25,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend, tuning
 from kernels_pallas.attention.tpu_blocks import LANES, like
+from kernels_pallas.experts.inputs import expected_rows
 from kernels_pallas.experts.tpu_parallel_kernel import exchange_kernel
 from kernels_pallas.experts.tpu_parallel_travel import Mesh
 from kernels_pallas.experts.tpu_parallel_walk import Cut
@@ -232,6 +233,7 @@ def exchange_and_apply(
     in_hbm, in_smem = (pl.BlockSpec(memory_space=m) for m in (pl.ANY, pltpu.SMEM))
     rows, dtype = cut.group * cut.rows, x_PRD.dtype
     semaphores = [(), (2,), (), (P,), (), (), (), (3, 2)]
+    held = expected_rows(P * R)
     readings = P // cut.group * (num_local + cut.windows - 1)
     y, _ = pl.pallas_call(
         exchange_kernel(cut, num_local, F // cut.tile, mesh),
@@ -256,10 +258,10 @@ def exchange_and_apply(
             vmem_limit_bytes=vmem_limit(),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=6 * P * R * D * F,
-            transcendentals=P * R * F,
-            bytes_accessed=(readings * 3 * D * F + 4 * P * R * D) * size,
-            remote_bytes_transferred=2 * (P - 1) * R * D * size,
+            flops=6 * held * D * F,
+            transcendentals=held * F,
+            bytes_accessed=(readings * 3 * D * F + 4 * held * D) * size,
+            remote_bytes_transferred=2 * (P - 1) * held // P * D * size,
         ),
         interpret=backend.tpu_interpreter(),
         name="expert_mlp_exchange",

@@ -22,6 +22,7 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import backend
 from kernels_pallas.attention.tpu_blocks import LANES, like
 from kernels_pallas.experts import tpu_plan as tp
+from kernels_pallas.experts.inputs import expected_rows
 from kernels_pallas.experts.tpu_outer import grouped_outer_places
 from kernels_pallas.experts.tpu_parallel import (
     Labels,
@@ -146,6 +147,7 @@ def _exchange(
     (P, R, D), F, dtype, size = x_PRD.shape, weights[0].shape[2], x_PRD.dtype, x_PRD.dtype.itemsize
     in_hbm, in_smem = (pl.BlockSpec(memory_space=m) for m in (pl.ANY, pltpu.SMEM))
     window = cut.group * cut.rows
+    held = expected_rows(P * R)
     readings = P // cut.group * (num_local + cut.windows - 1)
     outs = [
         (x_PRD.shape, dtype),
@@ -182,10 +184,10 @@ def _exchange(
             vmem_limit_bytes=vmem_limit(),
         ),
         cost_estimate=pl.CostEstimate(
-            flops=10 * P * R * D * F,
-            transcendentals=P * R * F,
-            bytes_accessed=(readings * 3 * D * F + P * R * (7 * D + 3 * F)) * size,
-            remote_bytes_transferred=3 * (P - 1) * R * D * size,
+            flops=10 * held * D * F,
+            transcendentals=held * F,
+            bytes_accessed=(readings * 3 * D * F + held * (7 * D + 3 * F)) * size,
+            remote_bytes_transferred=3 * (P - 1) * held // P * D * size,
         ),
         interpret=backend.tpu_interpreter(),
         name="expert_mlp_exchange_gradient",
@@ -211,18 +213,17 @@ class _Here(NamedTuple):
 
 def _outer(here: _Here, cut: Cut, peers: int, D: int, F: int) -> list[jax.Array]:
     """Sum over each expert's rows: the gradients of its matrices in float32."""
-    E, dtype = here.bounds.shape[1] - 1, here.x.dtype
+    E, dtype, held = here.bounds.shape[1] - 1, here.x.dtype, expected_rows(here.x.shape[0])
     outer_cut = _fit_outer(cut, D, F, dtype)
     assert outer_cut is not None
+    readings = F // outer_cut.tile if held > E * outer_cut.window else 1
     if E == 1:
         blocks = _blocks_of_queues(here, outer_cut, peers)
     else:
         here, blocks = _sorted(here, outer_cut, peers)
-    rows = here.x.shape[0]
 
     def one(left: jax.Array, right: jax.Array, *, is_transposed: bool = False) -> jax.Array:
         shape = (E, F, D) if is_transposed else (E, D, F)
-        tiles = F // outer_cut.tile
         return grouped_outer_places(
             left,
             right,
@@ -234,9 +235,9 @@ def _outer(here: _Here, cut: Cut, peers: int, D: int, F: int) -> list[jax.Array]
             is_transposed=is_transposed,
             name="expert_mlp_exchange_weights",
             cost=pl.CostEstimate(
-                flops=2 * rows * D * F,
+                flops=2 * held * D * F,
                 transcendentals=0,
-                bytes_accessed=4 * E * D * F + rows * (tiles * D + F) * dtype.itemsize,
+                bytes_accessed=4 * E * D * F + held * (readings * D + F) * dtype.itemsize,
             ),
         )
 

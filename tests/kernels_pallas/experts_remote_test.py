@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -259,6 +261,23 @@ def divided(floats, expert, devices, apply=expert_mlp_parallel, **how):
     return run(*floats, expert)
 
 
+def whole(*floats, expert):
+    """Apply undivided experts."""
+    return expert_mlp(*floats[:4], expert_TX=expert, gate_TX=floats[4], backend="reference")
+
+
+def with_gradient(function, floats):
+    """Return a function's result, and gradients of a weighted sum of it."""
+
+    def loss(*floats):
+        y = function(*floats)
+        return (jnp.cos(jnp.arange(y.size).reshape(y.shape)) * y).sum(), y
+
+    run = jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))
+    (_, y), grads = run(*floats)
+    return y, grads
+
+
 @pytest.mark.parametrize(
     ("how", "devices", "choices"),
     [
@@ -271,18 +290,11 @@ def divided(floats, expert, devices, apply=expert_mlp_parallel, **how):
 def test_as_many_rounds_as_it_takes_and_their_gradient(how, devices, choices):
     floats, expert = tokens(how, devices, 2 * devices, choices, num_tokens=8)
 
-    def both(function):
-        def loss(*floats):
-            y = function(*floats)
-            return (jnp.cos(jnp.arange(y.size).reshape(y.shape)) * y).sum(), y
-
-        return jax.jit(jax.value_and_grad(loss, argnums=range(5), has_aux=True))(*floats)
-
     with backend.interpreted():
-        (_, ours), our_grads = both(lambda *f: divided(f, expert, devices, transport="dma"))
-    (_, theirs), their_grads = both(
-        lambda *f: expert_mlp(*f[:4], expert_TX=expert, gate_TX=f[4], backend="reference")
-    )
+        ours, our_grads = with_gradient(
+            lambda *f: divided(f, expert, devices, transport="dma"), floats
+        )
+    theirs, their_grads = with_gradient(functools.partial(whole, expert=expert), floats)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     for a, b in zip(our_grads, their_grads, strict=True):
         np.testing.assert_allclose(a, b, atol=1e-4)  # sums of 256 in another order
@@ -302,9 +314,30 @@ def test_one_layer_of_stacked_matrices():
         )
 
     with backend.interpreted():
-        ours = divided(stacked, expert, 4, apply=squeezed, transport="dma")
-    theirs = expert_mlp(*floats[:4], expert_TX=expert, gate_TX=floats[4], backend="reference")
+        ours, our_grads = with_gradient(
+            lambda *f: divided(f, expert, 4, apply=squeezed, transport="dma"), stacked
+        )
+    theirs, their_grads = with_gradient(functools.partial(whole, expert=expert), floats)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    for n, (a, b) in enumerate(zip(our_grads, their_grads, strict=True)):
+        if n in (1, 2, 3):
+            np.testing.assert_array_equal(a[:, 0], 0)
+            a = a[:, 1, 0]
+        np.testing.assert_allclose(a, b, atol=1e-4)
+
+
+@pytest.mark.parametrize("transport", ["xla", "dma"])
+def test_rows_and_gradients_travel_as_they_are_told(transport):
+    floats, expert = tokens("at random", 4, 4, 1, num_tokens=8)
+
+    def gradient(*floats):
+        return with_gradient(lambda *f: divided(f, expert, 4, transport=transport), floats)
+
+    with backend.interpreted():
+        text = str(jax.make_jaxpr(gradient)(*floats))
+    is_dma = transport == "dma"
+    assert ("all_to_all" in text) != is_dma
+    assert ("name=expert_mlp_exchange_gradient" in text) == is_dma
 
 
 def test_a_transport_that_cannot_be_is_refused():

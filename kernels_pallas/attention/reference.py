@@ -23,8 +23,8 @@ from kernels_pallas.attention.visibility import (
     visible,
 )
 
-BLOCK = 512
-MAX_DENSE = 1 << 24  # scores of all rows and heads, 64 MB
+BLOCK = 256
+MAX_DENSE = 1 << 21  # scores of all rows and heads, 8 MB
 
 
 def dot_f32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -46,8 +46,8 @@ def dot_f32(equation: str, x: jax.Array, y: jax.Array) -> jax.Array:
 class _Keys(NamedTuple):
     """A block of keys of one row."""
 
-    k_SKH: jax.Array
-    v_SKH: jax.Array
+    k_KSH: jax.Array
+    v_KSH: jax.Array
     positions_S: jax.Array
     segments_S: jax.Array
 
@@ -55,11 +55,11 @@ class _Keys(NamedTuple):
 class _Queries(NamedTuple):
     """A block of queries of one row, with what the gradient knows of them."""
 
-    q_TKGH: jax.Array
+    q_KGTH: jax.Array
     positions_T: jax.Array
     segments_T: jax.Array
     lse_KGT: jax.Array
-    dout_TKGH: jax.Array
+    dout_KGTH: jax.Array
     delta_KGT: jax.Array
 
 
@@ -75,7 +75,7 @@ def _logits(q: _Queries, keys: _Keys, how: Settings) -> tuple[jax.Array, jax.Arr
         keys.segments_S[None],
         how.chunk_size,
     )
-    logits_KGTS = dot_f32("TKGH,SKH->KGTS", q.q_TKGH, keys.k_SKH) * scale_T[:, None]
+    logits_KGTS = dot_f32("KGTH,KSH->KGTS", q.q_KGTH, keys.k_KSH) * scale_T[:, None]
     return jnp.where(mask_TS, logits_KGTS, NEGATIVE), scale_T
 
 
@@ -83,27 +83,27 @@ class Partial(NamedTuple):
     """Attention over some of the keys by the online softmax: not yet divided by the weights' sum.
 
     Attributes:
-        sum_TKGH: values times their weights.
+        sum_KGTH: values times their weights.
         top_KGT: largest logit so far, which the weights are relative to.
         weight_KGT: sum of the weights.
     """
 
-    sum_TKGH: jax.Array
+    sum_KGTH: jax.Array
     top_KGT: jax.Array
     weight_KGT: jax.Array
 
     @staticmethod
-    def nothing(T: int, K: int, G: int, H: int) -> "Partial":
+    def nothing(K: int, G: int, T: int, H: int) -> "Partial":
         """Return attention over no keys."""
         top_KGT = jnp.full((K, G, T), NEGATIVE, jnp.float32)
-        return Partial(jnp.zeros((T, K, G, H), jnp.float32), top_KGT, jnp.zeros_like(top_KGT))
+        return Partial(jnp.zeros((K, G, T, H), jnp.float32), top_KGT, jnp.zeros_like(top_KGT))
 
     def add(self, logits_KGTS: jax.Array, weigh: Callable[[jax.Array], jax.Array]) -> "Partial":
         """See more keys.
 
         Args:
             logits_KGTS: of the keys, NEGATIVE where one is not seen.
-            weigh: adds up the keys' values under given weights KGTS; returns TKGH.
+            weigh: adds up the keys' values under given weights KGTS; returns KGTH.
         """
         top_KGT = jnp.maximum(self.top_KGT, logits_KGTS.max(-1))
         # What is not seen has weight 0 even where nothing has been seen and top is NEGATIVE itself.
@@ -111,27 +111,26 @@ class Partial(NamedTuple):
         weights_KGTS = jnp.where(seen_KGTS, jnp.exp(logits_KGTS - top_KGT[..., None]), 0.0)
         fade_KGT = jnp.exp(self.top_KGT - top_KGT)
         return Partial(
-            self.sum_TKGH * fade_KGT.transpose(2, 0, 1)[..., None] + weigh(weights_KGTS),
+            self.sum_KGTH * fade_KGT[..., None] + weigh(weights_KGTS),
             top_KGT,
             self.weight_KGT * fade_KGT + weights_KGTS.sum(-1),
         )
 
     def finish(self) -> tuple[jax.Array, jax.Array]:
-        """Return out_TKGH, zero where nothing was seen, and lse_KGT, NEGATIVE there."""
+        """Return out_KGTH, zero where nothing was seen, and lse_KGT, NEGATIVE there."""
         weight_KGT = jnp.where(self.weight_KGT > 0, self.weight_KGT, 1.0)
-        out_TKGH = self.sum_TKGH / weight_KGT.transpose(2, 0, 1)[..., None]
-        return out_TKGH, self.top_KGT + jnp.log(weight_KGT)
+        return self.sum_KGTH / weight_KGT[..., None], self.top_KGT + jnp.log(weight_KGT)
 
 
 def _add_keys(seen: Partial, q: _Queries, keys: _Keys, how: Settings) -> Partial:
     def weigh(weights_KGTS: jax.Array) -> jax.Array:
-        return dot_f32("KGTS,SKH->TKGH", weights_KGTS.astype(keys.v_SKH.dtype), keys.v_SKH)
+        return dot_f32("KGTS,KSH->KGTH", weights_KGTS.astype(keys.v_KSH.dtype), keys.v_KSH)
 
     return seen.add(_logits(q, keys, how)[0], weigh)
 
 
 def _gradient(q: _Queries, keys: _Keys, how: Settings) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return what one pair of blocks adds to dq_TKGH, dk_SKH, dv_SKH, in float32.
+    """Return what one pair of blocks adds to dq_KGTH, dk_KSH, dv_KSH, in float32.
 
     With p = exp(logit - lse): dv = p^T dout, ds = p (dout v^T - delta), and the logits' scale
     belongs to ds.
@@ -139,17 +138,18 @@ def _gradient(q: _Queries, keys: _Keys, how: Settings) -> tuple[jax.Array, jax.A
     logits_KGTS, scale_T = _logits(q, keys, how)
     seen_KGTS = logits_KGTS > NEGATIVE / 2
     p_KGTS = jnp.where(seen_KGTS, jnp.exp(logits_KGTS - q.lse_KGT[..., None]), 0.0)
-    dtype = keys.k_SKH.dtype
-    dv_SKH = dot_f32("KGTS,TKGH->SKH", p_KGTS.astype(dtype), q.dout_TKGH)
-    dp_KGTS = dot_f32("TKGH,SKH->KGTS", q.dout_TKGH, keys.v_SKH)
+    dtype = keys.k_KSH.dtype
+    dv_KHS = dot_f32("KGTH,KGTS->KHS", q.dout_KGTH, p_KGTS.astype(dtype))
+    dp_KGTS = dot_f32("KGTH,KSH->KGTS", q.dout_KGTH, keys.v_KSH)
     ds_KGTS = p_KGTS * (dp_KGTS - q.delta_KGT[..., None]) * scale_T[:, None]
     ds_KGTS = ds_KGTS.astype(dtype)
-    dq_TKGH = dot_f32("KGTS,SKH->TKGH", ds_KGTS, keys.k_SKH)
-    return dq_TKGH, dot_f32("KGTS,TKGH->SKH", ds_KGTS, q.q_TKGH), dv_SKH
+    dq_KGTH = dot_f32("KGTS,KSH->KGTH", ds_KGTS, keys.k_KSH)
+    dk_KHS = dot_f32("KGTH,KGTS->KHS", q.q_KGTH, ds_KGTS)
+    return dq_KGTH, dk_KHS.swapaxes(1, 2), dv_KHS.swapaxes(1, 2)
 
 
 class _Blocks(NamedTuple):
-    """A problem in blocks: queries [B * blocks, ...], keys of rows [B, S, ...], and who meets."""
+    """A problem in blocks: queries [B * blocks, ...], keys of rows [B, ...], and who meets."""
 
     queries: _Queries
     keys: _Keys
@@ -161,12 +161,19 @@ class _Blocks(NamedTuple):
     def block(self, row: jax.Array, j: jax.Array) -> _Keys:
         """Return block j of the keys of a row."""
 
-        def part(x_BS: jax.Array) -> jax.Array:
-            start = (row, j * self.kv_block) + (0,) * (x_BS.ndim - 2)
-            sizes = (1, self.kv_block, *x_BS.shape[2:])
-            return jax.lax.dynamic_slice(x_BS, start, sizes)[0]
+        def part(x: jax.Array) -> jax.Array:
+            start, sizes = self.place(x, row, j)
+            return jax.lax.dynamic_slice(x, start, sizes)[0]
 
         return jax.tree.map(part, self.keys)
+
+    def place(self, x: jax.Array, row: jax.Array, j: jax.Array) -> tuple[tuple, tuple]:
+        """Return where block j of a row lies in an array [B, S] or [B, K, S, H], and its sizes."""
+        first = j * self.kv_block
+        if x.ndim == 2:
+            return (row, first), (1, self.kv_block)
+        _, K, _, H = x.shape
+        return (row, 0, first, 0), (1, K, self.kv_block, H)
 
 
 def _pad(x_BT: jax.Array, block: int, fill: int = 0) -> jax.Array:
@@ -193,7 +200,7 @@ def _cut(
 
     def real_rows(x_BTNH: jax.Array) -> jax.Array:
         clean = jnp.where(x.q_positions_BT[..., None, None] >= 0, x_BTNH, 0)
-        return rows(clean).reshape(-1, q_block, K, N // K, H)
+        return rows(clean).reshape(-1, q_block, K, N // K, H).transpose(0, 2, 3, 1, 4)
 
     def per_query(x_BTN: jax.Array | None) -> jax.Array:
         if x_BTN is None:
@@ -202,7 +209,7 @@ def _cut(
 
     def real_keys(x_BSKH: jax.Array) -> jax.Array:
         clean = jnp.where(x.kv_positions_BS[..., None, None] >= 0, x_BSKH, 0)
-        return _pad(clean, kv_block)
+        return _pad(clean, kv_block).swapaxes(1, 2)
 
     q_segments, kv_segments = x.q_segments_BT, x.kv_segments_BS
     if q_segments is None or kv_segments is None:
@@ -228,9 +235,9 @@ def _cut(
 
 
 def _join(blocks: jax.Array, like_BTNH: jax.Array) -> jax.Array:
-    """Turn blocks of queries [B * blocks, T, K, G, ...] back into rows [B, T, N, ...]."""
+    """Turn blocks of queries [B * blocks, K, G, T, ...] back into rows [B, T, N, ...]."""
     B, T, N, _ = like_BTNH.shape
-    return blocks.reshape(B, -1, N, *blocks.shape[4:])[:, :T]
+    return jnp.moveaxis(blocks, 3, 1).reshape(B, -1, N, *blocks.shape[4:])[:, :T]
 
 
 def refusal(x: Inputs, how: Settings) -> None:
@@ -241,24 +248,21 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jax.typing.DTypeLike):
     """Attend. Returns out_BTNH in out_dtype and lse_BTN in float32."""
     cut = _cut(x, how)
 
-    def attend(
-        q: _Queries, row: jax.Array, begin: jax.Array, end: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
+    def attend(q: _Queries, row: jax.Array, begin: jax.Array, end: jax.Array):
         def add(j: jax.Array, seen: Partial) -> Partial:
             return _add_keys(seen, q, cut.block(row, j), how)
 
-        seen = jax.lax.fori_loop(begin, end, add, Partial.nothing(*q.q_TKGH.shape))
-        out_TKGH, lse_KGT = seen.finish()
-        return out_TKGH.astype(out_dtype), lse_KGT.transpose(2, 0, 1)
+        return finish(jax.lax.fori_loop(begin, end, add, Partial.nothing(*q.q_KGTH.shape)))
+
+    def whole(q: _Queries, keys: _Keys) -> tuple[jax.Array, jax.Array]:
+        return finish(_add_keys(Partial.nothing(*q.q_KGTH.shape), q, keys, how))
+
+    def finish(seen: Partial) -> tuple[jax.Array, jax.Array]:
+        out_KGTH, lse_KGT = seen.finish()
+        return out_KGTH.astype(out_dtype), lse_KGT
 
     with jax.named_scope("chunked_attention"):
         if cut.q_block == x.q_BTNH.shape[1] and cut.kv_block == x.k_BSKH.shape[1]:
-
-            def whole(q: _Queries, keys: _Keys) -> tuple[jax.Array, jax.Array]:
-                seen = _add_keys(Partial.nothing(*q.q_TKGH.shape), q, keys, how)
-                out_TKGH, lse_KGT = seen.finish()
-                return out_TKGH.astype(out_dtype), lse_KGT.transpose(2, 0, 1)
-
             out, lse = jax.vmap(whole)(cut.queries, cut.keys)
         else:
             blocks = (cut.queries, cut.row, cut.met.begin, cut.met.end)
@@ -279,25 +283,25 @@ def backward(
     products_BTNH = out_BTNH.astype(jnp.float32) * dout_BTNH.astype(jnp.float32)
     delta_BTN = jnp.where(is_real_BT1, products_BTNH.sum(-1) - dlse_BTN, 0)
     cut = _cut(x, how, lse_BTN, dout_BTNH.astype(x.q_BTNH.dtype), delta_BTN)
-    k_shape = cut.keys.k_SKH.shape
+    k_shape = cut.keys.k_KSH.shape
 
     def attend(sums: tuple[jax.Array, jax.Array], block):
         q, row, begin, end = block
 
         def add(j: jax.Array, so_far):
-            dq_TKGH, sums = so_far
+            dq_KGTH, sums = so_far
             more_q, *more = _gradient(q, cut.block(row, j), how)
-            start, sizes = (row, j * cut.kv_block, 0, 0), (1, cut.kv_block, *k_shape[2:])
 
             def grow(total: jax.Array, part: jax.Array) -> jax.Array:
+                start, sizes = cut.place(total, row, j)
                 part = jax.lax.dynamic_slice(total, start, sizes) + part[None]
                 return jax.lax.dynamic_update_slice(total, part, start)
 
-            return dq_TKGH + more_q, tuple(map(grow, sums, more))
+            return dq_KGTH + more_q, tuple(map(grow, sums, more))
 
-        nothing = jnp.zeros(q.q_TKGH.shape, jnp.float32)
-        dq_TKGH, sums = jax.lax.fori_loop(begin, end, add, (nothing, sums))
-        return sums, dq_TKGH.astype(x.q_BTNH.dtype)
+        nothing = jnp.zeros(q.q_KGTH.shape, jnp.float32)
+        dq_KGTH, sums = jax.lax.fori_loop(begin, end, add, (nothing, sums))
+        return sums, dq_KGTH.astype(x.q_BTNH.dtype)
 
     with jax.named_scope("chunked_attention_backward"):
         if cut.q_block == x.q_BTNH.shape[1] and cut.kv_block == x.k_BSKH.shape[1]:
@@ -307,5 +311,5 @@ def backward(
             blocks = (cut.queries, cut.row, cut.met.begin, cut.met.end)
             (dk, dv), dq = jax.lax.scan(attend, (nothing, nothing), blocks)
     S = x.k_BSKH.shape[1]
-    dq_BTNH = _join(dq, x.q_BTNH).astype(x.q_BTNH.dtype)
-    return dq_BTNH, dk[:, :S].astype(x.k_BSKH.dtype), dv[:, :S].astype(x.v_BSKH.dtype)
+    dk_BSKH, dv_BSKH = (d.swapaxes(1, 2)[:, :S].astype(x.k_BSKH.dtype) for d in (dk, dv))
+    return _join(dq, x.q_BTNH).astype(x.q_BTNH.dtype), dk_BSKH, dv_BSKH

@@ -40,7 +40,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jax.typing.DTypeLike):
         return slot // page * blocks_of_page + slot % page // block
 
     def attend(q_TNH, positions_T, table_P, start, begin, end):
-        q_TKGH = q_TNH.reshape(T, K, N // K, H)
+        q_KGTH = q_TNH.reshape(T, K, N // K, H).transpose(1, 2, 0, 3)
         scale_T = jnp.full((T,), how.scale, jnp.float32)
         if how.temperature is not None:
             scale_T *= attention_temperature(positions_T, how.temperature)
@@ -62,7 +62,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jax.typing.DTypeLike):
                 positions_T[:, None], start + slot_S[None], None, None, how.chunk_size
             )
             k_KSH, v_KSH = (part(a).astype(q_TNH.dtype) for a in (k_PKSH, v_PKSH))
-            logits_KGTS = dot_f32("TKGH,KSH->KGTS", q_TKGH, k_KSH) * scale_T[:, None]
+            logits_KGTS = dot_f32("KGTH,KSH->KGTS", q_KGTH, k_KSH) * scale_T[:, None]
             if k_scale_PKS is not None:
                 logits_KGTS *= part(k_scale_PKS)[:, None, None]
 
@@ -70,13 +70,14 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jax.typing.DTypeLike):
                 if v_scale_PKS is not None:
                     weights_KGTS *= jnp.where(held_S, part(v_scale_PKS), 0)[:, None, None]
                 clean_KSH = jnp.where(held_S[:, None], v_KSH, 0)
-                return dot_f32("KGTS,KSH->TKGH", weights_KGTS.astype(v_KSH.dtype), clean_KSH)
+                return dot_f32("KGTS,KSH->KGTH", weights_KGTS.astype(v_KSH.dtype), clean_KSH)
 
             return seen.add(jnp.where(mask_TS, logits_KGTS, NEGATIVE), weigh)
 
-        nothing = Partial.nothing(T, K, N // K, H)
+        nothing = Partial.nothing(*q_KGTH.shape)
         stop = jnp.where(end > begin, number(end - 1) + 1, 0)
-        out_TKGH, lse_KGT = jax.lax.fori_loop(number(begin), stop, add, nothing).finish()
+        out_KGTH, lse_KGT = jax.lax.fori_loop(number(begin), stop, add, nothing).finish()
+        out_TKGH = out_KGTH.transpose(2, 0, 1, 3)
         return out_TKGH.reshape(T, N, H).astype(out_dtype), lse_KGT.transpose(2, 0, 1)
 
     with jax.named_scope("decode_attention"):

@@ -93,7 +93,13 @@ def test_a_wrong_result_is_a_fault():
 
 def test_nan_is_a_fault():
     forward, _ = benchmark_timing.measure(doubling(wrong=float("nan")), HERE, "tpu")
-    assert forward["faults"]
+    assert len(forward["faults"]) == 2
+
+
+def test_nan_is_a_fault_where_there_is_nothing_to_compare_with():
+    case = dataclasses.replace(doubling(), function=lambda x, backend: jnp.log(-1 - x * x))
+    forward, _ = benchmark_timing.measure(case, HERE, None)
+    assert "not a number" in forward["faults"][0]
 
 
 def test_the_log_sum_exp_of_nothing_does_not_hide_errors_elsewhere():

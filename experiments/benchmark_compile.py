@@ -34,13 +34,20 @@ HEADER = (
 NOTES = """
 GFLOP and GB: the compiler's figures, in which a kernel counts as it says of itself (on GPUs, whose
 compiler estimates nothing, what the kernels say and the bytes of the operations around them). in
-blocks: what the schedule of blocks multiplies and copies, counted from the positions. The floor of
-FLOPs is that of visible pairs; of bytes, going forward, that each block of queries reads the keys
-it needs and no others; going back, what its blocks copy. On GPUs a block belongs to one
-head, so that the bytes of long attention are copies, most of which the L2 cache serves. VMEM: the
-most that a kernel uses at a time, by the compiler; SMEM: scalars in TPU kernels, shared memory of a
-block of threads on GPUs, as the kernel declares them. Splash estimates nothing; both its figures
-are in blocks."""
+blocks: what the schedule of blocks multiplies and copies, counted from positions or from who goes
+to which expert; bytes that kernels say must agree with that. VMEM: the most that a kernel uses at a
+time, by the compiler; SMEM: scalars in TPU kernels, shared memory of a block of threads on GPUs, as
+the kernel declares them.
+Attention: the floor of FLOPs is that of visible pairs; of bytes, going forward, that each block of
+queries reads the keys it needs and no others; going back, what its blocks copy. On GPUs a block
+belongs to one head, so that the bytes of long attention are copies, most of which the L2 cache
+serves. Splash estimates nothing; both its figures are in blocks.
+Experts: the floor of bytes is matrices of experts that are hit, tokens, result, and hidden rows
+each way, once. Kernels take no notice of who goes where when they say their FLOPs, six for a token,
+D and F. What they multiply, in blocks, are whole chunks of rows (the number after the stroke, after
+window x columns), about half a chunk more for each expert: with 128 experts twice the floor, in a
+time that the bytes of their matrices decide. On GPUs what blocks in turn read from L2 is not
+counted again. Megablox' figures are in blocks, too."""
 
 _SCOPED = re.compile(r'"used_scoped_memory_configs":(\[[^\]]*\])')
 _COST = re.compile(r'cost_estimate_json = "(\{.*?\})"')

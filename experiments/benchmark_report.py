@@ -19,7 +19,8 @@ TIMES_NOTES = """
 FLOPs and bytes are the least that the operation needs, so rates fall where work is done in vain. of
 limit: the time that the device's peak FLOP/s and bandwidth allow, over the time taken; of copy: the
 rate of bytes over that of a large copy in the same run. error: the norm of the difference from the
-reference over the norm; of the reference itself, from the nearest peer."""
+reference over the norm; of the reference itself, from the nearest peer. dense: as many FLOPs for as
+many rows, all with one expert's matrices."""
 
 
 def duration(seconds: float) -> str:

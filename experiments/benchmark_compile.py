@@ -310,7 +310,7 @@ def line(record: dict[str, Any]) -> str:
     least = work.get("needed") or floor["bytes"]
 
     def scaled(value: float | None, unit: float) -> str:
-        return "n/a" if value is None else f"{value / unit:.4g}"
+        return "n/a" if value is None or unit == 0 else f"{value / unit:.4g}"
 
     theirs = [
         f"{name} {each['fails'].splitlines()[0][:60]}"

@@ -30,7 +30,7 @@ def lengths(how, rng, devices, rows):
             return np.zeros(shape, int)
 
 
-def build(how, devices, rows, experts, dtype, layers=1):
+def build(how, devices, rows, experts, dtype, layers=1, hidden=F):
     """Queues and matrices of all devices; places without a row hold NaN."""
     rng = np.random.default_rng(3)
     is_row = np.arange(rows) < lengths(how, rng, devices, rows)[..., None]
@@ -40,8 +40,8 @@ def build(how, devices, rows, experts, dtype, layers=1):
     x = np.where(is_row[..., None], rng.normal(size=(*is_row.shape, D)), np.nan)
     gate = rng.uniform(0.1, 1, size=is_row.shape)
     many = (devices, layers * experts)
-    gate_up = rng.normal(size=(2, *many, D, F)) * D**-0.5
-    down = rng.normal(size=(*many, F, D)) * F**-0.5
+    gate_up = rng.normal(size=(2, *many, D, hidden)) * D**-0.5
+    down = rng.normal(size=(*many, hidden, D)) * hidden**-0.5
     floats = [jnp.asarray(a, dtype) for a in (x, gate, *gate_up, down)]
     return floats, np.where(is_row, expert, -1).astype(np.int32)
 
@@ -61,11 +61,13 @@ class Rings:
         dtype=jnp.float32,
         layer=0,
         ring=1,
+        hidden=F,
     ):
         self.devices = int(np.prod(mesh_shape))
         self.peers, self.rows, self.experts, self.dtype = self.devices // ring, rows, experts, dtype
         self.mesh_shape, self.names, self.axes, self.layer = mesh_shape, names, axes, layer
-        parts = [build(how, self.peers, rows, experts, dtype, layer + 1) for _ in range(ring)]
+        sizes = (rows, experts, dtype, layer + 1, hidden)
+        parts = [build(how, self.peers, *sizes) for _ in range(ring)]
         floats = [jnp.concatenate(a) for a in zip(*(part[0] for part in parts), strict=True)]
         rings_differ = 1 + jnp.arange(self.devices, dtype=dtype).reshape(-1, 1, 1, 1)
         self.x, self.gate, self.weights = floats[0] * rings_differ, floats[1], floats[2:]
@@ -199,7 +201,7 @@ def test_gradients_of_eight_devices_with_one_expert_each(how):
 def test_gradients_of_several_windows_and_of_cores_that_share_them(how, cores):
     sizes = {"window": 16, "group": 16, "chunk": 8, "tile": 128, "cores": cores}
     with tuning.overridden({"expert_mlp.exchange_gradient": sizes}):
-        check_gradient(how, (4,), ("expert",), "expert", rows=30)
+        check_gradient(how, (4,), ("expert",), "expert", rows=30, experts=2, hidden=384)
 
 
 def test_gradients_of_queues_that_share_a_window():

@@ -9,6 +9,7 @@ come before the next columns: what they read of the matrix is then read from mem
 the L2 cache by all blocks but the first, and so are their own rows.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 _TOGETHER = 16  # blocks that take turns at the same columns
 _FEW = 1024  # routed rows up to which they are placed by comparing them all: fewer, smaller kernels
+_VERY_FEW = 8  # up to which that is done one after another, which XLA puts into one kernel
 
 
 class Block(NamedTuple):
@@ -96,35 +98,85 @@ def arrange(
     rank_R, sizes_E = _rank(expert_R, E)
     ends_E = jnp.cumsum(-(-sizes_E // granule) * granule)
     starts_E = jnp.append(0, ends_E[:-1]).astype(jnp.int32)
-    place_R = jnp.append(starts_E, 0)[expert_R] + rank_R
-    place_R = jnp.where(is_routed_R, place_R, -1)
     places = most(R, E, granule) * granule + rows - granule
+    if R <= min(granule, _VERY_FEW):
+        place_R, source_P, fields = _arrange_very_few(expert_R, E, granule, places)
+    else:
+        place_R = jnp.append(starts_E, 0)[expert_R] + rank_R
+        place_R = jnp.where(is_routed_R, place_R, -1)
+        source_P = _sources(place_R, places)
+        fields = _blocks(sizes_E, starts_E, most(R, E, rows), rows)
+    fields = fields._replace(matrix=first + fields.matrix)
+    blank = [jnp.zeros_like(fields.start)] * (8 - len(fields))
+    blocks_BF = jnp.stack([*fields, *blank], axis=1).astype(jnp.int32)
+    return Rows(source_P, place_R, blocks_BF, starts_E, sizes_E)
+
+
+def _sources(place_R: jax.Array, places: int) -> jax.Array:
+    R = place_R.shape[0]
     if R <= _FEW:
         is_here_PR = jnp.arange(places)[:, None] == place_R
-        source_P = jnp.where(is_here_PR, jnp.arange(R, dtype=jnp.int32), -1).max(1)
-    else:
-        target_R = jnp.where(is_routed_R, place_R, places)
-        source_P = jnp.full(places, -1, jnp.int32)
-        source_P = source_P.at[target_R].set(jnp.arange(R, dtype=jnp.int32), mode="drop")
+        return jnp.where(is_here_PR, jnp.arange(R, dtype=jnp.int32), -1).max(1)
+    target_R = jnp.where(place_R >= 0, place_R, places)
+    source_P = jnp.full(places, -1, jnp.int32)
+    return source_P.at[target_R].set(jnp.arange(R, dtype=jnp.int32), mode="drop")
 
+
+def _blocks(sizes_E: jax.Array, starts_E: jax.Array, count: int, rows: int) -> Block:
+    """Return the blocks of all experts, by experts."""
     blocks_E = -(-sizes_E // rows)
     last_E = jnp.cumsum(blocks_E)
-    block_B = jnp.arange(most(R, E, rows), dtype=jnp.int32)
-    expert_B = jnp.minimum((block_B[:, None] >= last_E).sum(1, dtype=jnp.int32), E - 1)
+    block_B = jnp.arange(count, dtype=jnp.int32)
+    expert_B = (block_B[:, None] >= last_E).sum(1, dtype=jnp.int32)
+    expert_B = jnp.minimum(expert_B, sizes_E.shape[0] - 1)
     before_B = last_E[expert_B] - blocks_E[expert_B]
     inside_B = block_B - before_B
     run_B = inside_B // _TOGETHER * _TOGETHER
-    fields = Block(
-        matrix=first + expert_B,
+    return Block(
+        matrix=expert_B,
         start=starts_E[expert_B] + inside_B * rows,
         rows=jnp.minimum(sizes_E[expert_B] - inside_B * rows, rows),
         first=before_B + run_B,
         count=jnp.clip(blocks_E[expert_B] - run_B, 1, _TOGETHER),
         total=jnp.broadcast_to(last_E[-1], block_B.shape),
     )
-    blank = [jnp.zeros_like(block_B)] * (8 - len(fields))
-    blocks_BF = jnp.stack([*fields, *blank], axis=1).astype(jnp.int32)
-    return Rows(source_P, place_R, blocks_BF, starts_E, sizes_E)
+
+
+def _arrange_very_few(
+    expert_R: jax.Array, num_experts: int, granule: int, places: int
+) -> tuple[jax.Array, jax.Array, Block]:
+    """Arrange rows of which each expert has a granule at most, without a sum over an axis.
+
+    Returns:
+        place_R, source_P and the blocks.
+    """
+    R, zero = expert_R.shape[0], jnp.int32(0)
+    row_R, place_P = jnp.arange(R, dtype=jnp.int32), jnp.arange(places, dtype=jnp.int32)
+    one = [expert_R[r] for r in range(R)]
+
+    def is_first(r: int) -> jax.Array:
+        return functools.reduce(
+            jnp.logical_and, [one[r] != one[i] for i in range(r)], jnp.array(True)
+        )
+
+    before_R = sum(((one[r] < expert_R) & is_first(r) for r in range(R)), zero)
+    rank_R = sum(((one[r] == expert_R) & (r < row_R) for r in range(R)), zero)
+    place_R = jnp.where(expert_R < num_experts, before_R * granule + rank_R, -1)
+    source_P, expert_B, rows_B = jnp.full(places, -1, jnp.int32), jnp.zeros_like(row_R), zero
+    for r in range(R):
+        source_P = jnp.where(place_P == place_R[r], r, source_P)
+        expert_B = jnp.where(row_R * granule == place_R[r], one[r], expert_B)
+        rows_B += (place_R[r] >= row_R * granule) & (place_R[r] < (row_R + 1) * granule)
+    total = sum((place_R[r] % granule == 0 for r in range(R)), zero)  # those that are first
+    blocks = Block(
+        matrix=expert_B,
+        start=row_R * granule,
+        rows=rows_B,
+        first=row_R,
+        count=jnp.ones_like(row_R),
+        total=jnp.broadcast_to(total, row_R.shape),
+    )
+    return place_R, source_P, blocks
 
 
 def spread(x_TD: jax.Array, source_P: jax.Array, choices: int) -> jax.Array:

@@ -18,10 +18,10 @@ find_python = for p in $(1); do \
 	done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint types format nano parity compile kernels hooks clean
+.PHONY: help demo test slow lint types format nano parity bench-hf compile kernels hooks clean
 
 help:  ## print this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
 
 demo: .venv/.installed  ## the whole system on the shipped nano model, in about two minutes
 	$(PY) -m experiments.demo
@@ -48,6 +48,9 @@ nano: .venv/.installed  ## train the shipped model again, into runs/nano
 
 parity: .venv/.installed .oracle/.installed  ## compare live with HF transformers; print the errors
 	$(PY) tests/parity/compare.py $(ARGS)
+
+bench-hf: .venv/.installed .oracle/.installed  ## time beside HF transformers on this CPU
+	$(PY) tests/parity/bench.py $(ARGS)
 
 compile: .compile/.installed  ## compile Scout for TPU v5p and 8 H100s with neither at hand
 	.compile/bin/python -m experiments.compile_targets $(ARGS)

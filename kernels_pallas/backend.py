@@ -13,6 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 Backend = Literal["reference", "tpu", "gpu"]
 
+_TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
+
 _interpreting = jax.make_user_context(default_value=False)
 
 
@@ -21,7 +23,9 @@ def interpreted() -> Iterator[None]:
     """Run the kernels in Pallas' interpreters, which simulate a TPU or a GPU on any device.
 
     Slow, and only for tests: memories, copies and semaphores are simulated, and a race between them
-    is an error (with jax 0.11, which cannot raise, it is printed).
+    is an error (with jax 0.11, which cannot raise, it is printed). The simulators of some kernels
+    do not know over which mesh axes a value varies: tests that call them inside `jax.shard_map`
+    give it check_vma=False.
     """
     with _interpreting(True):
         yield
@@ -64,6 +68,21 @@ def vary_alike(arrays: Any) -> Any:
         return jax.lax.pcast(array, lacks, to="varying") if lacks else array
 
     return jax.tree.map(vary, arrays)
+
+
+def like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
+    """Describe an output that varies over the same manual mesh axes as an input."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
+
+
+def runs_on_two_cores() -> bool:
+    """Whether a program for this TPU runs on two cores, each of which should have half of it."""
+    return device_kind() in _TWO_CORES
+
+
+def multiplier() -> int:
+    """Return the rows and columns of the matrix multiplier of this TPU."""
+    return 128 if device_kind() in (*_TWO_CORES, "TPU v5 lite", "TPU v5e") else 256
 
 
 def _device() -> Any:

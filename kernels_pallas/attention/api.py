@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.attention.visibility import NEGATIVE, Inputs, Settings
-from kernels_pallas.backend import Backend, choose
+from kernels_pallas.backend import Backend, choose, vary_alike
 
 
 def chunked_attention(
@@ -83,6 +83,7 @@ def chunked_attention(
         None if q_segments_BT is None else jnp.asarray(q_segments_BT, jnp.int32),
         None if kv_segments_BS is None else jnp.asarray(kv_segments_BS, jnp.int32),
     )
+    x = vary_alike(x)
     chosen = choose(backend, "attention", x, how)
     dtype = jnp.dtype(jnp.float32) if return_lse else q_BTNH.dtype
     out_BTNH, lse_BTN = _attend(chosen, how, dtype, x)

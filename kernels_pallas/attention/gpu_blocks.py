@@ -38,6 +38,8 @@ def refusal(x: Inputs, how: Settings) -> str | None:
         return f"head_dim {x.q_BTNH.shape[-1]} is over 256"
     if how.scale <= 0 or (how.temperature is not None and how.temperature[1] < 0):
         return "the scale or the temperature is negative"
+    if jax.typeof(x.q_BTNH).manual_axis_type.varying:  # jax cannot type its loops over blocks
+        return "`jax.shard_map` checks over which axes arrays vary; give it check_vma=False"
     if backend.platform() == "gpu" and not any(n in kind for n in ("H100", "H200", "H20", "H800")):
         return f"wgmma is Hopper's, and this is {kind}"
     return None

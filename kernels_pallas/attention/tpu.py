@@ -154,8 +154,8 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
             pl.BlockSpec((None, None, None, s.G, s.bq), lambda b, h, i: (b, h, i, 0, 0)),
         ],
         out_shape=[
-            tb.like(x.q_BTNH, (s.B, s.K, s.G, s.T, s.H), out_dtype),
-            tb.like(x.q_BTNH, (s.B, s.K, s.nq, s.G, s.bq), jnp.float32),
+            backend.like(x.q_BTNH, (s.B, s.K, s.G, s.T, s.H), out_dtype),
+            backend.like(x.q_BTNH, (s.B, s.K, s.nq, s.G, s.bq), jnp.float32),
         ],
         scratch_shapes=[
             pltpu.VMEM((m + 1, *row), jnp.int32),

@@ -215,7 +215,7 @@ def _backward_queries(
             in_hbm,
         ],
         out_specs=q_spec,
-        out_shape=tb.like(x.q_BTNH, (s.B, s.K, s.G, s.T, s.H), dtype),
+        out_shape=backend.like(x.q_BTNH, (s.B, s.K, s.G, s.T, s.H), dtype),
         scratch_shapes=[
             pltpu.VMEM((m + 1, *row), jnp.int32),
             pltpu.VMEM(row, jnp.float32),
@@ -257,7 +257,7 @@ def _backward_keys(
 
     kv_spec = pl.BlockSpec((None, None, s.bkv, s.H), lambda b, h, j: (b, h, j, 0))
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    kv_shape = tb.like(x.k_BSKH, (s.B, s.K, s.S, s.H), dtype)
+    kv_shape = backend.like(x.k_BSKH, (s.B, s.K, s.S, s.H), dtype)
     dk_BKSH, dv_BKSH = pl.pallas_call(
         _keys_kernel(s, how),
         grid=(s.B, s.K, s.nkv),

@@ -24,6 +24,7 @@ from kernels_pallas.attention.visibility import (
     attention_temperature,
     first_visible,
 )
+from kernels_pallas.backend import like as like
 
 LANES = 128
 HIDDEN = -3e38  # a logit that is not seen; far below NEGATIVE, where the running maximum starts
@@ -360,8 +361,3 @@ def params() -> Any:
     return pltpu.CompilerParams(
         dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
     )
-
-
-def like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStruct:
-    """Describe an output that varies over the same manual mesh axes as an input."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)

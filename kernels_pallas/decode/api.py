@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.attention.api import settings
-from kernels_pallas.backend import Backend, choose
+from kernels_pallas.backend import Backend, choose, vary_alike
 from kernels_pallas.decode.inputs import Inputs
 
 MAX_QUERIES = 8
@@ -111,7 +111,7 @@ def decode_attention(
         v_scale_BSK,
         None if page_table_BP is None else jnp.asarray(page_table_BP, jnp.int32),
     )
-    folds_v = per_channel_v is not None
+    x, folds_v = vary_alike(x), per_channel_v is not None
     dtype = jnp.dtype(jnp.float32) if return_lse or folds_v else q_BTNH.dtype
     out_BTNH, lse_BTN = choose(backend, "decode", x, how).forward(x, how, out_dtype=dtype)
     if per_channel_v is not None:

@@ -167,8 +167,8 @@ def forward(x: Inputs, how: Settings, *, out_dtype: Any) -> tuple[jax.Array, jax
     out_BKARH, lse_BKAR = plgpu.kernel(
         decode_attention,
         out_type=(
-            jax.ShapeDtypeStruct((*shape, plan.rows, H), jnp.float32),
-            jax.ShapeDtypeStruct((*shape, ROWS), jnp.float32),
+            backend.like(x.q_BTNH, (*shape, plan.rows, H), jnp.float32),
+            backend.like(x.q_BTNH, (*shape, ROWS), jnp.float32),
         ),
         grid=shape,
         grid_names=("batch", "head", "split"),

@@ -33,7 +33,6 @@ _MAX_BLOCK = 2048
 _MAX_HEADS = 32  # the kernel's code repeats itself for every kv head
 _WINDOW = 1024  # entries of the page table in SMEM at a time
 _VMEM_BYTES = 40 * 2**20  # what 32 heads of 256 in float32 need; every chip has 64 MiB or more
-_TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # devices whose programs run on two cores
 
 
 def refusal(x: Inputs, how: Settings) -> str | None:
@@ -69,7 +68,7 @@ def _sizes(x: Inputs) -> Sizes:
     default = {
         "kv": min(max(fitting, LANES), _MAX_BLOCK),
         "depth": 3,
-        "splits": 2 if backend.device_kind() in _TWO_CORES else 1,
+        "splits": 2 if backend.runs_on_two_cores() else 1,
     }
     shape = {"head_dim": H, "dtype": str(x.k_BSKH.dtype), "kv_heads": K}
     tuned = tuning.lookup("decode_attention", default, **shape)
@@ -219,8 +218,8 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
     )
     split_dtype = out_dtype if splits == 1 else jnp.float32
     outs = (
-        jax.ShapeDtypeStruct((splits, B, K, rows, H), split_dtype),
-        jax.ShapeDtypeStruct((splits, B, rows, LANES), jnp.float32),
+        backend.like(q_BKRH, (splits, B, K, rows, H), split_dtype),
+        backend.like(q_BKRH, (splits, B, rows, LANES), jnp.float32),
     )
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     out_CBKRH, lse_CBRK = pl.pallas_call(

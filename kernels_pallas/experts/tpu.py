@@ -26,9 +26,6 @@ from kernels_pallas.experts import tpu_plan as tp
 from kernels_pallas.experts import tpu_rows as tr
 from kernels_pallas.experts.inputs import Inputs, expected_rows, stored_as
 
-_TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # devices whose programs run on two cores
-_NARROW = (*_TWO_CORES, "TPU v5 lite", "TPU v5e")  # multipliers of 128 x 128; later ones of 256
-
 
 def _unit(dtype: jnp.dtype) -> int:
     """Return the rows of a vector tile."""
@@ -72,13 +69,12 @@ def _fit(
 
     A tile should not be narrower than the multiplier, nor a chunk shorter, if there are such.
     """
-    kind, unit = backend.device_kind(), _unit(dtype)
-    multiplier = 128 if kind in _NARROW else 256
+    unit, multiplier = _unit(dtype), backend.multiplier()
     default = {
         "window": 1024,
         "chunk": multiplier,
         "tile": tr.TILES[0],
-        "cores": 2 if kind in _TWO_CORES else 1,
+        "cores": 2 if backend.runs_on_two_cores() else 1,
     }
     shape = {"D": depth, "F": width, "E": num_experts, "dtype": stored}
     tuned = tuning.lookup(f"expert_mlp.{operation}", default, **shape)

@@ -16,7 +16,6 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend
 from kernels_pallas.attention.tpu_blocks import dot
-from kernels_pallas.attention.tpu_blocks import like as varying_like
 from kernels_pallas.experts.tpu_plan import Blocks, read_block
 from kernels_pallas.experts.tpu_rows import VMEM_LIMIT, Cut
 
@@ -197,7 +196,7 @@ def grouped_outer_places(
                 pltpu.SemaphoreType.DMA((2,)),
             ],
         ),
-        out_shape=varying_like(x_PK, like.shape, like.dtype),
+        out_shape=backend.like(x_PK, like.shape, like.dtype),
         input_output_aliases={4: 0} if others else {},
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT

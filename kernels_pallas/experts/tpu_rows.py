@@ -20,7 +20,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend
-from kernels_pallas.attention.tpu_blocks import LANES, dot, like
+from kernels_pallas.attention.tpu_blocks import LANES, dot
 from kernels_pallas.experts.inputs import INT4_GROUP
 from kernels_pallas.experts.quantize import FP8_MAX, ROW_MAX
 from kernels_pallas.experts.tpu_plan import Block, Blocks, read_block
@@ -359,7 +359,7 @@ def grouped_rows(
                 pltpu.SemaphoreType.DMA((len(out_dtypes), 2)),
             ],
         ),
-        out_shape=[like(rows.left[0], (P, by.width), d) for d in out_dtypes],
+        out_shape=[backend.like(rows.left[0], (P, by.width), d) for d in out_dtypes],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,

@@ -9,13 +9,13 @@ takes about 25 minutes on two cores and ends with code/nll 2.8 and digits/accura
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
 
 import jax
 from absl import flags, logging
 
 from experiments.flags import FlagError, launch, make_mesh
 from experiments.recipes import RECIPES, Recipe
+from experiments.terminal import ConsoleWriter
 from llama4_jax import train
 from llama4_jax.checkpoint import Pretrained, save_pretrained
 from llama4_jax.data import pipelines
@@ -44,20 +44,6 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string("tokenizer", str(TOKENIZER), "Its folder.", flag_values=values)
-
-
-class ConsoleWriter:
-    """Print the main metrics of a step on one line."""
-
-    SHOWN = ("train/loss", "train/accuracy", "speed/tokens_per_second", "speed/mfu")
-
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        shown = [name for name in scalars if name.startswith("eval/")] or self.SHOWN
-        parts = [f"{n.split('/', 1)[1]} {scalars[n]:.4g}" for n in shown if n in scalars]
-        print(f"step {step}: {', '.join(parts)}", flush=True)
-
-    def close(self) -> None:
-        """Nothing is left to finish."""
 
 
 def make_stages(values: flags.FlagValues) -> Recipe:

@@ -1,4 +1,4 @@
-"""What a person sees: text as it comes, answers as JSON lines, a dialogue line by line."""
+"""What a person sees: text as it comes, answers as JSON lines, dialogues, a training's course."""
 
 import dataclasses
 import json
@@ -9,6 +9,7 @@ from typing import Any
 from llama4_jax.checkpoint import Pretrained
 from llama4_jax.serve import NewToken, Request, Sampling, generate
 from llama4_jax.text import Image, Message
+from llama4_jax.train.writers import Metrics
 
 EXIT = "/exit"
 
@@ -21,6 +22,27 @@ def show(new: NewToken) -> None:
 def print_line(line: dict[str, Any]) -> None:
     """Print one answer as JSON."""
     print(json.dumps(line, ensure_ascii=False), flush=True)
+
+
+class ConsoleWriter:
+    """Print the main metrics of a training step on one line."""
+
+    SHOWN = (
+        "train/loss",
+        "train/accuracy",
+        "train/largest_expert_share",
+        "train/router_entropy",
+        "speed/tokens_per_second",
+        "speed/mfu",
+    )
+
+    def write(self, step: int, metrics: Metrics) -> None:
+        shown = [name for name in metrics if name.startswith("eval/")] or self.SHOWN
+        parts = [f"{n.split('/', 1)[1]} {metrics[n]:.4g}" for n in shown if n in metrics]
+        print(f"step {step}: {', '.join(parts)}", flush=True)
+
+    def close(self) -> None:
+        """Nothing is left to finish."""
 
 
 def talk(

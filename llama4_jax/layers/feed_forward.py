@@ -44,14 +44,57 @@ class Routing(NamedTuple):
     gate_BTX: jax.Array
 
 
-def route(logits_BTE: jax.Array, experts_per_token: int) -> Routing:
+def route(
+    logits_BTE: jax.Array, experts_per_token: int, *, is_token_BT: jax.Array | None = None
+) -> Routing:
     """Choose the largest logits, the lowest index on ties; a gate is the sigmoid of its logit.
 
-    Gates are not normalised over the choices. The sigmoid is taken in float32.
+    Gates are not normalised over the choices. The sigmoid is taken in float32. What is no token,
+    but padding, chooses nobody: expert -1.
     """
     top_BTX, expert_BTX = jax.lax.top_k(logits_BTE, experts_per_token)
+    if is_token_BT is not None:
+        expert_BTX = jnp.where(is_token_BT[..., None], expert_BTX, -1)
     gate_BTX = jax.nn.sigmoid(top_BTX.astype(jnp.float32)).astype(logits_BTE.dtype)
     return Routing(expert_BTX, gate_BTX)
+
+
+class RouterLoad(NamedTuple):
+    """What a router did with the tokens of each row, padding left out.
+
+    Sums stay apart by row: rows are divided over devices, and adding them up layer by layer would
+    be a collective in every layer, where one for all layers will do.
+
+    Attributes:
+        tokens_BE: int32, tokens that chose each expert.
+        probability_BE: float32, sum over tokens of the softmax of their logits.
+        entropy_B: float32, sum over tokens of the entropy of that softmax, in nats.
+    """
+
+    tokens_BE: jax.Array
+    probability_BE: jax.Array
+    entropy_B: jax.Array
+
+
+def load_of(logits_BTE: jax.Array, expert_BTX: jax.Array) -> RouterLoad:
+    """Count the choices that `route` made of these logits; expert -1 marks what is no token."""
+
+    @jax.checkpoint  # keeps the logits for the gradient, and no float32 array of their size
+    def add_up(logits_BTE: jax.Array) -> tuple[jax.Array, jax.Array]:
+        log_BTE = jax.nn.log_softmax(logits_BTE.astype(jnp.float32))
+        probability_BTE = jnp.where(expert_BTX[..., :1] >= 0, jnp.exp(log_BTE), 0.0)
+        return probability_BTE.sum(1), -(probability_BTE * log_BTE).sum((1, 2))
+
+    with jax.named_scope("router_load"):
+        chose_BTXE = expert_BTX[..., None] == jnp.arange(logits_BTE.shape[-1])
+        return RouterLoad(chose_BTXE.sum((1, 2), dtype=jnp.int32), *add_up(logits_BTE))
+
+
+class RouterOutput(NamedTuple):
+    """A router's logits, and the load that came of them; over layers, both begin with L."""
+
+    logits_BTE: jax.Array
+    load: RouterLoad
 
 
 class Experts(nnx.Module):
@@ -100,18 +143,23 @@ class MoE(nnx.Module):
         self.experts_per_token = config.experts_per_token
 
     def __call__(
-        self, x_BTD: jax.Array, stack: ExpertStack | None = None
-    ) -> tuple[jax.Array, jax.Array]:
+        self,
+        x_BTD: jax.Array,
+        *,
+        is_token_BT: jax.Array | None = None,
+        stack: ExpertStack | None = None,
+    ) -> tuple[jax.Array, RouterOutput]:
         """Apply the layer, with the experts of `stack` if there is one.
 
-        Returns y_BTD and the router's logits_BTE, both in the dtype of x.
+        Padding, if `is_token_BT` tells of any, goes to the shared expert alone. Returns y_BTD and
+        what the router did; its logits are in the dtype of x.
         """
         experts, is_stacked = (stack.experts, True) if stack else (self.experts, False)
         with jax.named_scope("moe"):
             dtype = x_BTD.dtype
             router_DE = weight(self.router_DE, dtype)
             logits_BTE = einsum("BTD,DE->BTE", x_BTD, router_DE, out=("batch", "seq", None))
-            routing = route(logits_BTE, self.experts_per_token)
+            routing = route(logits_BTE, self.experts_per_token, is_token_BT=is_token_BT)
             y_BTD = sharded_expert_mlp(
                 x_BTD,
                 weight(experts.w_gate_EDF, dtype, is_stacked=is_stacked),
@@ -122,4 +170,4 @@ class MoE(nnx.Module):
                 shared_BTD=self.shared(x_BTD),
                 group=stack.group if stack else None,
             )
-            return y_BTD, logits_BTE
+            return y_BTD, RouterOutput(logits_BTE, load_of(logits_BTE, routing.expert_BTX))

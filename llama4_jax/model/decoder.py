@@ -1,5 +1,6 @@
 """The decoder: one layer, and a scan over groups of them, so compile time ignores depth."""
 
+from operator import itemgetter
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from flax import nnx
 from llama4_jax.config.model import TextConfig
 from llama4_jax.config.pattern import LayerKind, layer_pattern
 from llama4_jax.layers.attention import Attention, CacheView, LayerCache, Positions
-from llama4_jax.layers.feed_forward import MLP, ExpertStack, MoE
+from llama4_jax.layers.feed_forward import MLP, ExpertStack, MoE, RouterOutput
 from llama4_jax.layers.norm import RMSNorm
 from llama4_jax.model.cache import Cache
 
@@ -36,15 +37,16 @@ class Block(nnx.Module):
         at: Positions,
         cache: CacheView | None,
         stack: ExpertStack | None = None,
-    ) -> tuple[jax.Array, LayerCache | None, jax.Array | None]:
-        """Returns y_BTD, the layer's new cache, and the router's logits if there is one."""
+    ) -> tuple[jax.Array, LayerCache | None, RouterOutput | None]:
+        """Returns y_BTD, the layer's new cache, and what the router did if there is one."""
         attended_BTD, stored = self.attention(self.attention_norm(x_BTD), at, cache)
         x_BTD = x_BTD + attended_BTD
         if isinstance(self.ffn, MoE):
-            y_BTD, router_logits_BTE = self.ffn(self.ffn_norm(x_BTD), stack)
+            is_token_BT = None if at.in_order else at.positions_BT >= 0
+            y_BTD, router = self.ffn(self.ffn_norm(x_BTD), is_token_BT=is_token_BT, stack=stack)
         else:
-            y_BTD, router_logits_BTE = self.ffn(self.ffn_norm(x_BTD)), None
-        return x_BTD + y_BTD, stored, router_logits_BTE
+            y_BTD, router = self.ffn(self.ffn_norm(x_BTD)), None
+        return x_BTD + y_BTD, stored, router
 
 
 class Group(nnx.Module):
@@ -91,7 +93,7 @@ class Decoder(nnx.Module):
 
     def __call__(
         self, x_BTD: jax.Array, at: Positions, cache: Cache | None, *, remat: bool
-    ) -> tuple[jax.Array, Cache | None, jax.Array | None]:
+    ) -> tuple[jax.Array, Cache | None, RouterOutput | None]:
         """Apply every layer.
 
         Args:
@@ -101,41 +103,42 @@ class Decoder(nnx.Module):
             remat: recompute each group in the backward pass instead of storing its activations.
 
         Returns:
-            y_BTD, the cache with x stored, and router logits [mixture layers, B, T, E] in layer
-            order (None if no layer is a mixture).
+            y_BTD, the cache with x stored, and what the routers did, stacked in the order of the
+            mixture layers (None if no layer is a mixture).
         """
 
         def group_step(
             stream: _Stream, xs: tuple[Group, jax.Array]
-        ) -> tuple[_Stream, list[jax.Array]]:
+        ) -> tuple[_Stream, list[RouterOutput]]:
             group, index = xs
-            x_BTD, slots, logits = stream.x_BTD, list(stream.slots), []
+            x_BTD, slots, routers = stream.x_BTD, list(stream.slots), []
             for i, block in enumerate(group.slots):
                 view = CacheView(slots[i], index, cache.lengths_B) if cache else None
                 with jax.named_scope(f"slot_{i}"):
                     stack = self._expert_stack(i, index, x_BTD.dtype) if cache else None
-                    x_BTD, stored, router_logits_BTE = block(x_BTD, at, view, stack)
+                    x_BTD, stored, router = block(x_BTD, at, view, stack)
                 if stored is not None:
                     slots[i] = stored
-                if router_logits_BTE is not None:
-                    logits.append(router_logits_BTE)
-            return _Stream(x_BTD, tuple(slots)), logits
+                if router is not None:
+                    routers.append(router)
+            return _Stream(x_BTD, tuple(slots)), routers
 
         step = jax.checkpoint(group_step) if remat else group_step
         stream = _Stream(x_BTD, cache.slots if cache else ())
-        stream, stacked = jax.lax.scan(step, stream, (self.groups, jnp.arange(self.num_groups)))
+        stream, by_slot = jax.lax.scan(step, stream, (self.groups, jnp.arange(self.num_groups)))
         x_BTD, tail = stream.x_BTD, []
-        logits = [slot_GBTE[g] for g in range(self.num_groups) for slot_GBTE in stacked]
+        groups = [itemgetter(g) for g in range(self.num_groups)]
+        routers = [jax.tree.map(group, slot) for group in groups for slot in by_slot]
         for i, block in enumerate(self.tail):
             view = CacheView(cache.tail[i], jnp.int32(0), cache.lengths_B) if cache else None
             with jax.named_scope(f"tail_{i}"):
-                x_BTD, stored, router_logits_BTE = block(x_BTD, at, view)
+                x_BTD, stored, router = block(x_BTD, at, view)
             if stored is not None:
                 tail.append(stored)
-            if router_logits_BTE is not None:
-                logits.append(router_logits_BTE)
-        router_logits_LBTE = jnp.stack(logits) if logits else None
+            if router is not None:
+                routers.append(router)
+        together = jax.tree.map(lambda *a: jnp.stack(a), *routers) if routers else None
         if cache is None:
-            return x_BTD, None, router_logits_LBTE
+            return x_BTD, None, together
         lengths_B = jnp.maximum(cache.lengths_B, at.positions_BT.max(1) + 1)
-        return x_BTD, Cache(stream.slots, tuple(tail), lengths_B), router_logits_LBTE
+        return x_BTD, Cache(stream.slots, tuple(tail), lengths_B), together

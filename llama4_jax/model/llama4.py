@@ -9,6 +9,7 @@ from flax import nnx
 from llama4_jax.config.model import ModelConfig
 from llama4_jax.layers.attention import Positions
 from llama4_jax.layers.embed import Embed, Head, Projector, fuse
+from llama4_jax.layers.feed_forward import RouterLoad
 from llama4_jax.layers.norm import RMSNorm
 from llama4_jax.model.cache import Cache
 from llama4_jax.model.decoder import Decoder
@@ -25,11 +26,13 @@ class Hidden:
         x_BTD: normalised hidden states.
         cache: the cache with the new tokens stored, or None.
         router_logits_LBTE: router logits of every mixture layer in order, or None.
+        router_load: what those routers did, each array with a leading L; or None.
     """
 
     x_BTD: jax.Array
     cache: Cache | None
     router_logits_LBTE: jax.Array | None
+    router_load: RouterLoad | None
 
 
 @jax.tree_util.register_dataclass
@@ -130,8 +133,9 @@ class Llama4(nnx.Module):
             features = self.encode_images(tiles_NCHW, remat=remat)
             assert self.config.patch_id is not None
             x_BTD = fuse(x_BTD, features, tokens_BT, self.config.patch_id)
-        x_BTD, cache, router_logits = self.decoder(x_BTD, at, cache, remat=remat)
-        return Hidden(self.final_norm(x_BTD), cache, router_logits)
+        x_BTD, cache, routers = self.decoder(x_BTD, at, cache, remat=remat)
+        logits, load = (None, None) if routers is None else routers
+        return Hidden(self.final_norm(x_BTD), cache, logits, load)
 
     def unembed(self, x_BTD: jax.Array) -> jax.Array:
         """Score the vocabulary: logits_BTV in float32, after a product in the dtype of x."""

@@ -17,7 +17,7 @@ from llama4_jax import parallel
 from llama4_jax.config.runs import RunConfig
 from llama4_jax.train.checkpoints import Checkpoints
 from llama4_jax.train.interrupt import StopRequest, catch_stop_signals
-from llama4_jax.train.metrics import SpeedMeter
+from llama4_jax.train.metrics import SpeedMeter, name_metrics
 from llama4_jax.train.optimizer import make_optimizer
 from llama4_jax.train.state import TrainState, initial_state, start_state
 from llama4_jax.train.step import Batch, make_eval_step, make_train_step
@@ -177,8 +177,8 @@ class _Loop:
             step += 1
             self._count(batch)
             if self._is_due(step, run.log_interval):
-                scalars = {f"train/{name}": float(value) for name, value in metrics.items()}
-                self.writer.write(step, scalars | self.meter.take())
+                named = name_metrics(metrics, moe_layers=run.model.text.moe_layers)
+                self.writer.write(step, named | self.meter.take())
             is_eval_due = self._is_due(step, run.eval_interval)
             is_save_due = self._is_due(step, run.checkpoint_interval)
             if is_eval_due or is_save_due or not self.meter.is_running:

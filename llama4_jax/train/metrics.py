@@ -1,6 +1,10 @@
 """Count what a training step costs and relate it to the clock and to the device's peak."""
 
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
 
 from llama4_jax.config.model import ModelConfig, TextConfig, VisionConfig
 
@@ -92,6 +96,30 @@ def batch_flops(config: ModelConfig, *, rows: int, row_length: int, tiles: int =
     if config.vision is not None and tiles:
         flops += tiles * vision_flops_per_tile(config.vision, text_embed_dim=config.text.embed_dim)
     return flops
+
+
+def name_metrics(
+    metrics: Mapping[str, jax.Array], *, moe_layers: Sequence[int]
+) -> dict[str, float | list[float]]:
+    """Bring a step's metrics to the host under the names that writers record.
+
+    Args:
+        metrics: scalars, and arrays with a row for every mixture layer.
+        moe_layers: those layers.
+
+    Returns:
+        A scalar "loss" as "train/loss"; the rows of "router/entropy" as "router/entropy/layer_03",
+        a number or a list of numbers.
+    """
+    named: dict[str, float | list[float]] = {}
+    for name, value in jax.device_get(dict(metrics)).items():
+        rows: Any = value.tolist()
+        if value.ndim == 0:
+            named[f"train/{name}"] = float(rows)
+        else:
+            layers = (f"{name}/layer_{layer:02d}" for layer in moe_layers)
+            named |= zip(layers, rows, strict=True)
+    return named
 
 
 class SpeedMeter:

@@ -9,12 +9,8 @@ import jax.numpy as jnp
 import optax
 
 from llama4_jax.config.runs import LossConfig, RunConfig
-from llama4_jax.train.loss import (
-    RouterBalance,
-    TokenSums,
-    balance_of_routers,
-    sum_in_chunks,
-)
+from llama4_jax.train.balance import RouterBalance, balance_of_routers
+from llama4_jax.train.loss import TokenSums, sum_in_chunks
 from llama4_jax.train.optimizer import make_schedule
 from llama4_jax.train.state import TrainState
 
@@ -67,12 +63,9 @@ def batch_loss(model: Any, batch: Batch, *, config: LossConfig, remat: bool = Fa
     total, balance = sums.mean(sums.nll), None
     if config.z_loss:
         total += config.z_loss * sums.mean(sums.squared_log_z)
-    if hidden.router_logits_LBTE is not None:
-        balance = balance_of_routers(
-            hidden.router_logits_LBTE,
-            batch["positions_BT"] >= 0,
-            experts_per_token=model.config.text.experts_per_token,
-        )
+    if hidden.router_load is not None:
+        experts_per_token = model.config.text.experts_per_token
+        balance = balance_of_routers(hidden.router_load, experts_per_token=experts_per_token)
         if config.balance:
             total += config.balance * balance.loss
     return BatchLoss(total=total, sums=sums, balance=balance)
@@ -88,8 +81,9 @@ def make_train_step(
 
     Returns:
         (state, batch) -> (next state, float32 scalars "loss", "nll", "accuracy", "tokens",
-        "gradient_norm" and "learning_rate", and with experts "balance" and
-        "largest_expert_share").
+        "gradient_norm" and "learning_rate"; and with experts "balance", "largest_expert_share" and
+        "router_entropy", and by mixture layer "router/tokens" int32 [L, E],
+        "router/largest_share" [L] and "router/entropy" [L]).
     """
     schedule = make_schedule(run.optimizer, steps=run.steps)
 
@@ -111,9 +105,15 @@ def make_train_step(
             "gradient_norm": optax.tree.norm(gradients),
             "learning_rate": jnp.asarray(schedule(state.step), jnp.float32),
         }
-        if loss.balance is not None:
-            metrics["balance"] = loss.balance.loss
-            metrics["largest_expert_share"] = loss.balance.largest_share
+        if (balance := loss.balance) is not None:
+            metrics |= {
+                "balance": balance.loss,
+                "largest_expert_share": balance.largest_share_L.mean(),
+                "router_entropy": balance.entropy_L.mean(),
+                "router/tokens": balance.tokens_LE,
+                "router/largest_share": balance.largest_share_L,
+                "router/entropy": balance.entropy_L,
+            }
         return TrainState(step=state.step + 1, model=model, opt_state=opt_state), metrics
 
     return jax.jit(step, donate_argnums=0)

@@ -7,19 +7,22 @@ from typing import Protocol
 
 from tensorboardX import SummaryWriter
 
+Metrics = Mapping[str, float | list[float]]
+"""Named numbers, and lists with a number for each of several things, such as experts."""
+
 
 class Writer(Protocol):
     """Takes the metrics of a step."""
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Record named scalars of one step."""
+    def write(self, step: int, metrics: Metrics) -> None:
+        """Record the metrics of one step."""
 
     def close(self) -> None:
         """Finish writing."""
 
 
 class JsonLinesWriter:
-    """Append one JSON object per call to a file: {"step": 10, "train/loss": 2.5}.
+    """Append one JSON object per call to a file: {"step": 10, "train/loss": 2.5}; lists as lists.
 
     A run that resumes from an earlier step drops the lines beyond it, so that the file reads like
     that of an uninterrupted run.
@@ -32,8 +35,8 @@ class JsonLinesWriter:
         self._file.writelines(line + "\n" for line in kept)
         self._file.flush()
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        self._file.write(json.dumps({"step": step, **scalars}) + "\n")
+    def write(self, step: int, metrics: Metrics) -> None:
+        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -41,14 +44,33 @@ class JsonLinesWriter:
 
 
 class TensorBoardWriter:
-    """Write event files that TensorBoard shows; steps after `resume_step` are purged."""
+    """Write event files that TensorBoard shows; steps after `resume_step` are purged.
+
+    A list becomes a histogram whose bar i, from i to i + 1, is as high as number i.
+    """
 
     def __init__(self, directory: Path, *, resume_step: int = 0) -> None:
         self._summary = SummaryWriter(str(directory), purge_step=resume_step + 1)
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
-        for name, value in scalars.items():
-            self._summary.add_scalar(name, value, step)
+    def write(self, step: int, metrics: Metrics) -> None:
+        for name, value in metrics.items():
+            if isinstance(value, list):
+                self._write_bars(step, name, value)
+            else:
+                self._summary.add_scalar(name, value, step)
+
+    def _write_bars(self, step: int, name: str, heights: list[float]) -> None:
+        self._summary.add_histogram_raw(
+            name,
+            min=0,
+            max=len(heights),
+            num=sum(heights),
+            sum=sum(i * height for i, height in enumerate(heights)),
+            sum_squares=sum(i * i * height for i, height in enumerate(heights)),
+            bucket_limits=[float(i + 1) for i in range(len(heights))],
+            bucket_counts=heights,
+            global_step=step,
+        )
 
     def close(self) -> None:
         self._summary.close()
@@ -60,9 +82,9 @@ class WriterGroup:
     def __init__(self, writers: Sequence[Writer]) -> None:
         self._writers = tuple(writers)
 
-    def write(self, step: int, scalars: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Metrics) -> None:
         for writer in self._writers:
-            writer.write(step, scalars)
+            writer.write(step, metrics)
 
     def close(self) -> None:
         for writer in self._writers:

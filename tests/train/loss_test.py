@@ -5,7 +5,7 @@ import optax
 import pytest
 
 from llama4_jax import parallel
-from llama4_jax.train.loss import balance_of_routers, sum_in_chunks, sum_over_tokens
+from llama4_jax.train.loss import sum_in_chunks, sum_over_tokens
 
 B, T, D, V = 4, 12, 8, 32
 
@@ -120,47 +120,3 @@ def test_rows_and_vocabulary_sharded_over_a_mesh_give_the_same_loss_and_gradient
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), expected, found
     )
-
-
-def balance(logits_LBTE, is_token_BT, experts_per_token=1):
-    return balance_of_routers(
-        jnp.asarray(logits_LBTE), jnp.asarray(is_token_BT), experts_per_token=experts_per_token
-    )
-
-
-def test_balance_is_one_when_experts_are_used_alike_and_their_number_when_one_is():
-    even = 20.0 * jnp.eye(4)[None, None]  # four tokens, each sure of its own expert
-    np.testing.assert_allclose(balance(even, jnp.ones((1, 4))).loss, 1.0, rtol=1e-5)
-    np.testing.assert_allclose(balance(even, jnp.ones((1, 4))).largest_share, 0.25)
-    single = jnp.broadcast_to(jnp.asarray([20.0, 0, 0, 0]), (2, 1, 4, 4))
-    np.testing.assert_allclose(balance(single, jnp.ones((1, 4))).loss, 4.0, rtol=1e-5)
-    assert balance(single, jnp.ones((1, 4))).largest_share == 1
-
-
-def test_balance_leaves_padding_out():
-    logits = jax.random.normal(jax.random.key(0), (2, 1, 6, 4))
-    padded = balance(logits, jnp.asarray([[1, 1, 1, 1, 0, 0]]), experts_per_token=2)
-    cut = balance(logits[:, :, :4], jnp.ones((1, 4)), experts_per_token=2)
-    np.testing.assert_allclose(padded.loss, cut.loss, rtol=1e-6)
-    assert padded.largest_share == cut.largest_share
-
-
-def test_balance_pulls_the_router_away_from_its_busiest_expert():
-    logits = jnp.broadcast_to(jnp.asarray([1.0, 0.5, 0.0]), (1, 1, 4, 3))
-    gradient = jax.grad(lambda x: balance(x, jnp.ones((1, 4))).loss)(logits)
-    assert jnp.all(gradient[..., 0] > 0)
-    assert jnp.all(gradient[..., 1:] < 0)
-
-
-def test_balance_over_a_mesh_is_the_same():
-    logits_LBTE = jax.random.normal(jax.random.key(0), (2, 4, 8, 4))
-    is_token_BT = jnp.arange(8)[None] < jnp.asarray([8, 5, 7, 0])[:, None]
-    measure = jax.jit(lambda x, m: balance_of_routers(x, m, experts_per_token=2))
-    expected = measure(logits_LBTE, is_token_BT)
-    with parallel.use_mesh(parallel.make_mesh("data:2,context:2"), parallel.PRESETS["fsdp_expert"]):
-        found = measure(
-            parallel.shard(logits_LBTE, (None, "batch", "seq", None)),
-            parallel.shard(is_token_BT, ("batch", "seq")),
-        )
-    np.testing.assert_allclose(found.loss, expected.loss, rtol=1e-6)
-    np.testing.assert_allclose(found.largest_share, expected.largest_share, rtol=1e-6)

@@ -5,7 +5,13 @@ import numpy as np
 import pytest
 
 from llama4_jax.config import nano, scout
-from llama4_jax.train.metrics import SpeedMeter, batch_flops, peak_flops, text_flops_per_row
+from llama4_jax.train.metrics import (
+    SpeedMeter,
+    batch_flops,
+    name_metrics,
+    peak_flops,
+    text_flops_per_row,
+)
 
 
 def test_flops_of_a_scout_token_are_six_per_active_parameter_and_attention():
@@ -67,3 +73,18 @@ def test_utilisation_is_the_share_of_all_devices_peak():
     meter.count(rows=2, row_length=64, tiles=0)
     speed = meter.take()
     np.testing.assert_allclose(speed["speed/mfu"], speed["speed/flops_per_second"] / (4 * 275e12))
+
+
+def test_rows_of_a_metric_are_named_after_their_layers():
+    metrics = {
+        "loss": np.float32(2.5),
+        "router/entropy": np.asarray([0.5, 0.25], np.float32),
+        "router/tokens": np.asarray([[3, 1], [0, 4]], np.int32),
+    }
+    assert name_metrics(metrics, moe_layers=(1, 3)) == {
+        "train/loss": 2.5,
+        "router/entropy/layer_01": 0.5,
+        "router/entropy/layer_03": 0.25,
+        "router/tokens/layer_01": [3, 1],
+        "router/tokens/layer_03": [0, 4],
+    }

@@ -20,7 +20,7 @@ LENGTH = 8
 @dataclasses.dataclass(frozen=True)
 class Hidden:
     x_BTD: jax.Array
-    router_logits_LBTE: None = None
+    router_load: None = None
 
 
 class Toy(nnx.Module):

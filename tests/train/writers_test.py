@@ -1,10 +1,24 @@
 import json
+import struct
+
+from tensorboardX.proto.event_pb2 import Event
 
 from llama4_jax.train.writers import JsonLinesWriter, open_writers
 
 
 def read(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def events(folder):
+    """Read the records of an event file: a length, its check sum, the message, its check sum."""
+    (path,) = folder.glob("events.*")
+    data, found = path.read_bytes(), []
+    while data:
+        (size,) = struct.unpack("<Q", data[:8])
+        found.append(Event.FromString(data[12 : 12 + size]))
+        data = data[16 + size :]
+    return found
 
 
 def test_metrics_are_lines_of_json(tmp_path):
@@ -17,6 +31,18 @@ def test_metrics_are_lines_of_json(tmp_path):
         {"step": 2, "train/loss": 2.0},
     ]
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_a_list_is_a_list_in_json_and_bars_in_tensorboard(tmp_path):
+    writer = open_writers(tmp_path)
+    writer.write(1, {"router/tokens/layer_03": [5, 0, 2]})
+    writer.close()
+    assert read(tmp_path / "metrics.jsonl") == [{"step": 1, "router/tokens/layer_03": [5, 0, 2]}]
+    (value,) = [v for event in events(tmp_path / "tensorboard") for v in event.summary.value]
+    assert value.tag == "router/tokens/layer_03"
+    assert list(value.histo.bucket) == [5, 0, 2]
+    assert list(value.histo.bucket_limit) == [1, 2, 3]
+    assert (value.histo.max, value.histo.num, value.histo.sum) == (3, 7, 4)
 
 
 def test_a_resumed_run_drops_the_lines_beyond_its_checkpoint(tmp_path):

@@ -1,0 +1,177 @@
+"""What routers report of their load, against counts by hand, and the loss that evens it."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from llama4_jax import parallel, train
+from llama4_jax.config.runs import LossConfig, OptimizerConfig, RunConfig
+from llama4_jax.layers.feed_forward import load_of, route
+from llama4_jax.train.balance import balance_of_routers
+from tests.tiny import build, scout_like
+
+B, T = 4, 16
+
+
+def balance(logits_LBTE, is_token_BT, experts_per_token=1):
+    def load(logits_BTE):
+        is_token = parallel.shard(jnp.asarray(is_token_BT, bool), ("batch", "seq"))
+        routing = route(logits_BTE, experts_per_token, is_token_BT=is_token)
+        return load_of(logits_BTE, routing.expert_BTX)
+
+    loads = [load(logits_BTE) for logits_BTE in logits_LBTE]
+    together = jax.tree.map(lambda *layers: jnp.stack(layers), *loads)
+    return balance_of_routers(together, experts_per_token=experts_per_token)
+
+
+def definition(logits_LBTE, is_token_BT, experts_per_token=1):
+    """E * sum of share * probability, written over all layers and tokens at once."""
+    weight_BT1 = jnp.asarray(is_token_BT, jnp.float32)[..., None]
+    _, chosen_LBTX = jax.lax.top_k(logits_LBTE, experts_per_token)
+    num_experts = logits_LBTE.shape[-1]
+    is_chosen_LBTE = jnp.any(chosen_LBTX[..., None] == jnp.arange(num_experts), axis=-2)
+    share_LE = (is_chosen_LBTE * weight_BT1).sum((1, 2)) / (weight_BT1.sum() * experts_per_token)
+    probability_LE = (jax.nn.softmax(logits_LBTE) * weight_BT1).sum((1, 2)) / weight_BT1.sum()
+    return num_experts * (share_LE * probability_LE).sum(-1).mean()
+
+
+def test_balance_is_one_when_experts_are_used_alike_and_their_number_when_one_is():
+    even = 20.0 * jnp.eye(4)[None, None]  # four tokens, each sure of its own expert
+    np.testing.assert_allclose(balance(even, jnp.ones((1, 4))).loss, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(balance(even, jnp.ones((1, 4))).largest_share_L, 0.25)
+    single = jnp.broadcast_to(jnp.asarray([20.0, 0, 0, 0]), (2, 1, 4, 4))
+    found = balance(single, jnp.ones((1, 4)))
+    np.testing.assert_allclose(found.loss, 4.0, rtol=1e-5)
+    np.testing.assert_array_equal(found.largest_share_L, [1, 1])
+    np.testing.assert_array_equal(found.tokens_LE, [[4, 0, 0, 0]] * 2)
+
+
+def test_entropy_is_that_of_a_uniform_choice_and_of_a_sure_one():
+    logits_LBTE = jnp.stack([jnp.zeros((1, 6, 8)), 50.0 * jnp.eye(8)[None, :6]])
+    entropy_L = balance(logits_LBTE, jnp.ones((1, 6))).entropy_L
+    np.testing.assert_allclose(entropy_L, [np.log(8), 0], atol=1e-6)
+
+
+def test_balance_leaves_padding_out():
+    logits = jax.random.normal(jax.random.key(0), (2, 1, 6, 4))
+    padded = balance(logits, jnp.asarray([[1, 1, 1, 1, 0, 0]]), experts_per_token=2)
+    cut = balance(logits[:, :, :4], jnp.ones((1, 4)), experts_per_token=2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), padded, cut)
+    assert padded.tokens_LE.sum() == 2 * 4 * 2
+
+
+def test_a_batch_of_padding_alone_has_balance_zero():
+    found = balance(jnp.ones((2, 1, 4, 4)), jnp.zeros((1, 4)))
+    assert not any(np.any(part) for part in jax.tree.leaves(found))
+
+
+@pytest.mark.parametrize("experts_per_token", [1, 2])
+def test_loss_and_gradient_are_those_of_the_definition(experts_per_token):
+    logits_LBTE = jax.random.normal(jax.random.key(0), (3, 4, 8, 6))
+    is_token_BT = jnp.arange(8)[None] < jnp.asarray([8, 5, 7, 0])[:, None]
+    found = jax.value_and_grad(lambda x: balance(x, is_token_BT, experts_per_token).loss)
+    expected = jax.value_and_grad(lambda x: definition(x, is_token_BT, experts_per_token))
+    for a, b in zip(found(logits_LBTE), expected(logits_LBTE), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-8)
+
+
+def test_balance_pulls_the_router_away_from_its_busiest_expert():
+    logits = jnp.broadcast_to(jnp.asarray([1.0, 0.5, 0.0]), (1, 1, 4, 3))
+    gradient = jax.grad(lambda x: balance(x, jnp.ones((1, 4))).loss)(logits)
+    assert jnp.all(gradient[..., 0] > 0)
+    assert jnp.all(gradient[..., 1:] < 0)
+
+
+def test_balance_over_a_mesh_is_the_same():
+    logits_LBTE = jax.random.normal(jax.random.key(0), (2, 4, 8, 4))
+    is_token_BT = jnp.arange(8)[None] < jnp.asarray([8, 5, 7, 0])[:, None]
+    measure = jax.jit(functools.partial(balance, experts_per_token=2))
+    expected = measure(logits_LBTE, is_token_BT)
+    with parallel.use_mesh(parallel.make_mesh("data:2,context:2"), parallel.PRESETS["fsdp_expert"]):
+        found = measure(
+            parallel.shard(logits_LBTE, (None, "batch", "seq", None)),
+            parallel.shard(is_token_BT, ("batch", "seq")),
+        )
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, expected)
+    np.testing.assert_array_equal(found.tokens_LE, expected.tokens_LE)
+
+
+@functools.cache
+def model_and_batch():
+    """Return a model of two mixture layers, and rows of which the second ends in padding."""
+    config = scout_like(num_layers=2, moe_layers=(0, 1), nope_layers=(), experts_per_token=2)
+    model = build(dataclasses.replace(config, vision=None))
+    rng = np.random.default_rng(0)
+    lengths = np.asarray([T, T - 5, T, T - 1])
+    index = np.broadcast_to(np.arange(T), (B, T))
+    is_token = index < lengths[:, None]
+    return model, {
+        "tokens_BT": rng.integers(4, 64, (B, T)).astype(np.int32),
+        "targets_BT": rng.integers(4, 64, (B, T)).astype(np.int32),
+        "positions_BT": np.where(is_token, index, -1).astype(np.int32),
+        "segments_BT": np.zeros((B, T), np.int32),
+        "loss_mask_BT": is_token.astype(np.float32),
+    }
+
+
+@functools.cache
+def one_step(mesh, preset):
+    """Take a training step and return its metrics."""
+    model, batch = model_and_batch()
+    run = RunConfig(
+        name="balance",
+        model=model.config,
+        optimizer=OptimizerConfig(peak_learning_rate=1e-3, warmup_steps=0),
+        loss=LossConfig(balance=0.01),
+        mixture=(("code", 1.0),),
+        steps=1,
+        batch_size=B,
+        row_length=T,
+    )
+    optimizer = train.make_optimizer(run.optimizer, steps=1)
+    mesh = parallel.make_mesh(mesh) if mesh else None
+    with parallel.use_mesh(mesh, parallel.PRESETS[preset]):
+        like = parallel.abstract(lambda: type(model)(model.config, key=jax.random.key(0)))
+        place = functools.partial(jax.tree.map, lambda x, a: jax.device_put(x, a.sharding))
+        # A copy: the step gives its state up.
+        copy = jax.tree.map(np.asarray, model)
+        placed = jax.tree.map(jnp.asarray, copy) if mesh is None else place(copy, like)
+        state = jax.jit(functools.partial(train.state.start_state, optimizer=optimizer))(placed)
+        rows = {n: parallel.shard(jnp.asarray(a), ("batch", "seq")) for n, a in batch.items()}
+        return jax.device_get(train.make_train_step(run, optimizer)(state, rows)[1])
+
+
+def test_a_steps_metrics_count_the_choices_of_its_tokens():
+    model, batch = model_and_batch()
+    places = {name: batch[name] for name in ("positions_BT", "segments_BT")}
+    hidden = jax.jit(lambda m: m.encode(batch["tokens_BT"], **places))(model)
+    logits_LBTE = np.asarray(hidden.router_logits_LBTE)
+    tokens_LE = np.zeros((2, 4), int)
+    entropy_L = np.zeros(2)
+    for layer, row, t in np.ndindex(logits_LBTE.shape[:3]):
+        if batch["positions_BT"][row, t] < 0:
+            continue
+        logits_E = logits_LBTE[layer, row, t].astype(np.float64)
+        tokens_LE[layer, np.argsort(-logits_E)[:2]] += 1
+        p_E = np.exp(logits_E) / np.exp(logits_E).sum()
+        entropy_L[layer] -= (p_E * np.log(p_E)).sum()
+    num_tokens = batch["loss_mask_BT"].sum()
+    found = one_step("", "single")
+    np.testing.assert_array_equal(found["router/tokens"], tokens_LE)
+    share_L = tokens_LE.max(1) / (2 * num_tokens)
+    np.testing.assert_allclose(found["router/largest_share"], share_L, rtol=1e-6)
+    np.testing.assert_allclose(found["router/entropy"], entropy_L / num_tokens, rtol=1e-5)
+    np.testing.assert_allclose(found["largest_expert_share"], share_L.mean(), rtol=1e-6)
+    np.testing.assert_allclose(found["router_entropy"], entropy_L.mean() / num_tokens, rtol=1e-5)
+
+
+def test_a_step_of_a_divided_model_reports_the_same_load():
+    expected = one_step("", "single")
+    found = one_step("fsdp:2,expert:2,tensor:2", "fsdp_expert")
+    np.testing.assert_array_equal(found["router/tokens"], expected["router/tokens"])
+    for name in ("balance", "router/entropy", "router/largest_share", "loss"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)

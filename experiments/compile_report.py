@@ -138,3 +138,17 @@ def growth(deep: Figures, shallow: Figures) -> Iterator[str]:
             f"grows with depth: {deep.instructions} instructions in {deep.seconds:.0f} s, but "
             f"{shallow.instructions} in {shallow.seconds:.0f} s where it is shallow"
         )
+
+
+def dearer(divided: Figures, whole: Figures) -> Iterator[str]:
+    """Yield complaints if a program whose experts are divided costs more than the undivided one."""
+    if divided.scratch > 1.3 * whole.scratch:
+        yield (
+            f"needs {divided.scratch / whole.scratch:.2f} times the scratch memory of undivided "
+            "experts where 1.3 should do"
+        )
+    if divided.flops and whole.flops and divided.flops > 1.1 * whole.flops:
+        yield (
+            f"takes {divided.flops / whole.flops:.2f} times the FLOPs of undivided experts where "
+            "1.1 should do"
+        )

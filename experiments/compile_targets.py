@@ -5,9 +5,9 @@
 The real compilers of TPU v5p and of 8 H100s (packages libtpu and jax[cuda13]; `make compile` brings
 both) translate the steps of serving at full depth and a slice of training, from shapes alone. It
 prints one line for each, and ends with status 1 if a program does not compile, does not fit the
-device, needs more scratch memory than it should (a copied cache, a gathered weight), or grows with
-the depth of the model. Expect 60 GB of arguments and under 1 GB of scratch for a decoding step of
-Scout on 4 chips of v5p. Minutes for each program on two cores.
+device, needs more scratch memory than it should (a copied cache, a gathered weight), grows with the
+depth of the model, or costs more because its experts are divided. Expect 60 GB of arguments and
+under 1 GB of scratch for a decoding step of Scout on 4 chips of v5p, and minutes for each program.
 """
 
 import dataclasses
@@ -88,6 +88,8 @@ def run(values: flags.FlagValues, target: topologies.Target) -> Iterator[dict]:
         complaints = list(report.faults(target, program, found))
         if program.name == "decode" and "decode-shallow" in done:
             complaints += report.growth(found, done["decode-shallow"])
+        if program.name == "train-expert" and "train" in done:
+            complaints += report.dearer(found, done["train"])
         yield {**record, "figures": dataclasses.asdict(found), "faults": complaints}
 
 

@@ -103,6 +103,14 @@ def test_a_program_that_grows_with_depth_is_a_fault():
     assert list(compile_report.growth(dataclasses.replace(SOUND, seconds=200.0), SOUND))
 
 
+def test_dividing_experts_that_costs_more_is_a_fault():
+    assert list(compile_report.dearer(SOUND, SOUND)) == []
+    (fault,) = compile_report.dearer(dataclasses.replace(SOUND, flops=1.2 * 17e9), SOUND)
+    assert "1.20 times the FLOPs" in fault
+    (fault,) = compile_report.dearer(dataclasses.replace(SOUND, scratch=140_000_000), SOUND)
+    assert "1.40 times the scratch memory" in fault
+
+
 def test_programs_are_chosen_by_name_and_depth():
     (decode,) = compile_targets.wanted(values_of("--only=decode", "--layers=12"), "v5p")
     assert decode.layers == 12 and decode.kind == "decode"

@@ -36,17 +36,24 @@ class Bound:
     Attributes:
       flops: times the FLOPs of the floor.
       bytes: times the bytes that are needed.
-      multiplied: by chip, times the floor FLOPs of what the schedule multiplies, padding included;
-        elsewhere `flops` holds for that too.
+      multiplied: times the floor FLOPs of what the schedule multiplies, padding included; `flops`
+        if None.
       peers: of a peer, how many times our bytes its own must be at least.
       beside: another shape, and times its FLOPs.
+      chips: by chip, those of the first three that differ.
     """
 
     flops: float
     bytes: float
-    multiplied: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    multiplied: float | None = None
     peers: Mapping[str, float] = dataclasses.field(default_factory=dict)
     beside: tuple[str, float] | None = None
+    chips: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
+
+    def on(self, chip: str) -> "Bound":
+        """Return the bound of one chip."""
+        changed: dict[str, Any] = dict(self.chips.get(chip, {}))
+        return dataclasses.replace(self, **changed)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,14 +172,19 @@ def _decode(shape: shapes.Decode, *, backend: Any, **arrays: jax.Array) -> Any:
     return kernels_pallas.decode_attention(**arguments, backend=backend)
 
 
-# Rows are multiplied in whole chunks, of 128 on v5e and v5p and of 256 where multipliers are wider:
-# to 8192 rows 16 experts add about half a chunk each.
-_CHUNKS = {"v5e": 1.2, "v5p": 1.2, "v6e": 1.35, "tpu7x": 1.35}
+# Rows are multiplied in whole chunks: of 128 on v5e and v5p, of 256 where multipliers are wider, of
+# 64 on GPUs. To 8192 rows 16 experts add about half a chunk each; 128 experts as many as there are.
+# A gather of rows reads whole tiles of them on v5e, says its compiler.
 _EXPERT_BOUNDS = {
-    "scout_experts_8k": Bound(flops=1.05, bytes=1.25, multiplied=_CHUNKS, peers={"megablox": 1.5}),
+    "scout_experts_8k": Bound(
+        flops=1.05, bytes=1.25, multiplied=1.2, peers={"megablox": 1.5},
+        chips={
+            "v5e": {"bytes": 1.4}, "v6e": {"multiplied": 1.35}, "tpu7x": {"multiplied": 1.35},
+            "h100": {"multiplied": 1.1},
+        },
+    ),
     "maverick_experts_8k": Bound(
-        flops=1.05, bytes=1.25, multiplied=dict.fromkeys(_CHUNKS, math.inf),
-        beside=("scout_experts_8k", 1.1),
+        flops=1.05, bytes=1.25, multiplied=math.inf, beside=("scout_experts_8k", 1.1)
     ),
     "scout_experts_1": Bound(flops=math.inf, bytes=1.1),
     "maverick_experts_1": Bound(flops=math.inf, bytes=1.1),

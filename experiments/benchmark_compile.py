@@ -192,8 +192,8 @@ def judge(case: Case, direction: str, target: Target, found: Figures, work: Work
         yield f"needs {(found.arguments + found.temp) / 1e9:.1f} GB of memory"
     if direction not in case.bounds or work is None:
         return
-    bound, floor = case.bounds[direction], case.floors[direction].flops
-    multiplied = bound.multiplied.get(target.name, bound.flops)
+    bound, floor = case.bounds[direction].on(target.name), case.floors[direction].flops
+    multiplied = bound.flops if bound.multiplied is None else bound.multiplied
     for name, source, value, least, most in (
         ("FLOPs", "estimate", found.flops, floor, bound.flops),
         ("FLOPs", "schedule", work.flops, floor, multiplied),

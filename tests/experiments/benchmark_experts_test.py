@@ -184,7 +184,7 @@ def test_a_shape_that_multiplies_more_than_another_is_a_fault():
 
 def test_rows_that_are_multiplied_have_bounds_of_their_own():
     case = benchmark_cases.expert_case(SMALL)
-    bound = Bound(flops=1.05, bytes=math.inf, multiplied={"v5p": 1.2})
+    bound = Bound(flops=1.05, bytes=math.inf, chips={"v5p": {"multiplied": 1.2}})
     case = dataclasses.replace(case, bounds={"forward": bound})
     floor = case.floors["forward"].flops
     work = benchmark_expert_work.Work(flops=int(1.1 * floor), bytes=1, needed=1, blocks="")

@@ -167,6 +167,7 @@ def _hidden_gradients(
         ),
         name="expert_mlp_dhidden",
         cost=cost(x, num_experts, matrices=1, rows=x.x_TD.shape[1] + 5 * F),
+        reads_back=True,
     )
 
 

@@ -167,6 +167,7 @@ def product(
     scratch: Sequence[Any],
     name: str,
     cost: pl.CostEstimate,
+    reads_back: bool = False,
 ) -> Any:
     """Multiply the rows of each block by its expert's matrices.
 
@@ -181,6 +182,7 @@ def product(
         scratch: what these two need.
         name: of the kernel.
         cost: estimate.
+        reads_back: whether these two read shared memory that they write.
     """
     matrices = len(terms[0].w)
     channels_axis, columns_axis = (2, 1) if plan.is_transposed else (1, 2)
@@ -238,4 +240,5 @@ def product(
         warpgroups=plan.groups + 1,
         name=name,
         cost=cost,
+        reads_back=reads_back,
     )

@@ -230,6 +230,7 @@ def _multiply(
                     scale = None if ring.scales is None else ring.scales.at[slot, group, i, columns]
                     wide = ring.wide.at[group, n]
                     plgpu.wgmma_wait(len(tiles) - 1)  # the last product with this tile is done
+                    plgpu.commit_smem()  # for all warps
                     _widen(ring.w.at[slot, group, i, :, columns], scale, wide)
                     plgpu.commit_smem()
                     plgpu.wgmma(acc, ring.x.at[slot], wide)

@@ -209,9 +209,17 @@ def launch(
     warpgroups: int,
     name: str,
     cost: pl.CostEstimate,
+    reads_back: bool = False,
 ) -> Any:
-    """Run a kernel; its results vary over the manual mesh axes over which some argument does."""
+    """Run a kernel; its results vary over the manual mesh axes over which some argument does.
+
+    Unless a warpgroup reads back shared memory that it wrote, or writes what it read, no barrier is
+    wanted beside those that commits and waits bring: each would stall its four warps.
+    """
     how: dict[str, Any] = {"cost_estimate": cost} if _TAKES_COST else {}
+    params = plgpu.CompilerParams(
+        approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=not reads_back
+    )
     call = plgpu.kernel(
         body,
         out_type=out_type,
@@ -221,7 +229,7 @@ def launch(
         num_threads=warpgroups,
         thread_name="warpgroup",
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        compiler_params=params,
         interpret=backend.gpu_interpreter(),
         **how,
     )

@@ -160,10 +160,14 @@ class _Queues(NamedTuple):
         return _Queues(to, jnp.cumsum(length_P) - length_P, length_P, rows, rounds)
 
     def leaving(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return which sorted rows leave in a round, [P, rows], and where there are any."""
+        """Return which sorted rows leave in a round, [P, rows], and where there are any.
+
+        A place without one has the last row of its queue: nothing there is NaN unless that is.
+        """
         place = number * self.rows + jnp.arange(self.rows)[None]
-        is_row = place < self.length_P[:, None]
-        return jnp.where(is_row, self.begin_P[:, None] + place, 0), is_row
+        begin_P1, length_P1 = self.begin_P[:, None], self.length_P[:, None]
+        last_or_it = begin_P1 + jnp.minimum(place, length_P1 - 1)
+        return jnp.maximum(last_or_it, 0), place < length_P1
 
 
 def _exchange(x_PR: jax.Array, axes: Axes) -> jax.Array:

@@ -112,19 +112,17 @@ def exchange_gradient(
     """Return the gradients of `tpu_parallel.exchange_and_apply`.
 
     Args:
-        x_PRD, gate_PR, expert_PR, w_gate_NDF, w_up_NDF, w_down_NFD, first: its arguments.
-        dy_PRD: the gradient of its result.
+        x_PRD, gate_PR, expert_PR, w_gate_NDF, w_up_NDF, w_down_NFD, first: its arguments; places
+            of x without a row are finite where the queue is not empty.
+        dy_PRD: the gradient of its result, finite in the same places.
         num_local: experts of a device.
         axes: mesh axes.
     """
     (P, R, D), F = x_PRD.shape, w_gate_NDF.shape[2]
     mesh, cut = Mesh.of(axes), _fit(P, R, w_gate_NDF, num_local)
     assert cut is not None
-    rest = tp.round_up(R, cut.unit) - R
-    x_PRD, dy_PRD = (
-        jnp.pad(jnp.where(expert_PR[..., None] >= 0, a, 0), ((0, 0), (0, rest), (0, 0)))
-        for a in (x_PRD, dy_PRD)
-    )
+    rest = ((0, 0), (0, tp.round_up(R, cut.unit) - R), (0, 0))
+    x_PRD, dy_PRD = jnp.pad(x_PRD, rest), jnp.pad(dy_PRD, rest)
     labels = Labels.of(cut, mesh, first, gate_PR, expert_PR, num_local)
     weights = (w_gate_NDF, w_up_NDF, w_down_NFD)
     dx, dgate, *came = _exchange(x_PRD, dy_PRD, labels, weights, cut, mesh, num_local)

@@ -148,6 +148,26 @@ def _swiglu(products: list[jax.Array], gate: jax.Array, _) -> tuple[jax.Array, .
     return jax.nn.silu(gate * a) * (gate * b), a, b
 
 
+def _fill_lanes(a: jax.Array) -> jax.Array:
+    """Lengthen the features of [.., D or F] to whole lanes; both, of a matrix."""
+    first = 1 if a.ndim == 3 else a.ndim - 1
+    widths = [(0, -n % LANES if axis >= first else 0) for axis, n in enumerate(a.shape)]
+    return jnp.pad(a, widths)
+
+
+def _filled(x: Inputs) -> Inputs:
+    """Lengthen D and F to whole lanes: zeros add nothing. Inputs that have them are as they came.
+
+    Matrices are copied for it, which small models can afford.
+    """
+    if x.x_TD.shape[1] % LANES == 0 and x.w_down_NFD.shape[1] % LANES == 0:
+        return x
+    x_TD, *weights = map(_fill_lanes, (x.x_TD, x.w_gate_NDF, x.w_up_NDF, x.w_down_NFD))
+    shared_TD = None if x.shared_TD is None else _fill_lanes(x.shared_TD)
+    x = x._replace(x_TD=x_TD, shared_TD=shared_TD)
+    return x._replace(w_gate_NDF=weights[0], w_up_NDF=weights[1], w_down_NFD=weights[2])
+
+
 def refusal(x: Inputs, num_experts: int) -> str | None:
     """Return why these arrays cannot be taken, or None if they can."""
     D, dtype, R = x.x_TD.shape[1], x.x_TD.dtype, x.expert_TX.size
@@ -155,7 +175,10 @@ def refusal(x: Inputs, num_experts: int) -> str | None:
     if dtype not in (jnp.bfloat16, jnp.float32):
         return f"tokens must be bfloat16 or float32, not {dtype}"
     if D % LANES or F % LANES:
-        return f"D ({D}) and F ({F}) must be multiples of {LANES}"
+        if stored_as(x) != "float" or x.w_up_NDF.shape[0] != num_experts:
+            return f"D ({D}) and F ({F}) of quantised or stacked matrices must divide by {LANES}"
+        x = jax.eval_shape(_filled, x)
+        D, F = x.x_TD.shape[1], x.w_up_NDF.shape[2]
     for operation, cut in _cuts(x, F, num_experts).items():
         if cut is None:
             return f"the {operation} kernel does not fit into VMEM for D = {D} and F = {F}"
@@ -202,7 +225,8 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, "Sa
     Returns:
         y_TD in the dtype of x, and what `backward` wants if it follows.
     """
-    (T, X), dtype = x.expert_TX.shape, x.x_TD.dtype
+    (T, X), (_, D), dtype = x.expert_TX.shape, x.x_TD.shape, x.x_TD.dtype
+    x = _filled(x)
     p = tp.plan(x.expert_TX.reshape(T * X), num_experts, _unit(dtype))
     token_P = p.source_P // X
     gate_P = jnp.where(p.is_held_P, x.gate_TX.reshape(T * X)[p.source_P], 0)
@@ -213,7 +237,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, "Sa
     y_TD = tp.from_places(y_PD, p).reshape(T, X, -1).astype(jnp.float32).sum(1)
     if x.shared_TD is not None:
         y_TD += x.shared_TD
-    return y_TD.astype(dtype), Saved(p, *ab) if saves else None
+    return y_TD[:, :D].astype(dtype), Saved(p, *ab) if saves else None
 
 
 class Saved(NamedTuple):
@@ -288,6 +312,7 @@ def backward(
     """
     del num_experts  # the plan knows
     (T, X), dtype, p = x.expert_TX.shape, x.x_TD.dtype, saved.plan
+    (_, D, F), x, dy_TD = x.w_up_NDF.shape, _filled(x), _fill_lanes(dy_TD)
     token_P = p.source_P // X
     gate_R = jnp.where(p.place_R >= 0, x.gate_TX.reshape(T * X), 0).astype(jnp.float32)
     gate_P = jnp.where(p.is_held_P, gate_R[p.source_P], 0)
@@ -310,7 +335,7 @@ def backward(
     dx_TD = (dz_TXD * gate_R.reshape(T, X, 1)).sum(1).astype(dtype)
     x_TXD = jnp.where(p.place_R.reshape(T, X, 1) >= 0, x.x_TD[:, None], 0)
     dgate_TX = (dz_TXD * x_TXD).sum(2).astype(x.gate_TX.dtype)
-    return dx_TD, d_gate, d_up, d_down, dgate_TX
+    return dx_TD[:, :D], d_gate[:, :D, :F], d_up[:, :D, :F], d_down[:, :F, :D], dgate_TX
 
 
 def grouped_matmul(

@@ -30,6 +30,7 @@ class Case:
         and holds NaN.
       layers: stacked layers, of which the last is meant; 0 for none.
       shared: whether something is added.
+      features: of tokens and of hidden rows.
     """
 
     name: str
@@ -39,11 +40,12 @@ class Case:
     how: str = "random"
     layers: int = 0
     shared: bool = False
+    features: tuple[int, int] = (D, F)
 
     def build(self, dtype):
         """x, matrices, gate, shared, dy in the dtype, and the choices."""
         rng = np.random.default_rng(0)
-        T, E, X = self.tokens, self.experts, self.choices
+        (T, E, X), (D, F) = (self.tokens, self.experts, self.choices), self.features
         stack = (self.layers,) if self.layers else ()
         x = rng.normal(size=(T, D))
         w_gate, w_up = (rng.normal(size=(*stack, E, D, F)) * D**-0.5 for _ in range(2))
@@ -160,6 +162,13 @@ def test_reference_takes_bfloat16(case):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_tpu_kernels_equal_the_definition_in_the_interpreter(case):
     check(case, "tpu", "float32")
+
+
+def test_tpu_kernels_take_features_that_fill_no_lanes():
+    narrow = Case(name="narrow", tokens=9, choices=2, shared=True, features=(72, 160))
+    check(narrow, "tpu", "float32")
+    with pytest.raises(NotImplementedError, match="stacked"):  # which it would copy for one layer
+        check(dataclasses.replace(narrow, layers=2), "tpu", "float32")
 
 
 @pytest.mark.parametrize(

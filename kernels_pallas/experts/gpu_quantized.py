@@ -46,6 +46,7 @@ _OF_COLUMNS = TILE.reduce(0)
 _LINES = plgpu.Layout.TILED(
     plgpu.Tiling(((16, 64), (4, 64), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
 )
+_MANY = 16  # copies to memory that may be under way: more than are, so nothing but a barrier
 _PART = 64  # columns that are widened and multiplied at a time
 _SLICE = 32  # lines of these, as many as registers hold
 
@@ -83,7 +84,8 @@ class _Ring(NamedTuple):
         x: tiles of rows [stages, 64, channels].
         w: tiles as stored [stages, groups, matrices, 64, width].
         scales: of int4's groups [stages, groups, matrices, width], or None.
-        wide: tiles to multiply [groups, matrices * width / 64, channels, 64].
+        wide: tiles to multiply [groups, tiles, 64, columns]: each has 64 columns of a matrix, or of
+            int4 the even or the odd channels of all columns.
         ready, free: barriers of stages.
     """
 
@@ -131,78 +133,68 @@ def _copy(term: Stored, visit: Callable[..., jax.Array], plan: Plan, ring: _Ring
     drain(ring.free, visit(copies))
 
 
-def _levels_of_word(word: Any) -> tuple[Any, ...]:
-    """Turn four bytes into the levels of their low nibbles and of their high ones.
+def _levels_of_word(word: Any, half: int) -> Sequence[Any]:
+    """Turn four bytes into the levels of their low nibbles, or of their high ones.
 
     A level plus 8, put into the last bits of 128 as a bfloat16, is 128 + 8 + level.
     """
     word_type = ir.IntegerType.get_signless(32)
     return mgpu.utils.inline_ptx(
-        """
-        {
-        .reg .b32 low, high, bias;
+        f"""
+        {{
+        .reg .b32 nibbles, bias;
         mov.b32 bias, 0x43084308;
-        shr.u32 high, $4, 4;
-        lop3.b32 low, $4, 0x0f0f0f0f, 0x08080808, 0x6a;
-        lop3.b32 high, high, 0x0f0f0f0f, 0x08080808, 0x6a;
-        prmt.b32 $0, low, 0x43, 0x4140;
-        prmt.b32 $1, low, 0x43, 0x4342;
-        prmt.b32 $2, high, 0x43, 0x4140;
-        prmt.b32 $3, high, 0x43, 0x4342;
+        shr.u32 nibbles, $2, {4 * half};
+        lop3.b32 nibbles, nibbles, 0x0f0f0f0f, 0x08080808, 0x6a;
+        prmt.b32 $0, nibbles, 0x43, 0x4140;
+        prmt.b32 $1, nibbles, 0x43, 0x4342;
         sub.bf16x2 $0, $0, bias;
         sub.bf16x2 $1, $1, bias;
-        sub.bf16x2 $2, $2, bias;
-        sub.bf16x2 $3, $3, bias;
-        }
+        }}
         """,
         word,
-        result_types=[word_type] * 4,
+        result_types=[word_type] * 2,
     )
 
 
-def _levels(tile: jax.Array) -> Sequence[jax.Array]:
-    """Return the levels of low nibbles and of high ones, in bfloat16."""
+def _levels(tile: jax.Array, half: int) -> jax.Array:
+    """Return the levels of low nibbles, or of high ones, in bfloat16."""
     if backend.is_interpreting():
-        low, high = (tile & 15) ^ 8, jnp.right_shift(tile, 4)
-        return (low - 8).astype(jnp.bfloat16), high.astype(jnp.bfloat16)
+        levels = jnp.right_shift(tile, 4) if half else ((tile & 15) ^ 8) - 8
+        return levels.astype(jnp.bfloat16)
     result = plgpu.ShapeDtypeStruct(tile.shape, jnp.dtype(jnp.bfloat16), _LINES)
 
-    @plgpu.inline_mgpu(arg_types=(_LINES,), return_type=(result, result))
-    def split(_: Any, tile: Any) -> Sequence[Any]:
+    @plgpu.inline_mgpu(arg_types=(_LINES,), return_type=result)
+    def split(_: Any, tile: Any) -> Any:
         words_type = ir.VectorType.get((2,), ir.IntegerType.get_signless(32))
-        floats_type = ir.VectorType.get((8,), ir.BF16Type.get())
-        outs = np.empty_like(tile.registers), np.empty_like(tile.registers)
+        out = np.empty_like(tile.registers)
         for at, register in np.ndenumerate(tile.registers):
             words = vector.bitcast(words_type, register)
-            parts = [_levels_of_word(vector.extract(words, [], [i])) for i in range(2)]
-            for half, out in enumerate(outs):
-                pairs = [pair for part in parts for pair in part[2 * half :][:2]]
-                joined = vector.from_elements(ir.VectorType.get((4,), pairs[0].type), pairs)
-                out[at] = vector.bitcast(floats_type, joined)
-        return [
-            mgpu.FragmentedArray(_registers=out, _layout=tile.layout, _is_signed=None)
-            for out in outs
-        ]
+            words = [vector.extract(words, [], [i]) for i in range(2)]
+            pairs = [pair for word in words for pair in _levels_of_word(word, half)]
+            joined = vector.from_elements(ir.VectorType.get((4,), pairs[0].type), pairs)
+            out[at] = vector.bitcast(ir.VectorType.get((8,), ir.BF16Type.get()), joined)
+        return mgpu.FragmentedArray(_registers=out, _layout=tile.layout, _is_signed=None)
 
     return split(tile)
 
 
-def _widen(stored: Any, scale: Any, wide: Any) -> None:
-    """Write a tile as bfloat16, of int4 the odd channels after the even ones, and scaled."""
-    if scale is not None:
-        scale_C = plgpu.load(scale, layout=_LINES.reduce(0), optimized=False)
-        factor_C = scale_C.astype(wide.dtype)
-        tile = plgpu.load(stored, layout=_LINES)
-        for half, levels in enumerate(_levels(tile)):
-            factor = jax.lax.broadcast_in_dim(factor_C, tile.shape, [1])
-            wide[pl.ds(half * DEPTH, DEPTH), :] = levels * factor
-        return
+def _widen(stored: Any, wide: Any) -> None:
+    """Write 64 columns as bfloat16."""
     for line in range(0, DEPTH, _SLICE):
         lines = pl.ds(line, _SLICE)
         tile = plgpu.load(stored.at[lines], layout=_LINES)
         if tile.dtype == jnp.float8_e4m3fn:
             tile = tile.astype(jnp.float32)
         wide[lines, :] = tile.astype(wide.dtype)
+
+
+def _widen_int4(stored: Any, scale: Any, half: int, wide: Any) -> None:
+    """Write the even input channels of 64 columns, or the odd ones, as bfloat16 and scaled."""
+    tile = plgpu.load(stored, layout=_LINES)
+    scale_C = plgpu.load(scale, layout=_LINES.reduce(0), optimized=False)
+    factor = jax.lax.broadcast_in_dim(scale_C.astype(wide.dtype), tile.shape, [1])
+    wide[...] = _levels(tile, half) * factor
 
 
 def _multiply(
@@ -213,44 +205,55 @@ def _multiply(
     epilogue: Callable[[Sequence[Sums], Item], None],
 ) -> None:
     """Sum the products of this warpgroup's columns, and hand over the sums of each item."""
-    stages, parts = jnp.int32(plan.stages), plan.width // _PART
+    stages, (_, tiles, _, columns) = jnp.int32(plan.stages), ring.wide.shape
     group = jax.lax.axis_index("warpgroup")
-    tiles = [(i, part) for i in range(len(term.w)) for part in range(parts)]
+    count, parts = len(term.w), plan.width // _PART
+    blocks = [(i, pl.ds(part * _PART, _PART)) for i in range(count) for part in range(parts)]
 
     def release(turn: jax.Array) -> None:
         plgpu.barrier_arrive(ring.free.at[jax.lax.rem(turn, stages)])
+
+    def fill(n: int, slot: jax.Array, wide: Any) -> Any:
+        """Widen tile n of a step and return the rows' channels that meet it."""
+        if ring.scales is None:
+            i, here = blocks[n]
+            _widen(ring.w.at[slot, group, i, :, here], wide)
+            return ring.x.at[slot]
+        for block, (i, here) in enumerate(blocks):
+            stored, scale = ring.w.at[slot, group, i, :, here], ring.scales.at[slot, group, i, here]
+            _widen_int4(stored, scale, n, wide.at[:, pl.ds(block * _PART, _PART)])
+        return ring.x.at[slot, :, pl.ds(n * DEPTH, DEPTH)]
 
     def sum_up(turn: jax.Array, steps: jax.Array) -> Sequence[jax.Array]:
         def run(*accs: Any) -> Sequence[jax.Array]:
             def step(k: jax.Array, _: None) -> None:
                 slot = jax.lax.rem(turn + k, stages)
                 plgpu.barrier_wait(ring.ready.at[slot])
-                for (i, part), acc, n in zip(tiles, accs, range(len(tiles)), strict=True):
-                    columns = pl.ds(part * _PART, _PART)
-                    scale = None if ring.scales is None else ring.scales.at[slot, group, i, columns]
+                for n in range(tiles):
                     wide = ring.wide.at[group, n]
-                    plgpu.wgmma_wait(len(tiles) - 1)  # the last product with this tile is done
-                    plgpu.commit_smem()  # for all warps
-                    _widen(ring.w.at[slot, group, i, :, columns], scale, wide)
+                    plgpu.wgmma_wait(tiles - 1)  # the last product with this tile is done
+                    plgpu.wait_smem_to_gmem(_MANY, wait_read_only=True)  # and for all four warps
+                    rows = fill(n, slot, wide)
                     plgpu.commit_smem()
-                    plgpu.wgmma(acc, ring.x.at[slot], wide)
+                    plgpu.wgmma(accs[n % len(accs)], rows, wide)
                 pl.when(k > 0)(lambda: release(turn + k - 1))
 
             jax.lax.fori_loop(jnp.int32(0), steps, step, None)
             return [acc[...] for acc in accs]
 
-        sums = pl.run_scoped(run, *[plgpu.ACC((ROWS, _PART), jnp.float32)] * len(tiles))
+        accs = [plgpu.ACC((ROWS, columns), jnp.float32)] * (count * plan.width // columns)
+        sums = pl.run_scoped(run, *accs)
         release(turn + steps - 1)
         return sums
 
-    def joined(sums: Sequence[jax.Array]) -> Sums:
-        """Give columns of a matrix whose sums are in parts; a request stays within one."""
+    def of_matrix(sums: Sequence[jax.Array], i: int) -> Sums:
+        """Give columns of a matrix; a request stays within 64."""
 
-        def columns(begin: int, size: int) -> jax.Array:
-            part, inside = divmod(begin, _PART)
+        def give(begin: int, size: int) -> jax.Array:
+            part, inside = divmod(i * plan.width + begin, columns)
             return sums[part][:, inside : inside + size]
 
-        return columns
+        return give
 
     def scaled(sums: Sums, scale_NC: Any, item: Item) -> Sums:
         """Scale columns and rows when the epilogue asks for them."""
@@ -272,7 +275,7 @@ def _multiply(
         begin, end = span(term.x_PK.shape[1] // term.channels, item.split, plan.splits)
         own = item._replace(column=item.column + group * plan.width)
         totals = sum_up(turn, end - begin)
-        sums = [joined(totals[i * parts :]) for i in range(len(term.w))]
+        sums = [of_matrix(totals, i) for i in range(count)]
         if not term.is_int4:
             sums = [scaled(*pair, own) for pair in zip(sums, term.scales, strict=True)]
         epilogue(sums, own)
@@ -296,12 +299,14 @@ def product(
     """Multiply the rows of each block by its expert's matrices; see `gpu_product.product`."""
     count, groups, stages = len(term.w), plan.groups, plan.stages
     scales = plgpu.SMEM((stages, groups, count, plan.width), jnp.float32)
+    total = count * plan.width
+    wide = (2, DEPTH, total) if term.is_int4 else (total // _PART, DEPTH, _PART)
     copies = 1 + groups * count * (2 if term.is_int4 else 1)
     rings = _Ring(
         plgpu.SMEM((stages, ROWS, term.channels), term.x_PK.dtype),
         plgpu.SMEM((stages, groups, count, DEPTH, plan.width), term.w[0].dtype),
         scales if term.is_int4 else None,
-        plgpu.SMEM((groups, count * plan.width // _PART, term.channels, _PART), term.x_PK.dtype),
+        plgpu.SMEM((groups, *wide), term.x_PK.dtype),
         plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
     )

@@ -108,7 +108,14 @@ def _chunked(blocks: list[list[int]], chunk: int) -> int:
 
 
 def tpu_work(shape: Experts, direction: str) -> Work | None:
-    """Count the TPU kernels and what XLA does around them; see `benchmark_blocks.Work`."""
+    """Count the TPU kernels and what XLA does around them; see `benchmark_blocks.Work`.
+
+    Widths are filled up to whole lanes.
+    """
+    needed = shape.bytes(backward=direction == "backward")
+    D, F = (-(-n // LANES) * LANES for n in (shape.D, shape.F))
+    copied = 0 if (D, F) == (shape.D, shape.F) else shape.E * shape.matrices_bytes()
+    shape = dataclasses.replace(shape, D=D, F=F)
     size, R = width_of(shape), shape.T * shape.X
     unit = 32 // size
     sizes_E = -(-shape.sizes() // unit) * unit
@@ -131,11 +138,11 @@ def tpu_work(shape: Experts, direction: str) -> Work | None:
             return None
         flops, traffic = flops + outer[0], traffic + outer[1]
         texts.append(outer[2])
-    around = _around(shape, direction, tpu_plan.places(R, shape.E, unit))
+    around = _around(shape, direction, tpu_plan.places(R, shape.E, unit)) + 2 * copied
     return Work(
         flops=flops,
         bytes=traffic + around,
-        needed=shape.bytes(backward=direction == "backward"),
+        needed=needed,
         around=around,
         blocks=" ".join(dict.fromkeys(texts)),
     )

@@ -72,6 +72,16 @@ def test_gradients_of_matrices_are_counted(cut, monkeypatch):
     assert work.bytes - work.around == over_rows + 3 * outer
 
 
+def test_widths_are_filled_up_to_whole_lanes_on_tpus(cut, monkeypatch):
+    narrow = sized(monkeypatch, [8, 16], F=160)
+    narrow_work, work = (
+        benchmark_expert_work.expert_work(shape, "forward", "tpu", USED)
+        for shape in (narrow, dataclasses.replace(narrow, F=256))
+    )
+    assert narrow_work.flops == work.flops and narrow_work.needed == narrow.bytes()
+    assert narrow_work.bytes == work.bytes + 2 * 2 * narrow.matrices_bytes()
+
+
 def test_on_gpus_blocks_in_turn_share_what_they_copy(monkeypatch):
     shape = sized(monkeypatch, [0, 1, 128 * 17], dtype="bfloat16")
     work = benchmark_expert_work.expert_work(shape, "forward", "gpu", {"expert_mlp.up": {}})

@@ -102,16 +102,19 @@ class Rings:
         """Join what some devices send to one."""
         return jnp.concatenate([array[s, here] for s in senders])
 
-    def apply(self, senders, here):
-        """Return a function of rows, gates and matrices: one device's experts, one by one."""
-        expert = self.sent(self.expert, senders, here)[:, None]
 
-        def whole(x, gate, *weights):
-            return expert_mlp(
-                x, *weights, expert_TX=expert, gate_TX=gate[:, None], backend="reference"
-            )
+@jax.jit
+def one_by_one(expert, x, gate, *weights):
+    """Apply a device's experts to all it received."""
+    choices = {"expert_TX": expert[:, None], "gate_TX": gate[:, None]}
+    return expert_mlp(x, *weights, **choices, backend="reference")
 
-        return whole
+
+@jax.jit
+def gradient_one_by_one(expert, dy, *floats):
+    """Return the gradients of `one_by_one`."""
+    _, pull = jax.vjp(functools.partial(one_by_one, expert), *floats)
+    return pull(dy)
 
 
 def check(*args, **how):
@@ -120,8 +123,10 @@ def check(*args, **how):
     bound = 1e-4 if rings.dtype == jnp.float32 else 0.05
     y = rings.run(tpu_parallel.exchange_and_apply, rings.x)
     for _, senders, here, weights in rings.each():
-        x, gate = (rings.sent(a, senders, here) for a in (rings.x, rings.gate))
-        theirs = np.asarray(rings.apply(senders, here)(x, gate, *weights), np.float32)
+        expert, x, gate = (
+            rings.sent(a, senders, here) for a in (rings.expert, rings.x, rings.gate)
+        )
+        theirs = np.asarray(one_by_one(expert, x, gate, *weights), np.float32)
         is_row = np.asarray(rings.expert[senders, here]) >= 0
         theirs = theirs.reshape(rings.peers, rings.rows, D)
         np.testing.assert_allclose(y[senders, here][is_row], theirs[is_row], atol=bound, rtol=0.02)
@@ -134,10 +139,8 @@ def check_gradient(*args, **how):
     dy = jnp.asarray(rng.normal(size=rings.x.shape), rings.dtype)
     is_row = rings.expert[..., None] >= 0
     empty = jnp.where(is_row.any(-2, keepdims=True), 1e4, jnp.nan).astype(rings.dtype)
-    dx, dgate, d_weights = rings.run(
-        tpu_parallel_gradient.exchange_gradient,
-        *(jnp.where(is_row, a, empty) for a in (rings.x, dy)),
-    )
+    x, dy = (jnp.where(is_row, a, empty) for a in (rings.x, dy))
+    dx, dgate, d_weights = rings.run(tpu_parallel_gradient.exchange_gradient, x, dy)
     rtol, atol = (1e-5, 1e-6) if rings.dtype == jnp.float32 else (0.02, 0.01)
 
     def compare(ours, theirs):
@@ -146,14 +149,15 @@ def check_gradient(*args, **how):
             ours, theirs, rtol=rtol, atol=atol * max(1, np.abs(theirs).max(initial=0))
         )
 
+    sent_x, sent_dy = (jnp.where(is_row, a, 0) for a in (x, dy))
     for device, senders, here, weights in rings.each():
-        is_row = np.asarray(rings.expert[senders, here]) >= 0
-        x, gate, sent_dy = (rings.sent(a, senders, here) for a in (rings.x, rings.gate, dy))
-        x, sent_dy = (jnp.where(is_row.reshape(-1, 1), a, 0) for a in (x, sent_dy))
-        _, pull = jax.vjp(rings.apply(senders, here), x, gate, *weights)
-        their_dx, their_dgate, *their_weights = pull(sent_dy)
-        compare(dx[senders, here][is_row], their_dx.reshape(*is_row.shape, D)[is_row])
-        compare(dgate[senders, here][is_row], their_dgate.reshape(is_row.shape)[is_row])
+        expert, *floats = (
+            rings.sent(a, senders, here) for a in (rings.expert, sent_dy, sent_x, rings.gate)
+        )
+        their_dx, their_dgate, *their_weights = gradient_one_by_one(expert, *floats, *weights)
+        is_here = np.asarray(rings.expert[senders, here]) >= 0
+        compare(dx[senders, here][is_here], their_dx.reshape(*is_here.shape, D)[is_here])
+        compare(dgate[senders, here][is_here], their_dgate.reshape(is_here.shape)[is_here])
         for ours, theirs in zip(d_weights, their_weights, strict=True):
             compare(ours[device], theirs)
 

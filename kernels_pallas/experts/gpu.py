@@ -4,8 +4,9 @@ Rows are arranged by expert (`gpu_rows`); the products are persistent kernels (`
 read the matrices of experts with rows and of no others. The gate folds into the epilogue of the
 first, silu(g a) * (g b), in float32. With few rows, where time goes by bytes of the matrices,
 blocks are 64 rows of which groups of 8 are copied if there are any, two programs share a
-multiprocessor, and the second product is split along its sum to give all of them work. Stored
-matrices are read as they are (`gpu_quantized`).
+multiprocessor, and the second product is split along its sum to give all of them work; the first
+brings what the second reads first into the L2 cache before it ends, as memory would idle between
+them. Stored matrices are read as they are (`gpu_quantized`).
 """
 
 import functools
@@ -22,12 +23,14 @@ from kernels_pallas.experts import gpu_backward, gpu_quantized, gpu_rows
 from kernels_pallas.experts.gpu_backward import Saved, cost
 from kernels_pallas.experts.gpu_product import Term, product
 from kernels_pallas.experts.gpu_work import (
+    DEPTH,
     OF_ROWS,
     ROWS,
     Item,
     Plan,
     Sums,
     fitting,
+    prefetch,
     staging,
     store,
     store_all,
@@ -73,7 +76,7 @@ def _up_epilogue(
     sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
 ) -> None:
     """Write silu(g a) * (g b) and, if asked for, a and b."""
-    (gate_P,) = extras
+    gate_P, *_ = extras
     buffers = scratch[0].at[jax.lax.axis_index("warpgroup")]
     here = pl.ds(pl.multiple_of(item.start, 8), ROWS)
     gate_R = plgpu.load(gate_P.at[here], layout=OF_ROWS, optimized=False)
@@ -95,6 +98,12 @@ def _down_epilogue(
     buffers = scratch[0].at[jax.lax.axis_index("warpgroup")]
     target = outs[0].at[item.split]
     store_all(sums[0], plan.width, buffers, target, item, plan.granule)
+
+
+def _prefetch_down(blocks_BF: Any, extras: Any, *, x: Inputs, plan: Plan) -> None:
+    w_NFD, stored = extras[1], stored_as(x)
+    width = plan.width if stored == "float" else plan.groups * plan.width
+    prefetch(w_NFD, blocks_BF, plan, width, w_NFD.shape[1] // DEPTH)
 
 
 def _plans(x: Inputs, num_experts: int, *, saves: bool) -> tuple[Plan, Plan]:
@@ -171,7 +180,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Sav
     rows = gpu_rows.arrange(x.expert_TX, num_experts, x.first, rows=block, granule=up.granule)
     P = rows.source_P.shape[0]
     x_PD = gpu_rows.spread(x.x_TD, rows.source_P, X)
-    hidden = jax.ShapeDtypeStruct((P, F), dtype)
+    hidden, few = jax.ShapeDtypeStruct((P, F), dtype), up.granule < ROWS
     hidden_PF, *products = _product(
         x,
         x_PD,
@@ -179,7 +188,8 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Sav
         rows.blocks_BF,
         up,
         functools.partial(_up_epilogue, plan=up),
-        extras=[gpu_rows.spread_gates(x.gate_TX, rows.source_P)],
+        extras=[gpu_rows.spread_gates(x.gate_TX, rows.source_P), *([x.w_down_NFD] * few)],
+        afterwards=functools.partial(_prefetch_down, x=x, plan=down) if few else None,
         out_type=(hidden,) * (3 if saves else 1),
         scratch=[_staging(x, up, dtype)],
         name="expert_mlp_up",

@@ -55,8 +55,15 @@ def _span(term: Term, plan: Plan, item: Item) -> tuple[jax.Array, jax.Array]:
     return span(term.x_PK.shape[1] // DEPTH, item.split, plan.splits)
 
 
-def _copy(terms: Sequence[Term], blocks_BF: Any, columns: int, plan: Plan, ring: _Ring) -> None:
-    """Bring the tiles of all items, each as soon as there is room."""
+def _copy(
+    terms: Sequence[Term],
+    blocks_BF: Any,
+    columns: int,
+    plan: Plan,
+    ring: _Ring,
+    finish: Callable[[], None],
+) -> None:
+    """Bring the tiles of all items, each as soon as there is room, and finish."""
 
     def fetch(term: Term, item: Item, k: jax.Array, turn: jax.Array) -> jax.Array:
         slot = jax.lax.rem(turn, jnp.int32(plan.stages))
@@ -83,7 +90,9 @@ def _copy(terms: Sequence[Term], blocks_BF: Any, columns: int, plan: Plan, ring:
             turn = jax.lax.fori_loop(*_span(term, plan, item), step, turn)
         return turn
 
-    drain(ring.free, walk(blocks_BF, columns, plan.splits, plan.width, copies))
+    turns = walk(blocks_BF, columns, plan.splits, plan.width, copies)
+    finish()
+    drain(ring.free, turns)
 
 
 def _multiply(
@@ -162,6 +171,7 @@ def product(
     epilogue: Callable[..., None],
     *,
     prologue: Callable[..., None] | None = None,
+    afterwards: Callable[..., None] | None = None,
     extras: Sequence[jax.Array],
     out_type: Any,
     scratch: Sequence[Any],
@@ -177,12 +187,13 @@ def product(
         plan: static sizes.
         epilogue: (sums of each matrix, item, extras, outputs, scratch) writes the outputs.
         prologue: (item, extras, scratch) starts copies that the epilogue waits for.
-        extras: further arrays for these two.
+        afterwards: (blocks, extras), what the warpgroup does that copied, after the last copy.
+        extras: further arrays for these.
         out_type: of the outputs.
-        scratch: what these two need.
+        scratch: what prologue and epilogue need.
         name: of the kernel.
         cost: estimate.
-        reads_back: whether these two read shared memory that they write.
+        reads_back: whether they read shared memory that they write.
     """
     matrices = len(terms[0].w)
     channels_axis, columns_axis = (2, 1) if plan.is_transposed else (1, 2)
@@ -198,6 +209,7 @@ def product(
         plgpu.Barrier(num_arrivals=1 + matrices, num_barriers=plan.stages),
         plgpu.Barrier(num_arrivals=plan.groups, num_barriers=plan.stages),
     )
+    last = afterwards or (lambda *_: None)
     inputs = (list(terms), blocks_BF, list(extras))
     leaves, tree = jax.tree.flatten(inputs)
     outputs = jax.tree.leaves(out_type)
@@ -228,7 +240,7 @@ def product(
         def _() -> None:
             if plan.per_processor == 1:
                 plgpu.set_max_registers(40, action="decrease")
-            _copy(terms, blocks_BF, columns, plan, ring)
+            _copy(terms, blocks_BF, columns, plan, ring, lambda: last(blocks_BF, extras))
 
     programs = min(plan.programs, blocks_BF.shape[0] * columns * plan.splits)
     return launch(

@@ -103,8 +103,14 @@ def halved(x_PK: jax.Array) -> jax.Array:
     return x.swapaxes(2, 3).reshape(x_PK.shape)
 
 
-def _copy(term: Stored, visit: Callable[..., jax.Array], plan: Plan, ring: _Ring) -> None:
-    """Bring the tiles of all items, each as soon as there is room."""
+def _copy(
+    term: Stored,
+    visit: Callable[..., jax.Array],
+    plan: Plan,
+    ring: _Ring,
+    finish: Callable[[], None],
+) -> None:
+    """Bring the tiles of all items, each as soon as there is room, and finish."""
 
     def fetch(item: Item, k: jax.Array, turn: jax.Array) -> jax.Array:
         slot = jax.lax.rem(turn, jnp.int32(plan.stages))
@@ -130,7 +136,9 @@ def _copy(term: Stored, visit: Callable[..., jax.Array], plan: Plan, ring: _Ring
         steps = span(term.x_PK.shape[1] // term.channels, item.split, plan.splits)
         return jax.lax.fori_loop(*steps, lambda k, turn: fetch(item, k, turn), turn)
 
-    drain(ring.free, visit(copies))
+    turns = visit(copies)
+    finish()
+    drain(ring.free, turns)
 
 
 def _levels_of_word(word: Any, half: int) -> Sequence[Any]:
@@ -290,6 +298,7 @@ def product(
     plan: Plan,
     epilogue: Callable[..., None],
     *,
+    afterwards: Callable[..., None] | None = None,
     extras: Sequence[jax.Array],
     out_type: Any,
     scratch: Sequence[Any],
@@ -312,6 +321,7 @@ def product(
     )
     width = groups * plan.width
     columns = term.w[0].shape[2] // width
+    last = afterwards or (lambda *_: None)
     leaves, tree = jax.tree.flatten((term, blocks_BF, list(extras)))
     outputs = jax.tree.leaves(out_type)
 
@@ -335,7 +345,7 @@ def product(
 
         @pl.when(group == groups)
         def _() -> None:
-            _copy(term, visit, plan, ring)
+            _copy(term, visit, plan, ring, lambda: last(blocks_BF, extras))
 
     return launch(
         body,

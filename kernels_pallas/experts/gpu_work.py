@@ -70,7 +70,12 @@ def _read(blocks_BF: Any, b: jax.Array) -> Block:
 
 
 def walk(
-    blocks_BF: Any, columns: int, splits: int, width: int, step: Callable[..., jax.Array]
+    blocks_BF: Any,
+    columns: int,
+    splits: int,
+    width: int,
+    step: Callable[..., jax.Array],
+    most: int | None = None,
 ) -> jax.Array:
     """Visit the items of this program.
 
@@ -80,6 +85,7 @@ def walk(
         splits: parts of each sum.
         width: of a tile.
         step: (tiles that came before, item) -> tiles with those of the item.
+        most: items of all programs that are visited; None for all.
 
     Returns:
         Tiles of all items.
@@ -98,6 +104,7 @@ def walk(
         return i + jax.lax.axis_size("program"), turn
 
     total = blocks_BF[0, Block._fields.index("total")] * parts
+    total = total if most is None else jnp.minimum(total, most)
     start = jax.lax.axis_index("program").astype(jnp.int32), jnp.int32(0)
     return jax.lax.while_loop(lambda state: state[0] < total, visit, start)[1]
 
@@ -132,6 +139,27 @@ def bring_rows(x_PK: Any, item: Item, channels: Any, tile: Any, ready: Any, gran
             jax.lax.cond(item.rows <= rows, lambda: bring(rows), lambda: at_least(2 * rows))
 
     at_least(granule)
+
+
+def prefetch(w: Any, blocks_BF: Any, plan: Plan, width: int, steps: int) -> None:
+    """Bring into the L2 cache what the next product reads first, while this one comes to its end.
+
+    Args:
+        w: the next product's matrix [N, lines, C].
+        blocks_BF: see `gpu_rows`.
+        plan: of the next product.
+        width: columns of its items.
+        steps: of its whole sums, each of 64 lines.
+    """
+    lines = min(plan.stages, steps) * DEPTH
+
+    def touch(turn: jax.Array, item: Item) -> jax.Array:
+        first = span(steps, item.split, plan.splits)[0] * DEPTH
+        source = w.at[item.matrix, pl.ds(first, lines), pl.ds(item.column, width)]
+        plgpu.async_prefetch(source)
+        return turn
+
+    walk(blocks_BF, w.shape[2] // width, plan.splits, width, touch, most=plan.programs)
 
 
 def drain(free: Any, turns: jax.Array) -> None:

@@ -94,5 +94,15 @@ def smoke() -> Recipe:
     return tuple(shorten(stage) for stage in nano())
 
 
+def with_balance_bias(stage: RunConfig, rate: float) -> RunConfig:
+    """Return the stage with balance biases that move by `rate` at every step; none if it is 0."""
+    text = dataclasses.replace(stage.model.text, balance_bias=rate > 0)
+    return dataclasses.replace(
+        stage,
+        model=dataclasses.replace(stage.model, text=text),
+        optimizer=dataclasses.replace(stage.optimizer, balance_bias_rate=rate),
+    )
+
+
 RECIPES: Mapping[str, Callable[[], Recipe]] = {"nano": nano, "smoke": smoke}
 """Every recipe that --recipe may name."""

@@ -12,6 +12,7 @@ from llama4_jax.checkpoint.sink import Plan
 from llama4_jax.checkpoint.source import Source, np_dtype
 from llama4_jax.checkpoint.writing import Progress, check_target, no_progress, write_checkpoint
 from llama4_jax.config import DType, ModelConfig
+from llama4_jax.config.meta import to_params
 
 Format = Literal["hf", "meta", "orbax"]
 FORMATS: tuple[Format, ...] = ("hf", "meta", "orbax")
@@ -80,6 +81,7 @@ def make_plan(
         return store.plan_store(source, wanted)
     if to == "hf":
         return hub.plan_hub(source, wanted)
+    to_params(source.config)  # what that cannot express must not pass for a question of ranks
     ranks = _default_ranks(source.config) if model_parallel is None else model_parallel
     return meta.plan_meta(source, wanted, ranks)
 
@@ -131,7 +133,8 @@ def convert(
       source: directory of a Hugging Face, Meta or native checkpoint; its layout is recognised.
       target: a directory that does not exist yet or is empty.
       to: layout to write.
-      dtype: precision to write; None keeps each tensor's own. FP8 is always dequantised.
+      dtype: precision to write; None keeps each tensor's own. FP8 is always dequantised, and
+        balance biases stay float32.
       model_parallel: number of files of a Meta checkpoint; by default 8 or what divides the model.
       progress: told of the bytes written.
 

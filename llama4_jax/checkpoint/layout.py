@@ -50,7 +50,8 @@ def stored_tensors(config: ModelConfig, layout: Layout, *, ranks: int = 1) -> di
     """Return the tensors that one file set (one of Meta's `ranks`) of a checkpoint must hold.
 
     Raises:
-      ValueError: a dimension does not divide over the ranks.
+      ValueError: a dimension does not divide over the ranks, or the layout has no place for a
+        parameter.
     """
     tied = config.text.tie_embeddings
     known = parameters(dataclasses.replace(config, text=_untied(config)) if tied else config)
@@ -58,7 +59,7 @@ def stored_tensors(config: ModelConfig, layout: Layout, *, ranks: int = 1) -> di
     for parameter in known.values():
         if tied and layout == "hf" and parameter.name == "head.w_DV":
             continue
-        place = parameter.weight.hf if layout == "hf" else parameter.weight.meta
+        place = parameter.weight.place(layout)
         key = stored_key(config, parameter, place)
         group = groups.setdefault(key, [])
         start = sum(m.shape[place.fuse] for m in group) if place.fuse is not None else 0

@@ -149,8 +149,9 @@ def _pieces(
 
 def _choose_place(parameter: Parameter, rank: Rank) -> Place:
     """Return where a file stores the parameter: under its raw key or an alternate that it has."""
-    places = (parameter.weight.meta, *parameter.weight.others)
-    return next((p for p in places if parameter.key(p) in rank), parameter.weight.meta)
+    raw = parameter.weight.place("meta")
+    places = (raw, *parameter.weight.others)
+    return next((p for p in places if parameter.key(p) in rank), raw)
 
 
 def _slot(

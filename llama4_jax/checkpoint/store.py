@@ -151,7 +151,7 @@ def plan_store(source: Source, dtype: np.dtype | None) -> Plan:
     items = _group(source, dtype)
     described = {
         item: {
-            p.name: {"shape": list(p.shape), "dtype": (dtype or source.dtype(p.name)).name}
+            p.name: {"shape": list(p.shape), "dtype": _stored_dtype(source, p, dtype).name}
             for p in members
         }
         for item, members in items.items()
@@ -166,6 +166,12 @@ def plan_store(source: Source, dtype: np.dtype | None) -> Plan:
     return Plan(kind="orbax", units=tuple(units), texts={CONFIG: text})
 
 
+def _stored_dtype(source: Source, parameter: Parameter, dtype: np.dtype | None) -> np.dtype:
+    """Return the dtype to store: the one asked for, unless the parameter keeps its own."""
+    own = dtype is None or parameter.weight.keeps_dtype
+    return source.dtype(parameter.name) if own else dtype
+
+
 def _group(source: Source, dtype: np.dtype | None) -> dict[str, list[Parameter]]:
     """Return the parameters of each item: a layer's, save those that are items of their own."""
     items: dict[str, list[Parameter]] = {}
@@ -173,7 +179,7 @@ def _group(source: Source, dtype: np.dtype | None) -> dict[str, list[Parameter]]
     for parameter in parameters(source.config).values():
         stem, is_layer, _ = parameter.weight.name.partition(".{}")
         group = f"{stem}.{parameter.layer}" if is_layer else stem.partition(".")[0]
-        num_bytes = parameter.size * (dtype or source.dtype(parameter.name)).itemsize
+        num_bytes = parameter.size * _stored_dtype(source, parameter, dtype).itemsize
         if filled.get(group, 0) + num_bytes > _ITEM_BYTES:
             group = parameter.name
         filled[group] = filled.get(group, 0) + num_bytes
@@ -189,12 +195,12 @@ def _unit(source: Source, item: str, members: list[Parameter], dtype: np.dtype |
         values = {}
         for parameter in members:
             value = source.read(parameter.name, tuple(slice(0, n) for n in parameter.shape))
-            wanted = dtype or source.dtype(parameter.name)
+            wanted = _stored_dtype(source, parameter, dtype)
             values[parameter.name] = np.ascontiguousarray(value.astype(wanted, copy=False))
         _save(directory / path, values)
         advance(sum(value.nbytes for value in values.values()))
 
-    num_bytes = sum(p.size * (dtype or source.dtype(p.name)).itemsize for p in members)
+    num_bytes = sum(p.size * _stored_dtype(source, p, dtype).itemsize for p in members)
     return Unit(name=path, paths=(path,), num_bytes=num_bytes, write=write)
 
 

@@ -19,7 +19,7 @@ from typing import Literal
 from llama4_jax.config import ModelConfig
 
 Layout = Literal["hf", "meta"]
-Scope = Literal["model", "tower", "layer", "dense", "moe", "tower_layer"]
+Scope = Literal["model", "tower", "layer", "dense", "moe", "balance", "tower_layer"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,17 +41,37 @@ class Place:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Weight:
-    """One row of the table; the canonical name's suffix lists its dimensions."""
+    """One row of the table; the canonical name's suffix lists its dimensions.
+
+    Attributes:
+      hf, meta: where those layouts store it, or None where they have no place for it.
+      others: where Meta's layout may store it too.
+      keeps_dtype: it is stored in its own precision, whatever others are converted to.
+    """
 
     name: str
     scope: Scope
-    hf: Place
-    meta: Place
+    hf: Place | None
+    meta: Place | None
     others: tuple[Place, ...] = ()
+    keeps_dtype: bool = False
 
     @property
     def letters(self) -> str:
         return self.name.rpartition("_")[2]
+
+    def place(self, layout: Layout) -> Place:
+        """Return where a layout stores it.
+
+        Raises:
+          ValueError: the layout has no place for it.
+        """
+        found = self.hf if layout == "hf" else self.meta
+        if found is None:
+            raise ValueError(
+                f"the {layout} layout has no place for {self.name}; convert to orbax instead"
+            )
+        return found
 
 
 def _place(text: str, *, fuse: int | None = None, shard: str | None = None) -> Place:
@@ -188,6 +208,7 @@ def _moe_weights() -> list[Weight]:
         shared("w_gate_DF", "gate", "w_in_shared_FD", "F D", "w1"),
         shared("w_up_DF", "up", "w_swiglu_FD", "F D", "w3"),
         shared("w_down_FD", "down", "w_out_shared_DF", "D F", "w2"),
+        Weight(name="layers.{}.ffn.bias_E", scope="balance", hf=None, meta=None, keeps_dtype=True),
     ]
 
 
@@ -317,8 +338,11 @@ def parameters(config: ModelConfig) -> dict[str, Parameter]:
         found += _expand(config, by_scope["tower"][-1:], [None])
     found += _expand(config, [embed], [None])
     for layer in range(config.text.num_layers):
-        ffn: Scope = "moe" if layer in config.text.moe_layers else "dense"
-        found += _expand(config, by_scope["layer"] + by_scope[ffn], [layer])
+        is_moe = layer in config.text.moe_layers
+        weights = by_scope["layer"] + by_scope["moe" if is_moe else "dense"]
+        if is_moe and config.text.balance_bias:
+            weights += by_scope["balance"]
+        found += _expand(config, weights, [layer])
     found += _expand(config, [final_norm], [None])
     if not config.text.tie_embeddings:
         found += _expand(config, [head], [None])

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama4_jax.config.families import every
-from llama4_jax.config.json_section import EXTRAS_KEY, Section
+from llama4_jax.config.json_section import EXTRAS_KEY, Section, refuse_balance_bias
 from llama4_jax.config.model import (
     DType,
     ModelConfig,
@@ -225,7 +225,11 @@ def to_hub(config: ModelConfig) -> dict[str, Any]:
 
     transformers cannot express an unchunked decoder (its mask builder requires a chunk size), so
     one is written with a chunk of all its positions and full attention in every layer.
+
+    Raises:
+      ValueError: the format cannot express the model.
     """
+    refuse_balance_bias(config.text, "config.json")
     text = _text_to_hub(config)
     extras = _extras(config)
     if config.vision is None:

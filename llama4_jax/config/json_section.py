@@ -5,6 +5,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from llama4_jax.config.model import TextConfig
+
 EXTRAS_KEY = "llama4_jax"
 """A key of ours in a foreign file for what that format cannot say; other readers skip it."""
 
@@ -65,6 +67,20 @@ class Section:
         if value is _MISSING:
             raise ValueError(f"{self.where}: {key} is missing; it must be {expected}")
         return value
+
+
+def refuse_balance_bias(text: TextConfig, file: str) -> None:
+    """Refuse to describe in a foreign file a model that its readers would run as another.
+
+    Raises:
+      ValueError: the model has balance biases.
+    """
+    if text.balance_bias:
+        raise ValueError(
+            f"the routers' balance_bias cannot be expressed by {file}, nor stored beside it: "
+            "released models have none, and readers of that layout would choose other experts; "
+            "convert to the orbax layout instead, or train with a balance_bias_rate of 0"
+        )
 
 
 def load_json(path: pathlib.Path) -> dict[str, Any]:

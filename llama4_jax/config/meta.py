@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama4_jax.config.families import every
-from llama4_jax.config.json_section import EXTRAS_KEY, Section
+from llama4_jax.config.json_section import EXTRAS_KEY, Section, refuse_balance_bias
 from llama4_jax.config.model import ModelConfig, RopeScaling, Temperature, TextConfig, VisionConfig
 
 _VOCAB_SIZE = 202_048
@@ -197,6 +197,7 @@ def to_params(config: ModelConfig) -> dict[str, Any]:
       ValueError: the format cannot express the model, for example an irregular layer pattern.
     """
     text = config.text
+    refuse_balance_bias(text, "params.json")
     rule = _fit_rule(text)
     params: dict[str, Any] = {
         "dim": text.embed_dim,

@@ -62,6 +62,9 @@ class TextConfig:
     `rope_positions="chunk"` rotates by `position % chunk_size`, which is the same function and
     exact at any length; `"absolute"` rotates by the float32 absolute position like the reference
     implementations, for bit parity with them beyond the first chunk.
+
+    `balance_bias` gives every router a bias for each expert that counts when experts are chosen and
+    not in their gates. Training moves it to even out their load; released models have none.
     """
 
     vocab_size: int
@@ -85,6 +88,7 @@ class TextConfig:
     max_positions: int
     tie_embeddings: bool = False
     rope_positions: Literal["chunk", "absolute"] = "chunk"
+    balance_bias: bool = False
 
     def __post_init__(self) -> None:
         _require_positive(
@@ -116,6 +120,15 @@ class TextConfig:
         _require(
             self.rope_positions in ("chunk", "absolute"),
             f"rope_positions ({self.rope_positions!r}) must be 'chunk' or 'absolute'",
+        )
+        _require(
+            isinstance(self.balance_bias, bool),
+            f"balance_bias ({self.balance_bias!r}) must be True or False; how fast it moves is "
+            "the balance_bias_rate of an OptimizerConfig",
+        )
+        _require(
+            bool(self.moe_layers) or not self.balance_bias,
+            "balance_bias is for routers, and this model has none: moe_layers is empty",
         )
 
 

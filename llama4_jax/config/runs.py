@@ -29,6 +29,8 @@ class OptimizerConfig:
         epsilon: Added to the square root of the second moment.
         weight_decay: Decoupled decay of matrices (never of norms, biases or embeddings).
         clip_norm: Largest global gradient norm; larger gradients are scaled down to it.
+        balance_bias_rate: By how much a step raises the balance bias of experts with less than the
+            mean load, and lowers that of the others, in [0, 1); 0 leaves biases as they are.
     """
 
     peak_learning_rate: float
@@ -41,6 +43,7 @@ class OptimizerConfig:
     epsilon: float = 1e-8
     weight_decay: float = 0.1
     clip_norm: float = 1.0
+    balance_bias_rate: float = 0.0
 
     def __post_init__(self) -> None:
         lr = self.peak_learning_rate
@@ -70,6 +73,8 @@ class OptimizerConfig:
             f"weight_decay ({self.weight_decay}) must not be negative; 0 means none.",
         )
         _require(self.clip_norm > 0, f"clip_norm ({self.clip_norm}) must be positive; try 1.0.")
+        rate = self.balance_bias_rate
+        _require(0 <= rate < 1, f"balance_bias_rate ({rate}) must be in [0, 1); try 1e-3.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -167,6 +172,12 @@ class RunConfig:
             self.optimizer.warmup_steps < self.steps,
             f"warmup_steps ({self.optimizer.warmup_steps}) must be less than steps "
             f"({self.steps}); shorten the warm-up or train longer.",
+        )
+        _require(
+            self.model.text.balance_bias or not self.optimizer.balance_bias_rate,
+            f"balance_bias_rate ({self.optimizer.balance_bias_rate}) moves what model "
+            f"{self.model.name!r} does not have; set balance_bias of its text config, or the rate "
+            "to 0.",
         )
         self._check_mixture()
 

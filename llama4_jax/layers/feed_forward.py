@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama4_jax.config.model import TextConfig
-from llama4_jax.layers.param import is_ready, normal, weight
+from llama4_jax.layers.param import is_ready, normal, untrained, weight
 from llama4_jax.parallel.experts import sharded_expert_mlp
 from llama4_jax.parallel.shard import einsum
 
@@ -45,14 +45,26 @@ class Routing(NamedTuple):
 
 
 def route(
-    logits_BTE: jax.Array, experts_per_token: int, *, is_token_BT: jax.Array | None = None
+    logits_BTE: jax.Array,
+    experts_per_token: int,
+    *,
+    bias_E: jax.Array | None = None,
+    is_token_BT: jax.Array | None = None,
 ) -> Routing:
     """Choose the largest logits, the lowest index on ties; a gate is the sigmoid of its logit.
 
-    Gates are not normalised over the choices. The sigmoid is taken in float32. What is no token,
-    but padding, chooses nobody: expert -1.
+    Gates are not normalised over the choices. The sigmoid is taken in float32. A bias is added, in
+    float32, for the choice alone. What is no token, but padding, chooses nobody: expert -1.
+
+    Source: the bias: arXiv 2408.15664, equation 3.
     """
-    top_BTX, expert_BTX = jax.lax.top_k(logits_BTE, experts_per_token)
+    if bias_E is None:
+        top_BTX, expert_BTX = jax.lax.top_k(logits_BTE, experts_per_token)
+    else:
+        biased_BTE = jax.lax.stop_gradient(logits_BTE.astype(jnp.float32)) + bias_E
+        _, expert_BTX = jax.lax.top_k(biased_BTE, experts_per_token)
+        is_chosen_BTXE = expert_BTX[..., None] == jnp.arange(logits_BTE.shape[-1])
+        top_BTX = jnp.where(is_chosen_BTXE, logits_BTE[:, :, None], 0).sum(-1)
     if is_token_BT is not None:
         expert_BTX = jnp.where(is_token_BT[..., None], expert_BTX, -1)
     gate_BTX = jax.nn.sigmoid(top_BTX.astype(jnp.float32)).astype(logits_BTE.dtype)
@@ -140,6 +152,7 @@ class MoE(nnx.Module):
         self.shared = MLP(
             D, config.expert_dim, num_layers=config.num_layers, key=keys[2], dtype=dtype
         )
+        self.bias_E = untrained(0.0, (E,), (None,)) if config.balance_bias else None
         self.experts_per_token = config.experts_per_token
 
     def __call__(
@@ -159,7 +172,12 @@ class MoE(nnx.Module):
             dtype = x_BTD.dtype
             router_DE = weight(self.router_DE, dtype)
             logits_BTE = einsum("BTD,DE->BTE", x_BTD, router_DE, out=("batch", "seq", None))
-            routing = route(logits_BTE, self.experts_per_token, is_token_BT=is_token_BT)
+            routing = route(
+                logits_BTE,
+                self.experts_per_token,
+                bias_E=None if self.bias_E is None else self.bias_E[...],
+                is_token_BT=is_token_BT,
+            )
             y_BTD = sharded_expert_mlp(
                 x_BTD,
                 weight(experts.w_gate_EDF, dtype, is_stacked=is_stacked),

@@ -23,6 +23,15 @@ def constant(value: float, shape: tuple[int, ...], axes: Axes, *, dtype: str) ->
     return nnx.Param(shard_weight(jnp.full(shape, value, dtype), axes), axes=axes)
 
 
+class Untrained(nnx.Variable):
+    """A parameter that no gradient trains: it has neither moments nor decay."""
+
+
+def untrained(value: float, shape: tuple[int, ...], axes: Axes) -> Untrained:
+    """Declare a float32 parameter that the training step sets by a rule of its own."""
+    return Untrained(shard_weight(jnp.full(shape, value, jnp.float32), axes), axes=axes)
+
+
 def weight(param: nnx.Param, dtype: jnp.dtype, *, is_stacked: bool = False) -> jax.Array:
     """Return a parameter ready to compute with: cast, and gathered along its embed dimension.
 

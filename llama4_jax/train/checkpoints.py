@@ -84,7 +84,8 @@ class Checkpoints:
         description = self._manager.restore(
             step, args=ocp.args.Composite(run=ocp.args.JsonRestore())
         )["run"]
-        _refuse_other_run(saved=description, asked=_describe(self._run))
+        asked = _describe(self._run)
+        _refuse_other_run(saved=_complete(description, asked, self._run), asked=asked)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -120,6 +121,24 @@ def _describe(run: RunConfig) -> dict[str, Any]:
 
     fields = dataclasses.asdict(run)
     return {name: plain(value) for name, value in fields.items() if name not in _FREE_FIELDS}
+
+
+def _complete(saved: dict[str, Any], asked: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Give the fields that are younger than a saved description their defaults.
+
+    Args:
+        saved: The description of a run, or of a part of it.
+        asked: The same of the run that wants to go on.
+        config: The dataclass that `asked` describes.
+    """
+    completed = dict(saved)
+    for field in dataclasses.fields(config):
+        name, part = field.name, getattr(config, field.name)
+        if name in saved and dataclasses.is_dataclass(part) and isinstance(saved[name], dict):
+            completed[name] = _complete(saved[name], asked[name], part)
+        elif name in asked and name not in saved and field.default is not dataclasses.MISSING:
+            completed[name] = field.default
+    return completed
 
 
 def _refuse_other_run(*, saved: dict[str, Any], asked: dict[str, Any]) -> None:

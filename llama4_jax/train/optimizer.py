@@ -4,9 +4,11 @@ import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from llama4_jax.config.runs import OptimizerConfig
+from llama4_jax.layers.param import Untrained
 
 _MATRIX = re.compile(r"(?:^|_)(?:w|router)_[A-Za-z_]*$")
 
@@ -64,8 +66,27 @@ def decay_mask(parameters: Any) -> Any:
     return jax.tree_util.tree_map_with_path(lambda path, _: is_matrix(path), parameters)
 
 
+def _trained(parameters: Any) -> Any:
+    """Leave out what no gradient trains; a tree without such parameters stays as it is."""
+
+    def keep(node: Any) -> Any:
+        return optax.MaskedNode() if isinstance(node, Untrained) else node
+
+    return jax.tree.map(keep, parameters, is_leaf=lambda node: isinstance(node, Untrained))
+
+
+def _is_left_out(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _or_zeros(update: Any, gradient: Any) -> Any:
+    return jax.tree.map(jnp.zeros_like, gradient) if _is_left_out(update) else update
+
+
 def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformationExtraArgs:
     """Chain clipping by global norm and AdamW with decay on matrices only.
+
+    Parameters that no gradient trains have no moments and an update of zero.
 
     Args:
         config: Optimizer fields of a run.
@@ -73,7 +94,7 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
 
     Source: arXiv 1711.05101.
     """
-    return optax.chain(
+    inner = optax.chain(
         optax.clip_by_global_norm(config.clip_norm),
         optax.adamw(
             make_schedule(config, steps=steps),
@@ -84,3 +105,13 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
             mask=decay_mask,
         ),
     )
+
+    def init(params: Any) -> Any:
+        return inner.init(_trained(params))
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        known = None if params is None else _trained(params)
+        found, state = inner.update(_trained(updates), state, known, **extra)
+        return jax.tree.map(_or_zeros, found, updates, is_leaf=_is_left_out), state
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import optax
 
 from llama4_jax.config.runs import LossConfig, RunConfig
-from llama4_jax.train.balance import RouterBalance, balance_of_routers
+from llama4_jax.train.balance import RouterBalance, balance_of_routers, move_biases
 from llama4_jax.train.loss import TokenSums, sum_in_chunks
 from llama4_jax.train.optimizer import make_schedule
 from llama4_jax.train.state import TrainState
@@ -96,6 +96,8 @@ def make_train_step(
         with jax.named_scope("update"):
             updates, opt_state = optimizer.update(gradients, state.opt_state, state.model)
             model = optax.apply_updates(state.model, updates)
+            if loss.balance is not None and (rate := run.optimizer.balance_bias_rate):
+                model = move_biases(model, loss.balance.tokens_LE, rate=rate)
         sums = loss.sums
         metrics = {
             "loss": loss.total,

@@ -9,11 +9,18 @@ import numpy as np
 import pytest
 
 from llama4_jax import parallel
-from llama4_jax.checkpoint import from_pretrained, load, open_checkpoint, save_pretrained
+from llama4_jax.checkpoint import (
+    convert,
+    from_pretrained,
+    load,
+    open_checkpoint,
+    save_pretrained,
+)
 from llama4_jax.checkpoint.load import ModelSource
 from llama4_jax.config import layer_pattern
 from llama4_jax.model import Llama4
-from tests.checkpoint.tiny import DENSE_TIED, TINY, assert_holds, assert_same, write
+from tests.checkpoint.tiny import BALANCED, DENSE_TIED, TINY, assert_holds, assert_same, write
+from tests.tiny import build, scout_like
 
 MESHES = {
     "fsdp:2": "fsdp",
@@ -29,7 +36,12 @@ def test_the_tiny_models_have_groups_and_a_tail():
 
 
 @pytest.mark.parametrize(
-    ("config", "layout"), [(TINY, "hf"), (TINY, "meta"), (TINY, "orbax"), (DENSE_TIED, "hf")]
+    ("config", "layout"),
+    [
+        *((TINY, layout) for layout in ("hf", "meta", "orbax")),
+        (DENSE_TIED, "hf"),
+        (BALANCED, "orbax"),
+    ],
 )
 def test_each_layer_lands_in_its_place_of_the_stack(tmp_path, config, layout):
     source = write(config, tmp_path / "checkpoint", layout)
@@ -41,6 +53,32 @@ def test_each_layer_lands_in_its_place_of_the_stack(tmp_path, config, layout):
     block = model.decoder.groups.slots[int(place.rpartition(".")[2])]
     value = block.attention.w_q_DNH[...][group]
     np.testing.assert_array_equal(value, source.arrays["layers.1.attention.w_q_DNH"])
+
+
+def test_balance_biases_come_back_and_choose_experts_in_what_was_saved(tmp_path):
+    config = scout_like(num_layers=1, moe_layers=(0,), nope_layers=(), balance_bias=True)
+    model = build(dataclasses.replace(config, vision=None))
+    save_pretrained(model, tmp_path / "orbax", format="orbax")
+    loaded = from_pretrained(tmp_path / "orbax").model
+    for mine, theirs in zip(jax.tree.leaves(model), jax.tree.leaves(loaded), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
+    tokens_BT = jnp.arange(4, 24)[None]
+    plain = jax.tree_util.tree_map_with_path(
+        lambda path, x: x * 0 if "bias_E" in jax.tree_util.keystr(path) else x, loaded
+    )
+    logits = jax.jit(lambda m: m(tokens_BT).logits_BTV)
+    assert np.abs(logits(loaded) - logits(plain)).max() > 1e-2
+
+
+@pytest.mark.parametrize(("layout", "file"), [("hf", "config.json"), ("meta", "params.json")])
+def test_foreign_layouts_refuse_balance_biases_before_anything_is_written(tmp_path, layout, file):
+    write(BALANCED, tmp_path / "orbax", "orbax")
+    message = rf"balance_bias cannot be expressed by {file}.*convert to the orbax layout instead"
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "orbax", tmp_path / "out", to=layout)
+    with pytest.raises(ValueError, match=message):
+        save_pretrained(from_pretrained(tmp_path / "orbax"), tmp_path / "out", format=layout)
+    assert [path.name for path in tmp_path.iterdir()] == ["orbax"]
 
 
 @pytest.mark.parametrize("description", MESHES)

@@ -10,21 +10,36 @@ import pytest
 from llama4_jax.checkpoint import store
 from llama4_jax.checkpoint.store import config_from_json, config_to_json, open_store
 from llama4_jax.config import FAMILIES
-from tests.checkpoint.tiny import DENSE_TIED, TINY, assert_holds, write
+from tests.checkpoint.tiny import BALANCED, DENSE_TIED, TINY, assert_holds, read_all, write
 
 
-@pytest.mark.parametrize("config", [*(f() for f in FAMILIES.values()), TINY, DENSE_TIED])
+@pytest.mark.parametrize("config", [*(f() for f in FAMILIES.values()), TINY, DENSE_TIED, BALANCED])
 def test_a_config_survives_json(config):
     values = json.loads(json.dumps(config_to_json(config)))
     assert config_from_json(values, "x") == config
 
 
-@pytest.mark.parametrize("config", [TINY, DENSE_TIED])
+@pytest.mark.parametrize("config", [TINY, DENSE_TIED, BALANCED])
 def test_a_store_reads_back_bit_for_bit_without_a_word(tmp_path, config, caplog):
     with caplog.at_level(logging.WARNING):
         source = write(config, tmp_path / "store", "orbax")
     assert not caplog.records
     assert_holds(tmp_path / "store", source)
+
+
+def test_balance_biases_stay_float32_whatever_precision_is_asked_for(tmp_path):
+    source = write(BALANCED, tmp_path / "store", "orbax", dtype="bfloat16")
+    opened = open_store(tmp_path / "store")
+    bias = read_all(opened, "layers.3.ffn.bias_E")
+    assert opened.dtype("layers.3.ffn.bias_E") == bias.dtype == np.float32
+    np.testing.assert_array_equal(bias, source.arrays["layers.3.ffn.bias_E"])
+    assert opened.dtype("layers.3.ffn.router_DE").name == "bfloat16"
+
+
+def test_an_older_config_without_the_field_has_no_biases():
+    values = config_to_json(TINY)
+    del values["text"]["balance_bias"]
+    assert config_from_json(values, "x") == TINY
 
 
 def test_an_item_per_layer_is_an_orbax_checkpoint_of_its_own(tmp_path):

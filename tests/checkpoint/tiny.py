@@ -8,7 +8,7 @@ import numpy as np
 
 from llama4_jax.checkpoint.convert import make_plan, open_checkpoint
 from llama4_jax.checkpoint.source import np_dtype
-from llama4_jax.checkpoint.weight_map import parameters
+from llama4_jax.checkpoint.weight_map import Parameter, parameters
 from llama4_jax.checkpoint.writing import write_checkpoint
 from llama4_jax.config import ModelConfig, RopeScaling, Temperature, TextConfig, VisionConfig
 
@@ -49,6 +49,8 @@ TINY = ModelConfig(
     patch_id=60,
 )
 
+BALANCED = dataclasses.replace(TINY, text=dataclasses.replace(TINY.text, balance_bias=True))
+
 DENSE_TIED = dataclasses.replace(
     TINY,
     text=dataclasses.replace(
@@ -70,11 +72,14 @@ class MemorySource:
     def __init__(self, config: ModelConfig, dtype: str | None = None) -> None:
         self.config = config
         self._dtype = np_dtype(dtype or config.dtype)
-        self.arrays = {name: self._draw(name, p.shape) for name, p in parameters(config).items()}
+        self.arrays = {
+            name: self._draw(parameter) for name, parameter in parameters(config).items()
+        }
 
-    def _draw(self, name: str, shape: tuple[int, ...]) -> np.ndarray:
-        random = np.random.default_rng(zlib.crc32(name.encode()))
-        return random.standard_normal(shape, np.float32).astype(self._dtype)
+    def _draw(self, parameter: Parameter) -> np.ndarray:
+        random = np.random.default_rng(zlib.crc32(parameter.name.encode()))
+        dtype = np.float32 if parameter.weight.keeps_dtype else self._dtype
+        return random.standard_normal(parameter.shape, np.float32).astype(dtype)
 
     def dtype(self, name: str) -> np.dtype:
         return self.arrays[name].dtype

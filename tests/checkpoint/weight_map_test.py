@@ -9,7 +9,7 @@ import pytest
 from llama4_jax.checkpoint.layout import stored_tensors
 from llama4_jax.checkpoint.weight_map import TABLE, parameters
 from llama4_jax.config import maverick, scout
-from tests.checkpoint.tiny import DENSE_TIED, TINY
+from tests.checkpoint.tiny import BALANCED, DENSE_TIED, TINY
 
 
 @pytest.mark.parametrize(
@@ -44,7 +44,7 @@ def test_maverick_rank_files_have_the_size_of_the_released_ones():
 
 @pytest.mark.parametrize("weight", TABLE, ids=lambda w: w.name)
 def test_a_layout_stores_each_dimension_of_a_weight_once(weight):
-    for place in (weight.hf, weight.meta, *weight.others):
+    for place in filter(None, (weight.hf, weight.meta, *weight.others)):
         assert sorted("".join(place.axes)) == sorted(weight.letters)
         assert place.shard is None or place.shard in weight.letters
 
@@ -59,6 +59,15 @@ def test_every_parameter_is_stored_exactly_once(config, layout):
     )
     copied = {"head.w_DV"} if config.text.tie_embeddings and layout == "meta" else set()
     assert members == collections.Counter([*parameters(config), *copied])
+
+
+@pytest.mark.parametrize("layout", ["hf", "meta"])
+def test_only_balance_biases_have_no_place_in_a_foreign_layout(layout):
+    more = parameters(BALANCED).keys() - parameters(TINY).keys()
+    assert more == {"layers.1.ffn.bias_E", "layers.3.ffn.bias_E"}
+    assert [w.name for w in TABLE if not (w.hf and w.meta)] == ["layers.{}.ffn.bias_E"]
+    with pytest.raises(ValueError, match=rf"the {layout} layout has no place for .*bias_E"):
+        stored_tensors(BALANCED, layout)
 
 
 def test_parts_fill_a_fused_tensor_without_overlap():

@@ -4,7 +4,7 @@ import re
 import jax
 import pytest
 
-from llama4_jax.config import behemoth_preview, layer_pattern, maverick, nano, scout
+from llama4_jax.config import FAMILIES, behemoth_preview, layer_pattern, maverick, nano, scout
 from llama4_jax.model import Llama4
 
 
@@ -85,11 +85,18 @@ def test_every_layer_has_one_place_in_the_pattern():
         ("experts_per_token", 17, "experts_per_token (17) must lie in 1..num_experts (16)"),
         ("nope_layers", (3, 48), "must be increasing layer indices from 0 to 47"),
         ("rope_positions", "relative", "must be 'chunk' or 'absolute'"),
+        ("balance_bias", 0.001, "balance_bias (0.001) must be True or False; how fast it moves"),
     ],
 )
 def test_bad_sizes_are_refused_with_the_value_and_the_limit(field, value, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         dataclasses.replace(scout().text, **{field: value})
+
+
+def test_a_balance_bias_needs_routers_and_no_member_of_the_family_has_one():
+    assert not any(family().text.balance_bias for family in FAMILIES.values())
+    with pytest.raises(ValueError, match="balance_bias is for routers"):
+        dataclasses.replace(scout().text, balance_bias=True, moe_layers=())
 
 
 def test_token_ids_outside_the_vocabulary_are_refused():

@@ -32,6 +32,8 @@ def test_an_impossible_run_is_refused_with_its_value(changes, message):
         ({"beta2": 1.0}, r"beta2 \(1.0\) must be in \[0, 1\)"),
         ({"clip_norm": 0.0}, r"clip_norm \(0.0\) must be positive"),
         ({"decay_fraction": 0.0}, r"decay_fraction \(0.0\)"),
+        ({"balance_bias_rate": 1.0}, r"balance_bias_rate \(1.0\) must be in \[0, 1\); try 1e-3"),
+        ({"balance_bias_rate": -0.1}, r"balance_bias_rate \(-0.1\) must be in"),
     ],
 )
 def test_an_impossible_optimizer_is_refused_with_its_value(changes, message):
@@ -43,3 +45,9 @@ def test_an_impossible_optimizer_is_refused_with_its_value(changes, message):
 def test_negative_loss_weights_are_refused():
     with pytest.raises(ValueError, match=r"z_loss \(-1.0\)"):
         LossConfig(z_loss=-1.0)
+
+
+def test_a_rate_for_biases_that_the_model_lacks_is_refused_with_the_remedy():
+    optimizer = OptimizerConfig(peak_learning_rate=0.1, warmup_steps=1, balance_bias_rate=0.001)
+    with pytest.raises(ValueError, match=r"\(0.001\) moves what model 'toy' does not have; set"):
+        make_run(optimizer=optimizer)

@@ -42,6 +42,28 @@ def test_steps_seed_and_mesh_change_every_stage():
     assert back == RECIPES["smoke"]()
 
 
+def test_a_rate_of_balance_biases_gives_every_stage_biases_and_zero_takes_them():
+    flag = "--balance_bias_rate"
+    stages = pretrain.make_stages(values_of("--recipe=smoke", "--workdir=x", f"{flag}=0.01"))
+    assert [s.model.text.balance_bias for s in stages] == [True, True]
+    assert [s.optimizer.balance_bias_rate for s in stages] == [0.01, 0.01]
+    off = pretrain.make_stages(values_of("--recipe=smoke", "--workdir=x", f"{flag}=0"))
+    assert off == RECIPES["smoke"]()
+    with pytest.raises(FlagError, match=r"balance_bias_rate \(2.0\) must be in \[0, 1\)"):
+        pretrain.make_stages(values_of("--recipe=smoke", "--workdir=x", f"{flag}=2"))
+
+
+def test_a_model_with_balance_biases_is_written_where_they_have_a_place(tmp_path, capsys):
+    text = dataclasses.replace(RECIPES["smoke"]()[0].model.text, balance_bias=True)
+    config = dataclasses.replace(RECIPES["smoke"]()[0].model, text=text)
+    model = Llama4(config, key=jax.random.key(0))
+    pretrain.export(model, tmp_path, pretrain.TOKENIZER)
+    assert capsys.readouterr().out == f"wrote orbax checkpoint {tmp_path / 'orbax'}\n"
+    loaded = from_pretrained(tmp_path / "orbax")
+    assert loaded.tokenizer is not None
+    assert {str(x.dtype) for x in jax.tree.leaves(loaded.model)} == {"bfloat16", "float32"}
+
+
 def test_a_run_too_short_for_its_warmup_is_a_mistake_of_the_flags():
     with pytest.raises(FlagError, match=r"warmup_steps \(50\) must be less than steps \(40\)"):
         pretrain.make_stages(values_of("--recipe=nano", "--workdir=x", "--steps=40"))
@@ -73,6 +95,9 @@ def test_the_smoke_recipe_trains_scores_and_exports_a_model_that_loads(tmp_path,
         assert {"eval/code/nll", "eval/digits/accuracy"} <= last.keys()
         assert f"stage {stage}: 2 steps of 4 x 256 tokens" in said
     assert "step 2: loss" in said
+    assert "largest_expert_share" in said
+    assert len(last["router/tokens/layer_01"]) == 2
+    assert 0.5 <= last["router/largest_share/layer_00"] <= 1
     loaded = from_pretrained(tmp_path / "hf")
     assert loaded.tokenizer is not None
     assert loaded.model.config.dtype == "bfloat16"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,10 +12,14 @@ import pytest
 from llama4_jax import parallel, train
 from llama4_jax.config.runs import LossConfig, OptimizerConfig, RunConfig
 from llama4_jax.layers.feed_forward import load_of, route
-from llama4_jax.train.balance import balance_of_routers
+from llama4_jax.model import Llama4
+from llama4_jax.train.balance import balance_of_routers, move_biases
+from llama4_jax.train.state import name_leaves
 from tests.tiny import build, scout_like
+from tests.train.toy import make_run
 
 B, T = 4, 16
+RATE = 0.01
 
 
 def balance(logits_LBTE, is_token_BT, experts_per_token=1):
@@ -102,8 +107,10 @@ def test_balance_over_a_mesh_is_the_same():
 
 @functools.cache
 def model_and_batch():
-    """Return a model of two mixture layers, and rows of which the second ends in padding."""
-    config = scout_like(num_layers=2, moe_layers=(0, 1), nope_layers=(), experts_per_token=2)
+    """Return two mixture layers with random biases, and rows of which some end in padding."""
+    config = scout_like(
+        num_layers=2, moe_layers=(0, 1), nope_layers=(), experts_per_token=2, balance_bias=True
+    )
     model = build(dataclasses.replace(config, vision=None))
     rng = np.random.default_rng(0)
     lengths = np.asarray([T, T - 5, T, T - 1])
@@ -120,12 +127,12 @@ def model_and_batch():
 
 @functools.cache
 def one_step(mesh, preset):
-    """Take a training step and return its metrics."""
+    """Take a training step; return its metrics, the biases before and after, and all names."""
     model, batch = model_and_batch()
     run = RunConfig(
         name="balance",
         model=model.config,
-        optimizer=OptimizerConfig(peak_learning_rate=1e-3, warmup_steps=0),
+        optimizer=OptimizerConfig(peak_learning_rate=1e-3, warmup_steps=0, balance_bias_rate=RATE),
         loss=LossConfig(balance=0.01),
         mixture=(("code", 1.0),),
         steps=1,
@@ -142,7 +149,20 @@ def one_step(mesh, preset):
         placed = jax.tree.map(jnp.asarray, copy) if mesh is None else place(copy, like)
         state = jax.jit(functools.partial(train.state.start_state, optimizer=optimizer))(placed)
         rows = {n: parallel.shard(jnp.asarray(a), ("batch", "seq")) for n, a in batch.items()}
-        return jax.device_get(train.make_train_step(run, optimizer)(state, rows)[1])
+        state, metrics = train.make_train_step(run, optimizer)(state, rows)
+    return Step(jax.device_get(metrics), biases_of(model), biases_of(state.model), state)
+
+
+class Step(NamedTuple):
+    metrics: dict
+    before_LE: np.ndarray
+    after_LE: np.ndarray
+    state: train.TrainState
+
+
+def biases_of(model):
+    """Return the biases of a model of one slot, by layer."""
+    return np.asarray(model.decoder.groups.slots[0].ffn.bias_E[...])
 
 
 def test_a_steps_metrics_count_the_choices_of_its_tokens():
@@ -150,17 +170,18 @@ def test_a_steps_metrics_count_the_choices_of_its_tokens():
     places = {name: batch[name] for name in ("positions_BT", "segments_BT")}
     hidden = jax.jit(lambda m: m.encode(batch["tokens_BT"], **places))(model)
     logits_LBTE = np.asarray(hidden.router_logits_LBTE)
+    bias_LE = biases_of(model)
     tokens_LE = np.zeros((2, 4), int)
     entropy_L = np.zeros(2)
     for layer, row, t in np.ndindex(logits_LBTE.shape[:3]):
         if batch["positions_BT"][row, t] < 0:
             continue
         logits_E = logits_LBTE[layer, row, t].astype(np.float64)
-        tokens_LE[layer, np.argsort(-logits_E)[:2]] += 1
+        tokens_LE[layer, np.argsort(-logits_E - bias_LE[layer])[:2]] += 1
         p_E = np.exp(logits_E) / np.exp(logits_E).sum()
         entropy_L[layer] -= (p_E * np.log(p_E)).sum()
     num_tokens = batch["loss_mask_BT"].sum()
-    found = one_step("", "single")
+    found = one_step("", "single").metrics
     np.testing.assert_array_equal(found["router/tokens"], tokens_LE)
     share_L = tokens_LE.max(1) / (2 * num_tokens)
     np.testing.assert_allclose(found["router/largest_share"], share_L, rtol=1e-6)
@@ -172,6 +193,122 @@ def test_a_steps_metrics_count_the_choices_of_its_tokens():
 def test_a_step_of_a_divided_model_reports_the_same_load():
     expected = one_step("", "single")
     found = one_step("fsdp:2,expert:2,tensor:2", "fsdp_expert")
-    np.testing.assert_array_equal(found["router/tokens"], expected["router/tokens"])
+    one, other = expected.metrics, found.metrics
+    np.testing.assert_array_equal(other["router/tokens"], one["router/tokens"])
     for name in ("balance", "router/entropy", "router/largest_share", "loss"):
-        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+        np.testing.assert_allclose(other[name], one[name], rtol=1e-5)
+    np.testing.assert_array_equal(found.after_LE, expected.after_LE)
+
+
+def test_a_step_raises_the_bias_of_idle_experts_and_lowers_that_of_busy_ones():
+    step = one_step("", "single")
+    tokens_LE = step.metrics["router/tokens"]
+    sign_LE = np.sign(tokens_LE.mean(1, keepdims=True) - tokens_LE)
+    assert {-1, 1} <= {*sign_LE.flat}
+    change_LE = np.float32(RATE) * sign_LE.astype(np.float32)
+    np.testing.assert_array_equal(step.after_LE, step.before_LE + change_LE)
+
+
+def test_no_optimizer_knows_a_bias():
+    names = name_leaves(one_step("", "single").state)
+    assert [n for n in names if "bias_E" in n] == ["model.decoder.groups.slots.0.ffn.bias_E.value"]
+    assert "opt_state.1.0.mu.decoder.groups.slots.0.ffn.router_DE.value" in names
+
+
+def test_every_layers_bias_moves_by_its_own_load():
+    tokens_LE = np.random.default_rng(0).integers(0, 9, (5, 4))
+    model = build(scout_like(balance_bias=True))  # a group of four slots, and a tail
+    moved = move_biases(model, jnp.asarray(tokens_LE), rate=0.5)
+    for layer in range(5):
+        before, after = (
+            m.decoder.tail[0].ffn.bias_E[...]
+            if layer == 4
+            else m.decoder.groups.slots[layer].ffn.bias_E[0]
+            for m in (model, moved)
+        )
+        sign_E = np.sign(tokens_LE[layer].mean() - tokens_LE[layer])
+        np.testing.assert_allclose(after - before, 0.5 * sign_E, atol=1e-6)
+    with pytest.raises(ValueError, match=r"no decoder.groups.slots.0.ffn.bias_E; build it"):
+        move_biases(build(scout_like()), jnp.asarray(tokens_LE), rate=0.5)
+
+
+def test_without_biases_a_model_has_the_leaves_it_had():
+    plain = {name: leaf.shape for name, leaf in name_leaves(build(scout_like())).items()}
+    biased = {n: x.shape for n, x in name_leaves(build(scout_like(balance_bias=True))).items()}
+    assert plain.items() < biased.items()
+    assert {name.split(".")[-2] for name in biased.keys() - plain.keys()} == {"bias_E"}
+
+
+@pytest.mark.parametrize("experts_per_token", [1, 2])
+def test_a_bias_decides_who_is_chosen_and_not_the_gate(experts_per_token):
+    logits_BTE = jax.random.normal(jax.random.key(3), (2, 5, 4))
+    bias_E = jnp.asarray([0.0, 100.0, 0.0, -100.0])
+    plain = route(logits_BTE, experts_per_token)
+    none = route(logits_BTE, experts_per_token, bias_E=jnp.zeros(4))
+    jax.tree.map(np.testing.assert_array_equal, plain, none)
+    found = route(logits_BTE, experts_per_token, bias_E=bias_E)
+    np.testing.assert_array_equal(found.expert_BTX[..., 0], 1)
+    assert not np.any(found.expert_BTX == 3)
+    raw_BTX = np.take_along_axis(np.asarray(logits_BTE), np.asarray(found.expert_BTX), -1)
+    np.testing.assert_array_equal(found.gate_BTX, jax.nn.sigmoid(raw_BTX))
+
+    def total(logits_BTE, bias_E):
+        return route(logits_BTE, experts_per_token, bias_E=bias_E).gate_BTX.sum()
+
+    by_logits, by_bias = jax.grad(total, (0, 1))(logits_BTE, bias_E)
+    slope_BTX = np.take_along_axis(np.asarray(by_logits), np.asarray(found.expert_BTX), -1)
+    gate_BTX = np.asarray(found.gate_BTX)
+    np.testing.assert_allclose(slope_BTX, gate_BTX * (1 - gate_BTX), rtol=1e-5)
+    assert np.count_nonzero(by_logits) == slope_BTX.size
+    assert not np.any(by_bias)
+
+
+def test_biases_even_out_a_router_that_starts_lopsided():
+    """All tokens choose one of four experts; after 100 steps still, or 0.34 of them with biases."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(4, 64, (8, 17)).astype(np.int32)
+    batch = {
+        "tokens_BT": tokens[:, :-1],
+        "targets_BT": tokens[:, 1:],
+        "positions_BT": np.broadcast_to(np.arange(16, dtype=np.int32), (8, 16)),
+        "segments_BT": np.zeros((8, 16), np.int32),
+        "loss_mask_BT": np.ones((8, 16), np.float32),
+    }
+
+    def course(rate):
+        config = scout_like(
+            num_layers=1, moe_layers=(0,), nope_layers=(), expert_dim=16, balance_bias=rate > 0
+        )
+        config = dataclasses.replace(config, vision=None)
+        run = make_run(
+            model=config,
+            optimizer=OptimizerConfig(
+                peak_learning_rate=1e-3, warmup_steps=0, balance_bias_rate=rate
+            ),
+            steps=100,
+        )
+        optimizer = train.make_optimizer(run.optimizer, steps=run.steps)
+
+        def lopsided():
+            """Give all embeddings a common direction, and one expert a liking for it."""
+
+            def tilt(path, x):
+                name = jax.tree_util.keystr(path)
+                if "router_DE" in name:
+                    return x.at[..., 0].add(0.06)
+                return x + 2.0 if "table_VD" in name else x
+
+            model = Llama4(config, key=jax.random.key(0))
+            return jax.tree_util.tree_map_with_path(tilt, model)
+
+        state = jax.jit(train.initial_state(lopsided, optimizer))()
+        step, shares = train.make_train_step(run, optimizer), []
+        for _ in range(run.steps):
+            state, metrics = step(state, batch)
+            shares.append(float(metrics["largest_expert_share"]))
+        return shares
+
+    without, with_biases = course(0.0), course(0.02)
+    assert without[0] == with_biases[0] == 1
+    assert without[-1] > 0.9
+    assert max(with_biases[-5:]) < 0.4

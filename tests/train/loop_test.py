@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 
 from llama4_jax.config.runs import OptimizerConfig
+from llama4_jax.model import Llama4
 from llama4_jax.train import fit
+from llama4_jax.train.checkpoints import _complete, _describe, _refuse_other_run
 from llama4_jax.train.state import name_leaves
+from tests.tiny import scout_like
 from tests.train.toy import build, make_dataset, make_run
 
 
@@ -104,6 +107,34 @@ def test_another_run_in_the_same_folder_is_refused_by_name(tmp_path):
     optimizer = OptimizerConfig(peak_learning_rate=0.01, warmup_steps=1)
     with pytest.raises(ValueError, match="optimizer"):
         train(tmp_path, make_run(optimizer=optimizer))
+
+
+def test_a_run_that_is_older_than_a_field_goes_on_if_it_asks_for_its_default():
+    run = make_run()
+    asked = _describe(run)
+    older = json.loads(json.dumps(asked))
+    del older["model"]["text"]["balance_bias"], older["optimizer"]["balance_bias_rate"]
+    _refuse_other_run(saved=_complete(older, asked, run), asked=asked)
+    faster = dataclasses.replace(run.optimizer, beta2=0.9)
+    asked = _describe(make_run(optimizer=faster))
+    with pytest.raises(ValueError, match="optimizer"):
+        _refuse_other_run(saved=_complete(older, asked, run), asked=asked)
+
+
+def test_biases_go_on_where_a_stopped_run_left_them_bit_for_bit(tmp_path):
+    config = scout_like(num_layers=1, moe_layers=(0,), nope_layers=(), balance_bias=True)
+    optimizer = OptimizerConfig(peak_learning_rate=0.01, warmup_steps=1, balance_bias_rate=0.01)
+    model = dataclasses.replace(config, vision=None)
+    run = make_run(model=model, optimizer=optimizer, steps=4, eval_interval=0)
+
+    def go_on(workdir, **options):
+        build = lambda: Llama4(model, key=jax.random.key(0))  # noqa: E731
+        return fit(run, build=build, batches=make_dataset(), workdir=workdir, **options)
+
+    go_on(tmp_path / "cut", writers=[StopAt(2)])
+    resumed, whole = go_on(tmp_path / "cut"), go_on(tmp_path / "whole")
+    assert_same_bits(resumed.state, whole.state)
+    assert np.any(whole.state.model.decoder.groups.slots[0].ffn.bias_E[...])
 
 
 def test_a_run_on_a_mesh_trains_like_one_device_and_resumes_on_it(tmp_path):

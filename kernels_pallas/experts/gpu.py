@@ -7,6 +7,13 @@ blocks are 64 rows of which groups of 8 are copied if there are any, two program
 multiprocessor, and the second product is split along its sum to give all of them work; the first
 brings what the second reads first into the L2 cache before it ends, as memory would idle between
 them. Stored matrices are read as they are (`gpu_quantized`).
+
+Sizes that `tuning` may set, each kernel's under a name of its own:
+    expert_mlp.up, expert_mlp.down (rows: "few" or "many"; stored: "float", "int8", "int4", "fp8"):
+        width 64, 128 or 256 columns of one matrix in a tile, for up no more than 128; stages 2 to
+        6 of the ring; programs 1 or 2 of a multiprocessor, for few rows. 0 leaves it to `_plans`.
+    expert_mlp.dhidden, expert_mlp.dx (dtype): width 128 or 256, stages 2 to 4.
+    expert_mlp.dup, expert_mlp.ddown (dtype): width 64 or 128, of ddown also 256; stages 2 to 5.
 """
 
 import functools
@@ -113,14 +120,15 @@ def _plans(x: Inputs, num_experts: int, *, saves: bool) -> tuple[Plan, Plan]:
     groups, per_processor = (1, 2) if few and stored != "int4" else (2, 1)
     granule = 8 if few else 2 * ROWS if is_wide else ROWS
     about = {"rows": "few" if few else "many", "stored": stored}
-    default = {"width": 0, "stages": 4}
+    default = {"width": 0, "stages": 4, "programs": 0}
     up_width, down_width = (128, 256) if is_wide and not few else (64, 128)
     plans = []
     for name, size, most in (("up", F, up_width), ("down", D, down_width)):
         sizes = tuning.lookup(f"expert_mlp.{name}", default, **about)
         share = size if is_wide else size // groups  # groups have columns of their own
         width = fitting(share, sizes["width"] or most)
-        plans.append(Plan(groups, granule, width, sizes["stages"], per_processor))
+        programs = (few and sizes["programs"]) or per_processor
+        plans.append(Plan(groups, granule, width, sizes["stages"], programs))
     up, down = plans
     if few:
         tile = down.width if is_wide else groups * down.width

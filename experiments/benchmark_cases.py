@@ -6,6 +6,7 @@ To benchmark another operation, make a case of it in a function like `decode_cas
 
 import dataclasses
 import functools
+import itertools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -218,19 +219,33 @@ def expert_case(shape: shapes.Experts) -> Case:
     )
 
 
+# Of each operation of the experts' kernels, sizes to try in all combinations.
+_TPU_SIZES = {"window": (512, 1024, 2048), "chunk": (128, 256), "tile": (256, 512)}
+_EXPERT_SIZES = {
+    ("tpu", "forward"): {"forward": _TPU_SIZES},
+    ("tpu", "backward"): {
+        f"backward_{name}": _TPU_SIZES for name in ("hidden", "tokens", "weights")
+    },
+    ("gpu", "forward"): {
+        "up": {"width": (64, 128), "stages": (3, 4, 6), "programs": (1, 2)},
+        "down": {"width": (64, 128, 256), "stages": (3, 4, 6), "programs": (1, 2)},
+    },
+    ("gpu", "backward"): {
+        "dhidden": {"width": (128, 256), "stages": (2, 3, 4)},
+        "dx": {"width": (128, 256), "stages": (2, 3, 4)},
+        "dup": {"width": (64, 128), "stages": (3, 4, 5)},
+        "ddown": {"width": (64, 128, 256), "stages": (3, 4, 5)},
+    },
+}  # fmt: skip
+
+
 def expert_candidates(direction: str, platform: str) -> list[dict[str, dict[str, int]]]:
-    """List sizes of the experts' kernels to try."""
-    if platform == "tpu":
-        backward = ("backward_hidden", "backward_tokens", "backward_weights")
-        names = ("forward",) if direction == "forward" else backward
-        sizes = [
-            {"window": window, "chunk": chunk, "tile": tile}
-            for window in (512, 1024, 2048) for chunk in (128, 256) for tile in (256, 512)
-        ]  # fmt: skip
-    else:
-        names = ("up", "down") if direction == "forward" else ("dhidden", "dx", "dup", "ddown")
-        sizes = [{"width": n, "stages": depth} for n in (64, 128, 256) for depth in (3, 4, 5)]
-    return [{f"expert_mlp.{name}": each for name in names} for each in sizes]
+    """List sizes of the experts' kernels to try, one kernel after the other."""
+    return [
+        {f"expert_mlp.{name}": dict(zip(sizes, chosen, strict=True))}
+        for name, sizes in _EXPERT_SIZES[platform, direction].items()
+        for chosen in itertools.product(*sizes.values())
+    ]
 
 
 def attention_candidates(direction: str, platform: str) -> list[dict[str, dict[str, int]]]:

@@ -18,7 +18,7 @@ from experiments import (
 )
 from experiments.benchmark_cases import Bound
 from experiments.benchmark_timing import Machine
-from kernels_pallas import tuning
+from kernels_pallas import interpreted, tuning
 from kernels_pallas.experts.tpu_rows import Cut
 from kernels_pallas.shapes import SHAPES, Experts
 
@@ -221,21 +221,19 @@ def test_what_kernels_declare_is_added_up():
     assert benchmark_compile.declared_bytes(jax.make_jaxpr(jnp.sin)(1.0).jaxpr) is None
 
 
-def test_candidates_are_sizes_that_the_kernels_look_up():
-    shape = dataclasses.replace(SMALL, dtype="bfloat16", X=1, has_shared=False)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("platform", ["tpu", "gpu"])
+def test_candidates_are_the_sizes_that_kernels_look_up(platform, direction):
+    shape = Experts(name="small", T=40, D=128, F=256, E=3)
     case = benchmark_cases.expert_case(shape)
+
+    def function(**arrays):
+        return case.function(**arrays, backend=platform)
+
+    way = benchmark_cases.one_pass(function, case.wrt, direction)
     arrays = jax.eval_shape(case.build, jax.random.key(0))
-    for platform, backend in (("tpu", benchmark_expert_work.tpu),):
-        candidates = {d: case.candidates(d, platform) for d in ("forward", "backward")}
-        x = backend.Inputs(
-            arrays["x_TD"], arrays["w_gate_EDF"], arrays["w_up_EDF"], arrays["w_down_EFD"],
-            arrays["expert_TX"], arrays["gate_TX"], jax.ShapeDtypeStruct((), "int32"), None, None,
-        )  # fmt: skip
-        with tuning.recorded() as found:
-            assert backend.refusal(x, shape.E) is None
-        named = {name for each in candidates.values() for some in each for name in some}
-        assert named == set(found)
-        for name, sizes in (
-            (n, s) for each in candidates.values() for c in each for n, s in c.items()
-        ):
-            assert set(sizes) <= set(found[name]["blocks"])
+    with interpreted(), tuning.recorded() as found:
+        jax.eval_shape(lambda arrays: way.run(*way.prepare(arrays)), arrays)
+    for candidate in case.candidates(direction, platform):
+        for name, sizes in candidate.items():
+            assert set(sizes) <= set(found[name]["blocks"]), name

@@ -6,7 +6,7 @@ at once, with as many threads each: a mixture-of-experts layer, and a model of 8
 D=512, F=1024, E=16, N=8, K=2, H=64 and 2048 words), at 1024 tokens and one token at a time.
 transformers gets the fastest of the ways it has (tried first: eager, static cache, torch.compile;
 its experts_implementation does not take Llama 4), and the default one is shown too. The exit status
-is 1 if results disagree. Ten minutes on two cores that nobody else uses.
+is 1 if results disagree. Ten minutes on two cores that nobody else uses; --quick is a rough look.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from bench_report import Comparison
 from experiments.benchmark_report import write_json
 from llama4_jax import from_pretrained
 from llama4_jax.checkpoint import GenerationDefaults, Pretrained
-from llama4_jax.serve import Request, Sampling, generate
+from llama4_jax.serve import Limits, Request, Sampling, generate
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -62,10 +62,12 @@ class Transformers:
 
 
 @contextlib.contextmanager
-def transformers(python: pathlib.Path, folder: pathlib.Path, threads: int) -> Iterator:
+def transformers(
+    python: pathlib.Path, folder: pathlib.Path, threads: int, steps: int
+) -> Iterator[Transformers]:
     """Start transformers, which writes its checkpoint and results into the folder."""
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    command = [python, HERE / "bench_hf.py", folder, str(threads)]
+    command = [python, HERE / "bench_hf.py", folder, str(threads), str(steps)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, env=environment) as process:
         try:
@@ -77,11 +79,12 @@ def transformers(python: pathlib.Path, folder: pathlib.Path, threads: int) -> It
 class Ours:
     """Our model with the inputs, as a user calls it."""
 
-    def __init__(self, pretrained: Pretrained):
+    def __init__(self, pretrained: Pretrained, steps: int):
+        self.steps = steps
         self.pretrained = dataclasses.replace(pretrained, generation=GenerationDefaults())
         self.ids = jnp.asarray(bench_case.token_ids())
         self.x = jnp.asarray(bench_case.layer_inputs())
-        self.tokens = [self.x[:, i : i + 1] for i in range(bench_case.STEPS)]
+        self.tokens = [self.x[:, i : i + 1] for i in range(steps)]
         slots = pretrained.model.decoder.groups.slots  # layers of one kind, stacked
         group, slot = divmod(bench_case.LAYER, len(slots))
         self.layer = jax.tree.map(lambda a: a[group], slots[slot].ffn)
@@ -99,8 +102,13 @@ class Ours:
     def answer(self, length: int) -> list[int]:
         """Continue the prompt by its likeliest tokens."""
         requests = [Request(tokens=self.ids[0].tolist())]
-        greedy = Sampling(temperature=0)
-        (answer,) = generate(self.pretrained, requests, max_new_tokens=length, sampling=greedy)
+        (answer,) = generate(
+            self.pretrained,
+            requests,
+            max_new_tokens=length,
+            sampling=Sampling(temperature=0),
+            limits=Limits(piece_length=bench_case.LENGTH),  # at once, as transformers reads it
+        )
         return answer.tokens
 
     def ways(self) -> dict[str, Callable[[], float]]:
@@ -117,20 +125,20 @@ class Ours:
 
         def more_tokens() -> float:
             first = timed(lambda: self.answer(1))
-            return timed(lambda: self.answer(1 + bench_case.STEPS)) - first
+            return timed(lambda: self.answer(1 + self.steps)) - first
 
         return {
             "layer, prompt": lambda: timed(lambda: self.run_layer(self.x)),
             "layer, token": lambda: timed(one_by_one) / len(self.tokens),
             "model, all logits": lambda: timed(self.run_model),
             "model, first token": lambda: timed(lambda: self.answer(1)),
-            "model, more tokens": lambda: more_tokens() / bench_case.STEPS,
+            "model, more tokens": lambda: more_tokens() / self.steps,
         }
 
 
 def compare(ours: Ours, theirs: dict[str, np.ndarray]) -> dict[str, tuple[float, float]]:
     """Return the error of each result and its bound."""
-    tokens = ours.answer(1 + bench_case.STEPS)
+    tokens = ours.answer(1 + ours.steps)
     wrong = bench_report.wrong_tokens(tokens, theirs["tokens"].tolist(), theirs["gaps"], NOISE)
     layer = np.abs(ours.run_layer(ours.x) - theirs["layer"]).max()
     logits = np.abs(ours.run_model() - theirs["logits"]).max()
@@ -141,7 +149,7 @@ def compare(ours: Ours, theirs: dict[str, np.ndarray]) -> dict[str, tuple[float,
     }
 
 
-def try_ways(hf: Transformers, item: str, ways: list[str], runs: int) -> dict[str, list[float]]:
+def try_ways(hf: Transformers, item: str, ways: list[str]) -> dict[str, list[float]]:
     """Time every way that transformers has, after a run that warms up; leave out what fails."""
     tried = {}
     for way in ways:
@@ -149,7 +157,7 @@ def try_ways(hf: Transformers, item: str, ways: list[str], runs: int) -> dict[st
         if "refused" in warm:
             print(f"{item}, {way}: does not run: {warm['refused']}")
             continue
-        tried[way] = hf.ask(item=item, way=way, runs=runs)["seconds"]
+        tried[way] = hf.ask(item=item, way=way, runs=2)["seconds"]
         print(f"{item}, {way}: {np.median(tried[way]) * 1e3:.2f} ms")
     return tried
 
@@ -190,8 +198,13 @@ def main() -> int:
                         help="the Python that has torch and transformers")  # fmt: skip
     parser.add_argument("--only", default="", help="only items whose name contains this")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each side")
+    parser.add_argument("--steps", type=int, default=64, help="tokens after the first one")
+    parser.add_argument("--quick", action="store_true",
+                        help="3 rounds of 8 tokens, transformers as it is by default")  # fmt: skip
     parser.add_argument("--output", type=pathlib.Path, help="JSON file for the figures")
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.rounds, arguments.steps = 3, 8
     items = [item for item in bench_report.ITEMS if arguments.only in item.name]
     if not items or not arguments.oracle.is_file():
         parser.error(f"no item is named {arguments.only!r}" if not items else
@@ -200,9 +213,9 @@ def main() -> int:
     load = [os.getloadavg()[0]]
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
-        with transformers(arguments.oracle, folder, threads or 1) as hf:
+        with transformers(arguments.oracle, folder, threads or 1, arguments.steps) as hf:
             about = hf.ask()
-            ours = Ours(from_pretrained(folder / "hf", dtype="float32"))
+            ours = Ours(from_pretrained(folder / "hf", dtype="float32"), arguments.steps)
             with np.load(folder / "hf.npz") as stored:
                 errors = compare(ours, dict(stored))
             for quantity, (error, limit) in errors.items():
@@ -210,7 +223,8 @@ def main() -> int:
                 print(f"{quantity:22} error {error:9.2e}  at most {limit:9.2e}  {verdict}")
             comparisons = []
             for item in items:
-                tried = try_ways(hf, item.name, about["ways"][item.name], runs=3)
+                known = about["ways"][item.name][: 1 if arguments.quick else None]
+                tried = try_ways(hf, item.name, known)
                 ways = list(dict.fromkeys([bench_report.best_way(tried), next(iter(tried))]))
                 comparisons += take_turns(ours, hf, item, ways, arguments.rounds)
     load.append(os.getloadavg()[0])
@@ -222,7 +236,7 @@ def main() -> int:
         print(comparison.line())
     print(bench_report.NOTES)
     if arguments.output:
-        shapes = bench_case.TEXT | {"prompt": bench_case.LENGTH, "new_tokens": bench_case.STEPS}
+        shapes = bench_case.TEXT | {"prompt": bench_case.LENGTH, "new_tokens": arguments.steps}
         write_json(
             arguments.output,
             {

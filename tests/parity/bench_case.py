@@ -19,7 +19,6 @@ TEXT = cases.TEXT | {
     "floor_scale": 8192,
 }
 LENGTH = 1024  # tokens of the prompt
-STEPS = 64  # tokens chosen after the first one
 LAYER = 0  # whose mixture of experts is measured alone
 
 

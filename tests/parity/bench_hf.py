@@ -1,8 +1,9 @@
 """The transformers side of `make bench-hf`; runs in the environment of the references.
 
-    python bench_hf.py FOLDER THREADS
+    python bench_hf.py FOLDER THREADS STEPS
 
 Writes a random checkpoint to FOLDER/hf and what transformers computes with it to FOLDER/hf.npz.
+STEPS tokens are chosen after the first one.
 Then reads requests from standard input, a JSON object a line, and answers each with one: the first
 says the versions and which ways there are to run each item, the others are the seconds of so many
 runs of one. It waits in between, without using the processors.
@@ -41,16 +42,16 @@ def new_model() -> transformers.Llama4ForCausalLM:
 class Model:
     """The model with its inputs, and every way to run them."""
 
-    def __init__(self, model: transformers.Llama4ForCausalLM):
-        self.model = model
+    def __init__(self, model: transformers.Llama4ForCausalLM, steps: int):
+        self.model, self.steps = model, steps
         self.ids = torch.from_numpy(bench_case.token_ids().astype(np.int64))
         self.x = torch.from_numpy(bench_case.layer_inputs())
         self.layer = model.model.layers[bench_case.LAYER].feed_forward
-        self.tokens = [self.x[:, i : i + 1].contiguous() for i in range(bench_case.STEPS)]
+        self.tokens = [self.x[:, i : i + 1].contiguous() for i in range(steps)]
 
     def static_cache(self) -> transformers.StaticCache:
         """Return an empty cache with room for the prompt and the answer."""
-        length = bench_case.LENGTH + bench_case.STEPS + 1
+        length = bench_case.LENGTH + self.steps + 1
         return transformers.StaticCache(config=self.model.config, max_cache_len=length)
 
     def read_prompt(self, model: Callable, cache: transformers.Cache | None):
@@ -59,8 +60,8 @@ class Model:
         return out.past_key_values, out.logits[:, -1]
 
     def choose(self, model: Callable, cache: transformers.Cache, logits: torch.Tensor) -> Iterator:
-        """Choose the likeliest token STEPS times; yield the logits that follow each."""
-        for _ in range(bench_case.STEPS):
+        """Choose the likeliest token `steps` times; yield the logits that follow each."""
+        for _ in range(self.steps):
             token = logits.argmax(-1, keepdim=True)
             logits = model(token, past_key_values=cache, use_cache=True).logits[:, -1]
             yield logits
@@ -71,7 +72,7 @@ class Model:
         start = time.perf_counter()
         for following in self.choose(model, cache, logits):
             int(following.argmax())  # what a caller wants of each step
-        return (time.perf_counter() - start) / bench_case.STEPS
+        return (time.perf_counter() - start) / self.steps
 
     def ways(self) -> dict[str, dict[str, Callable[[], float]]]:
         """Return functions by item and name, which run once and return seconds; `eager` first."""
@@ -131,13 +132,13 @@ class Model:
 
 def main() -> None:
     """Write the checkpoint and the results, then measure what is asked."""
-    folder, threads = pathlib.Path(sys.argv[1]), int(sys.argv[2])
+    folder, threads, steps = pathlib.Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever prints must not spoil an answer
     torch.set_num_threads(threads)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     with torch.inference_mode():
-        model = Model(new_model())
+        model = Model(new_model(), steps)
         model.model.save_pretrained(folder / "hf")
         np.savez(folder / "hf.npz", **model.results())
         ways = model.ways()

@@ -266,7 +266,7 @@ def _round_trip_bwd(
 ) -> tuple[jax.Array, jax.Array, Sequence[jax.Array]]:
     """Return the gradients of a round: of rows and gates by peer, and of matrices.
 
-    Those are all groups', or if they come from the kernel this group's in float32.
+    Those are all groups', or if they come from the kernel this group's.
     """
     weights, X = arrays[1:4], arrays.expert_TX.shape[1]
     dy_PRD = dy_TD[queues.to.order_R[queues.leaving(number)[0]] // X]

@@ -60,7 +60,7 @@ def _fit_outer(cut: Cut, depth: int, width: int, dtype: jnp.dtype) -> OuterCut |
         window = tp.round_up(min(cut.windows * cut.rows, _LONGEST), chunk)
         while window >= chunk:
             rows = 2 * window * (depth + tile) * dtype.itemsize
-            if rows + 3 * depth * tile * 4 <= VMEM_BUDGET:
+            if rows + depth * tile * (4 + 2 * dtype.itemsize) <= VMEM_BUDGET:
                 return OuterCut(window, chunk, tile, cut.unit, cores)
             window -= chunk
     return None
@@ -88,7 +88,7 @@ class Gradients(NamedTuple):
 
     Attributes:
         dx_PRD, dgate_PR: by peer that the rows went to; places without a row are arbitrary.
-        matrices: float32, of gate and up [E, D, F] and down [E, F, D].
+        matrices: of gate and up [E, D, F] and down [E, F, D], in their dtype.
     """
 
     dx_PRD: jax.Array
@@ -210,7 +210,7 @@ class _Here(NamedTuple):
 
 
 def _outer(here: _Here, cut: Cut, peers: int, D: int, F: int) -> list[jax.Array]:
-    """Sum over each expert's rows: the gradients of its matrices in float32."""
+    """Sum over each expert's rows in float32: the gradients of its matrices, in their dtype."""
     E, dtype, held = here.bounds.shape[1] - 1, here.x.dtype, expected_rows(here.x.shape[0])
     outer_cut = _fit_outer(cut, D, F, dtype)
     assert outer_cut is not None
@@ -229,13 +229,13 @@ def _outer(here: _Here, cut: Cut, peers: int, D: int, F: int) -> list[jax.Array]
             outer_cut,
             first=jnp.int32(0),
             num_experts=E,
-            like=jax.ShapeDtypeStruct(shape, jnp.float32),
+            like=jax.ShapeDtypeStruct(shape, dtype),
             is_transposed=is_transposed,
             name="expert_mlp_exchange_weights",
             cost=pl.CostEstimate(
                 flops=2 * held * D * F,
                 transcendentals=0,
-                bytes_accessed=4 * E * D * F + held * (readings * D + F) * dtype.itemsize,
+                bytes_accessed=(E * D * F + held * (readings * D + F)) * dtype.itemsize,
             ),
         )
 

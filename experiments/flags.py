@@ -186,9 +186,9 @@ def loaded_model(values: flags.FlagValues) -> Iterator[Pretrained]:
       ValueError: the checkpoint cannot be used.
     """
     mesh = make_mesh(values)
-    rules = parallel.PRESETS["long_context"]  # "tensor", and a context axis if there is one
-    with parallel.use_mesh(mesh, rules):
-        yield from_pretrained(values.checkpoint, mesh=mesh, rules=rules, dtype=values.dtype)
+    pretrained = from_pretrained(values.checkpoint, mesh=mesh, dtype=values.dtype)
+    with parallel.use_mesh(mesh, pretrained.rules):
+        yield pretrained
 
 
 def make_mesh(values: flags.FlagValues) -> jax.sharding.Mesh | None:

@@ -54,6 +54,7 @@ class Pretrained:
       chat_template: the checkpoint's own, or None.
       generation: how to sample by default.
       directory: where it was loaded from, or None.
+      rules: how the model lies on its mesh, if it lies on one.
     """
 
     model: Llama4
@@ -62,6 +63,7 @@ class Pretrained:
     chat_template: ChatTemplate | None = None
     generation: GenerationDefaults = GenerationDefaults()
     directory: pathlib.Path | None = None
+    rules: parallel.Rules = parallel.PRESETS["single"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,9 +89,8 @@ def from_pretrained(
     Args:
       directory: a Hugging Face, Meta or native checkpoint; the layout is recognised.
       mesh: where to lay the model out; None is the default device. Run the model inside
-        `parallel.use_mesh(mesh, rules)` with the same rules.
-      rules: which mesh axes divide which logical axes; by default the preset "tensor", or
-        "long_context" for a mesh with a `context` axis.
+        `parallel.use_mesh(mesh, pretrained.rules)`.
+      rules: which mesh axes divide which logical axes; by default `parallel.serving_rules`.
       dtype: of parameters and activations; by default the checkpoint's own.
 
     Raises:
@@ -100,8 +101,8 @@ def from_pretrained(
     source = open_checkpoint(directory)
     config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
     if rules is None:
-        is_long = mesh is not None and "context" in mesh.axis_names
-        rules = parallel.PRESETS["long_context" if is_long else "tensor"]
+        sizes = {} if mesh is None else dict(mesh.shape)
+        rules = parallel.serving_rules(sizes, num_kv_heads=config.text.num_kv_heads)
     with parallel.use_mesh(mesh, rules):
         skeleton = parallel.abstract(lambda: Llama4(config, key=jax.random.key(0)))
         fill = _filler(source, config)
@@ -113,6 +114,7 @@ def from_pretrained(
         chat_template=load_chat_template(directory),
         generation=_read_generation(directory, config),
         directory=directory,
+        rules=rules,
     )
 
 

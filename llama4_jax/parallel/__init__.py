@@ -1,7 +1,7 @@
 """Meshes, logical axes and the collectives of a divided model."""
 
 from llama4_jax.parallel.mesh import make_mesh, parse_mesh
-from llama4_jax.parallel.rules import PRESETS, Rules, make_rules
+from llama4_jax.parallel.rules import PRESETS, Rules, make_rules, serving_rules
 from llama4_jax.parallel.shard import (
     abstract,
     einsum,
@@ -27,6 +27,7 @@ __all__ = [
     "mesh_axes",
     "parse_mesh",
     "per_shard",
+    "serving_rules",
     "shard",
     "shard_weight",
     "take",

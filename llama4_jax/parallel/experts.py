@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.experts.api import expert_mlp
+from kernels_pallas.experts.inputs import holding
 from kernels_pallas.experts.parallel import expert_mlp_parallel
 from llama4_jax.parallel.shard import mesh_axes, per_shard
 
@@ -45,16 +46,17 @@ def _apply_own(
     if plan.own_over:  # those of others' experts count for nothing
         expert_TX -= jax.lax.axis_index(plan.own_over) * w_gate_EDF.shape[-3]
     travel = functools.partial(expert_mlp_parallel, axes=plan.travel_over)
-    y_TD = (travel if plan.travel_over else expert_mlp)(
-        x_TD,
-        w_gate_EDF,
-        w_up_EDF,
-        w_down_EFD,
-        expert_TX=expert_TX,
-        gate_TX=gate_TX,
-        shared_TD=shared_TD,
-        group=given.get("group"),
-    )
+    with holding(1 / jax.lax.axis_size(plan.own_over)):
+        y_TD = (travel if plan.travel_over else expert_mlp)(
+            x_TD,
+            w_gate_EDF,
+            w_up_EDF,
+            w_down_EFD,
+            expert_TX=expert_TX,
+            gate_TX=gate_TX,
+            shared_TD=shared_TD,
+            group=given.get("group"),
+        )
     if plan.summed_over:
         y_TD = jax.lax.psum(y_TD, plan.summed_over)
     return y_TD.reshape(B, T, D)

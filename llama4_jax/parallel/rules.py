@@ -110,3 +110,19 @@ PRESETS = {
     "expert": EXPERT,
     "long_context": LONG_CONTEXT,
 }
+
+
+def serving_rules(sizes: Mapping[str, int], *, num_kv_heads: int) -> Rules:
+    """Choose the preset that serves a model on a mesh.
+
+    LONG_CONTEXT where the mesh has a `context` axis, EXPERT where `expert` and `tensor` together
+    divide the kv heads, TENSOR elsewhere.
+
+    Args:
+        sizes: devices along each mesh axis.
+        num_kv_heads: of the model.
+    """
+    if sizes.get("context", 1) > 1:
+        return LONG_CONTEXT
+    shards = sizes.get("expert", 1) * sizes.get("tensor", 1)
+    return EXPERT if num_kv_heads % shards == 0 else TENSOR

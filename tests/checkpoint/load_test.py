@@ -88,7 +88,7 @@ def test_a_mesh_gets_every_shard_right(tmp_path, description):
     rules = parallel.PRESETS[preset] if preset else None
     pretrained = from_pretrained(tmp_path / "hf", mesh=mesh, rules=rules)
     assert_same(ModelSource(pretrained.model), source)
-    with parallel.use_mesh(mesh, rules or parallel.PRESETS["long_context"]):
+    with parallel.use_mesh(mesh, pretrained.rules):
         built = parallel.abstract(lambda: Llama4(TINY, key=jax.random.key(0)))
     for ours, theirs in zip(jax.tree.leaves(pretrained.model), jax.tree.leaves(built), strict=True):
         assert ours.sharding == theirs.sharding

@@ -53,6 +53,20 @@ def test_bad_mesh_descriptions_are_refused_with_the_remedy(description, message)
         parallel.make_mesh(description)
 
 
+@pytest.mark.parametrize(
+    ("mesh", "kv_heads", "preset"),
+    [
+        ("expert:8", 8, "expert"),
+        ("expert:2,tensor:4", 8, "expert"),
+        ("expert:4,tensor:2", 2, "tensor"),
+        ("tensor:2,context:4", 8, "long_context"),
+    ],
+)
+def test_serving_divides_heads_over_experts_where_there_are_enough(mesh, kv_heads, preset):
+    rules = parallel.serving_rules(parallel.parse_mesh(mesh), num_kv_heads=kv_heads)
+    assert rules == parallel.PRESETS[preset]
+
+
 def test_a_weight_that_does_not_divide_is_refused_with_both_numbers():
     config = scout_like(num_experts=6)
     mesh = parallel.make_mesh("expert:4")

@@ -75,9 +75,9 @@ def like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStru
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
-def runs_on_two_cores() -> bool:
-    """Whether a program for this TPU runs on two cores, each of which should have half of it."""
-    return device_kind() in _TWO_CORES
+def num_cores() -> int:
+    """Return on how many cores a program for this TPU runs; each should have its part of it."""
+    return 2 if device_kind() in _TWO_CORES else 1
 
 
 def multiplier() -> int:

@@ -24,7 +24,6 @@ from kernels_pallas.attention.visibility import (
     attention_temperature,
     first_visible,
 )
-from kernels_pallas.backend import like as like
 
 LANES = 128
 HIDDEN = -3e38  # a logit that is not seen; far below NEGATIVE, where the running maximum starts

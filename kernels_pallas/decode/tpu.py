@@ -68,7 +68,7 @@ def _sizes(x: Inputs) -> Sizes:
     default = {
         "kv": min(max(fitting, LANES), _MAX_BLOCK),
         "depth": 3,
-        "splits": 2 if backend.runs_on_two_cores() else 1,
+        "splits": backend.num_cores(),
     }
     shape = {"head_dim": H, "dtype": str(x.k_BSKH.dtype), "kv_heads": K}
     tuned = tuning.lookup("decode_attention", default, **shape)

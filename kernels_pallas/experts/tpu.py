@@ -74,7 +74,7 @@ def _fit(
         "window": 1024,
         "chunk": multiplier,
         "tile": tr.TILES[0],
-        "cores": 2 if backend.runs_on_two_cores() else 1,
+        "cores": backend.num_cores(),
     }
     shape = {"D": depth, "F": width, "E": num_experts, "dtype": stored}
     tuned = tuning.lookup(f"expert_mlp.{operation}", default, **shape)

@@ -24,7 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend, tuning
-from kernels_pallas.attention.tpu_blocks import LANES, like
+from kernels_pallas.attention.tpu_blocks import LANES
 from kernels_pallas.experts.inputs import expected_rows
 from kernels_pallas.experts.tpu_parallel_kernel import exchange_kernel
 from kernels_pallas.experts.tpu_parallel_travel import Mesh
@@ -32,8 +32,6 @@ from kernels_pallas.experts.tpu_parallel_walk import Cut
 from kernels_pallas.experts.tpu_plan import SCALARS_BUDGET, round_up
 from kernels_pallas.experts.tpu_rows import TILES
 
-_TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")  # devices whose programs run on two cores
-_NARROW = (*_TWO_CORES, "TPU v5 lite", "TPU v5e")  # multipliers of 128 x 128; later ones of 256
 _ROOMY = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")  # 128 MiB of VMEM; others have 64
 _PRODUCTS = 8 * 2**20  # of VMEM, for the products of a chunk
 
@@ -41,16 +39,6 @@ _PRODUCTS = 8 * 2**20  # of VMEM, for the products of a chunk
 def vmem_limit() -> int:
     """Return how much VMEM the kernels may use."""
     return (112 if backend.device_kind() in _ROOMY else 52) * 2**20
-
-
-def multiplier() -> int:
-    """Return the columns of the matrix multiplier."""
-    return 128 if backend.device_kind() in _NARROW else 256
-
-
-def num_cores() -> int:
-    """Return on how many cores a program runs."""
-    return 2 if backend.device_kind() in _TWO_CORES else 1
 
 
 def _largest_first(shared: list, *tiles: list[int]) -> Iterator[tuple[int, tuple[int, int]]]:
@@ -79,9 +67,9 @@ def fit(
     default = {
         "group": 512,
         "window": 2048,
-        "chunk": multiplier(),
+        "chunk": backend.multiplier(),
         "tile": TILES[0],
-        "cores": num_cores(),
+        "cores": backend.num_cores(),
     }
     shape = {"D": D, "F": F, "E": num_local, "dtype": str(dtype)}
     tuned = tuning.lookup(operation, default, **shape)
@@ -240,7 +228,7 @@ def exchange_and_apply(
         grid=(cut.cores,),
         in_specs=[in_smem, *[in_hbm] * 6],
         out_specs=[in_hbm] * 2,
-        out_shape=[like(x_PRD, x_PRD.shape, dtype)] * 2,
+        out_shape=[backend.like(x_PRD, x_PRD.shape, dtype)] * 2,
         scratch_shapes=[
             *labels.buffers(cut, num_local),
             pltpu.VMEM((rows, D), dtype),

@@ -20,15 +20,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend
-from kernels_pallas.attention.tpu_blocks import LANES, like
+from kernels_pallas.attention.tpu_blocks import LANES
 from kernels_pallas.experts import tpu_plan as tp
 from kernels_pallas.experts.inputs import expected_rows
 from kernels_pallas.experts.tpu_outer import grouped_outer_places
 from kernels_pallas.experts.tpu_parallel import (
     Labels,
     fit,
-    multiplier,
-    num_cores,
     refusal_of_sizes,
     vmem_limit,
 )
@@ -54,8 +52,8 @@ def _fit(peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int) -> Cut | 
 
 def _fit_outer(cut: Cut, depth: int, width: int, dtype: jnp.dtype) -> OuterCut | None:
     """Choose the sizes of the sums over rows: the widest tile, as rows are read for each."""
-    cores = num_cores() if width % (num_cores() * LANES) == 0 else 1
-    chunk = tp.round_up(min(cut.rows, multiplier()), cut.unit)
+    cores = backend.num_cores() if width % (backend.num_cores() * LANES) == 0 else 1
+    chunk = tp.round_up(min(cut.rows, backend.multiplier()), cut.unit)
     for tile in (tile for tile in TILES if width % (cores * tile) == 0):
         window = tp.round_up(min(cut.windows * cut.rows, _LONGEST), chunk)
         while window >= chunk:
@@ -160,7 +158,7 @@ def _exchange(
         grid=(cut.cores,),
         in_specs=[in_smem, *[in_hbm] * 7],
         out_specs=[in_hbm] * len(outs),
-        out_shape=[like(x_PRD, shape, kind) for shape, kind in outs],
+        out_shape=[backend.like(x_PRD, shape, kind) for shape, kind in outs],
         scratch_shapes=[
             *labels.buffers(cut, num_local),
             pltpu.VMEM((window, D), dtype),

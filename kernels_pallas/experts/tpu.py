@@ -276,10 +276,11 @@ def _outer(
     assert cut is not None
     K, M, size = x_PK.shape[1], dy_PM.shape[1], like.dtype.itemsize
     held = expected_rows(R)
+    readings = cut.cores if held <= E * cut.window else M // cut.tile  # rows in several blocks
     cost = pl.CostEstimate(
         flops=2 * held * K * M,
         transcendentals=0,
-        bytes_accessed=E * K * M * size + held * (K * cut.cores + M) * x_PK.dtype.itemsize,
+        bytes_accessed=E * K * M * size + held * (K * readings + M) * x_PK.dtype.itemsize,
     )
     return to.grouped_outer_places(
         x_PK,

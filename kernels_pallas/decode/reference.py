@@ -14,6 +14,7 @@ from kernels_pallas.attention.visibility import (
     attention_temperature,
     visible,
 )
+from kernels_pallas.backend import vary_alike
 from kernels_pallas.decode.inputs import Inputs, slots_seen
 
 BLOCK = 1024
@@ -74,7 +75,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jax.typing.DTypeLike):
 
             return seen.add(jnp.where(mask_TS, logits_KGTS, NEGATIVE), weigh)
 
-        nothing = Partial.nothing(*q_KGTH.shape)
+        nothing, _ = vary_alike((Partial.nothing(*q_KGTH.shape), q_KGTH))
         stop = jnp.where(end > begin, number(end - 1) + 1, 0)
         out_KGTH, lse_KGT = jax.lax.fori_loop(number(begin), stop, add, nothing).finish()
         out_TKGH = out_KGTH.transpose(2, 0, 1, 3)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kernels_pallas.backend import vary_alike
 from kernels_pallas.experts.reference import block_rows, locate, schedule
 
 
@@ -39,7 +40,7 @@ def grouped_matmul(
         # Rows past the expert's end are overwritten by the blocks that follow.
         return jax.lax.dynamic_update_slice(y, jnp.dot(x, w).astype(y.dtype), (start, 0))
 
-    y = jnp.zeros((R + rows, F), x_RD.dtype)
+    y, *_ = vary_alike((jnp.zeros((R + rows, F), x_RD.dtype), x_RD, w_NDF, group_sizes_E))
     return jax.lax.fori_loop(0, blocks.ends_E[-1], body, y)[:R]
 
 
@@ -54,12 +55,13 @@ def _grouped_outer(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array) 
         expert, start, count = locate(blocks, i, rows)
         x = jax.lax.dynamic_slice(x_padded, (start, 0), (rows, D))
         dy = jax.lax.dynamic_slice(dy_padded, (start, 0), (rows, F))
-        x = jnp.where(jnp.arange(rows)[:, None] < count, x, 0)
+        x, dy = (jnp.where(jnp.arange(rows)[:, None] < count, part, 0) for part in (x, dy))
         dw_DF = jnp.einsum("RD,RF->DF", x, dy, preferred_element_type=jnp.float32)
         dw_DF += jax.lax.dynamic_index_in_dim(dw, expert, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(dw, dw_DF, expert, 0)
 
-    return jax.lax.fori_loop(0, blocks.ends_E[-1], body, jnp.zeros((E, D, F), jnp.float32))
+    dw, *_ = vary_alike((jnp.zeros((E, D, F), jnp.float32), x_RD, dy_RF, group_sizes_E))
+    return jax.lax.fori_loop(0, blocks.ends_E[-1], body, dw)
 
 
 class _Saved(NamedTuple):

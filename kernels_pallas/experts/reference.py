@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.attention.reference import dot_f32
+from kernels_pallas.backend import vary_alike
 from kernels_pallas.experts.inputs import Inputs, stored_as
 from kernels_pallas.experts.quantize import fp8_rows, unpack_int4
 
@@ -116,6 +117,7 @@ class _Walk(NamedTuple):
 
     def run(self, body, carry):
         """Fold a function of (block, carry) over the blocks that hold rows."""
+        carry, _ = vary_alike((carry, self.x))
         return jax.lax.fori_loop(0, self.blocks.ends_E[-1], body, carry)
 
 
@@ -202,7 +204,7 @@ def backward(
     def body(i: jax.Array, carry):
         dx_RD, dgate_R1, d_gate, d_up, d_down = carry
         number, start, tokens, gates, own = walk.at(i)
-        rows = jnp.where(own, x.x_TD[tokens], 0)
+        rows, gates = jnp.where(own, x.x_TD[tokens], 0), jnp.where(own, gates, 0)
         dy = jnp.where(own, dy_TD[tokens], 0)
         a, b = (
             jnp.where(own, jax.lax.dynamic_slice_in_dim(s, start, walk.rows), 0).astype(jnp.float32)

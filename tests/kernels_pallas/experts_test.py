@@ -27,7 +27,7 @@ class Case:
       tokens, experts, choices: sizes.
       how: tokens choose at "random"; all the last expert ("hot"); only odd experts ("odd"); also
         experts of other devices ("foreign"), which counts for nothing; "padding" chooses nobody
-        and holds NaN.
+        and holds NaN, gates included.
       layers: stacked layers, of which the last is meant; 0 for none.
       shared: whether something is added.
       features: of tokens and of hidden rows.
@@ -61,6 +61,7 @@ class Case:
             expert[T // 3 :] = E
             x[T // 3 :] = np.nan
         gate = rng.uniform(0.1, 1, size=(T, X))
+        gate[np.isnan(x).all(1)] = np.nan
         shared, dy = rng.normal(size=(2, T, D))
         arrays = (x, w_gate, w_up, w_down, gate, shared, dy)
         return [jnp.asarray(a, dtype) for a in arrays], np.int32(expert)
@@ -88,7 +89,7 @@ def definition(arrays, expert, layers):
     """y, and the gradients of sum(y * dy), in float64 and expert by expert."""
     x, *weights, gate, shared, dy = (np.asarray(a, np.float64) for a in arrays)
     w_gate, w_up, w_down = (w[-1] for w in weights) if layers else weights
-    x = np.nan_to_num(x)
+    x, gate = np.nan_to_num(x), np.nan_to_num(gate)
     y, dx, dgate = shared.copy(), np.zeros_like(x), np.zeros_like(gate)
     d_weights = [np.zeros_like(w) for w in (w_gate, w_up, w_down)]
     for e in range(len(w_gate)):

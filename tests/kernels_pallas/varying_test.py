@@ -1,6 +1,7 @@
 """Operations inside a `jax.shard_map` that checks over which mesh axes arrays vary."""
 
 import contextlib
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,8 @@ import kernels_pallas
 from kernels_pallas import backend
 from kernels_pallas.attention.api import chunked_attention, merge_attention
 from kernels_pallas.decode.api import decode_attention
+from kernels_pallas.experts.api import expert_mlp
+from kernels_pallas.experts.parallel import expert_mlp_parallel
 
 SHARDS, S, N, K, H = 2, 16, 2, 1, 64
 
@@ -54,14 +57,15 @@ def test_gradients_of_keys_that_all_shards_have_are_summed_over_shards_of_querie
         np.testing.assert_allclose(a, b, atol=1e-5)  # float32 sums in another order
 
 
-def test_shards_of_a_cache_are_merged():
+@pytest.mark.parametrize("name", ["reference", "tpu"])
+def test_shards_of_a_cache_are_merged(name):
     q, k, v, positions = rows()
     lengths = jnp.int32([S - 3])
 
     def attend(q, k, v, lengths, positions, first):
         out, lse = decode_attention(
             q, k, v, lengths_B=jnp.clip(lengths - first, 0, S // SHARDS), kv_start_B=first,
-            q_positions_BT=positions, return_lse=True, backend="tpu",
+            q_positions_BT=positions, return_lse=True, backend=name,
         )  # fmt: skip
         outs, lses = (jax.lax.all_gather(a, "x") for a in (out, lse))
         return jax.lax.pmean(merge_attention(outs, lses)[0], "x")
@@ -69,12 +73,34 @@ def test_shards_of_a_cache_are_merged():
     keys = P(None, "x")
     run = checked(attend, (P(), keys, keys, P(), P(), P("x")), P())
     q, positions, first = q[:, -4:-3], positions[:, -4:-3], jnp.int32([0, S // SHARDS])
-    with simulated("tpu"):
+    with simulated(name):
         ours = run(q, k, v, lengths, positions, first)
     theirs = decode_attention(
         q, k, v, lengths_B=lengths, q_positions_BT=positions, backend="reference"
     )
     np.testing.assert_allclose(ours, theirs, atol=1e-5)  # float32 sums in another order
+
+
+def test_gradients_of_experts_that_all_shards_have_are_summed_and_of_divided_ones_are_not():
+    rng = np.random.default_rng(0)
+    x, w_gate, w_up, w_down = (
+        jnp.float32(rng.normal(size=s) / 4) for s in [(S, 8), *[(2, 8, 8)] * 3]
+    )
+    expert, gate = jnp.int32(rng.integers(0, 2, size=(S, 1))), jnp.ones((S, 1))
+
+    def slopes(apply):
+        def loss(x, w_gate, w_up, w_down, gate, expert):
+            y = apply(x, w_gate, w_up, w_down, expert_TX=expert, gate_TX=gate)
+            return (y * jnp.cos(x)).sum()
+
+        return jax.grad(loss, argnums=range(5))
+
+    arrays, along = (x, w_gate, w_up, w_down, gate, expert), P("x")
+    want = jax.jit(slopes(expert_mlp))(*arrays)
+    for apply, w in ((expert_mlp, P()), (functools.partial(expert_mlp_parallel, axes="x"), along)):
+        run = checked(slopes(apply), (along, w, w, w, along, along), (along, w, w, w, along))
+        for a, b in zip(run(*arrays), want, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-5)  # float32 sums in another order
 
 
 def test_attention_on_gpus_says_that_it_cannot_be_checked():

@@ -77,4 +77,4 @@ def experiment_modules() -> list[str]:
 
 def make_targets() -> set[str]:
     """Return the targets of the Makefile that a person may ask for."""
-    return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    return set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))

@@ -94,7 +94,7 @@ def _cut(shape: Experts, of: Product) -> tpu_rows.Cut | None:
         [array((1, of.width), of_bytes[size]) for size in of.tiles],
     )
     outs = [jnp.dtype(of_bytes[size]) for size in of.outs]
-    return tpu._cut(of.operation, rows, by, outs, shape.T * shape.X, shape.E)
+    return tpu.row_cut(of.operation, rows, by, outs, shape.T * shape.X, shape.E)
 
 
 def _blocks(sizes_E: np.ndarray, window: int) -> list[list[int]]:
@@ -168,7 +168,7 @@ def _outer_work(shape: Experts, sizes_E: np.ndarray) -> tuple[int, int, str] | N
     D, F, size = shape.D, shape.F, width_of(shape)
     array: Any = jax.ShapeDtypeStruct
     x, dy = array((1, D), shape.dtype), array((1, F), shape.dtype)
-    cut = tpu._cut_outer(x, dy, shape.T * shape.X, shape.E)
+    cut = tpu.outer_cut(x, dy, shape.T * shape.X, shape.E)
     if cut is None:
         return None
     blocks, steps = _blocks(sizes_E, cut.window), F // (cut.tile * cut.cores)

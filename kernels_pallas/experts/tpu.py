@@ -32,10 +32,18 @@ def _unit(dtype: jnp.dtype) -> int:
     return 32 // jnp.dtype(dtype).itemsize
 
 
-def _cut(
+def row_cut(
     operation: str, rows: tr.Rows, by: tr.Matrices, outs: list, num_rows: int, num_experts: int
 ) -> tr.Cut | None:
-    """Choose the sizes of a kernel over rows, or None if none fit."""
+    """Choose the sizes of a kernel over rows, or None if none fit.
+
+    Args:
+        operation: under which sizes are looked up.
+        rows, by: its operands; of rows only widths and dtypes matter.
+        outs: dtypes of its results.
+        num_rows: of all experts together.
+        num_experts: that a row may belong to.
+    """
 
     def needed(window: int, tile: int) -> int:
         return tr.buffer_bytes(rows, by, outs, window, tile)
@@ -45,8 +53,14 @@ def _cut(
     return _fit(operation, needed, by.depth, by.width, dtype, stored, num_rows, num_experts)
 
 
-def _cut_outer(x: jax.Array, dy: jax.Array, num_rows: int, num_experts: int) -> tr.Cut | None:
-    """Choose the sizes of the kernel of the gradient of matrices, or None if none fit."""
+def outer_cut(x: jax.Array, dy: jax.Array, num_rows: int, num_experts: int) -> tr.Cut | None:
+    """Choose the sizes of the kernel of the gradient of matrices, or None if none fit.
+
+    Args:
+        x, dy: its operands, of which only widths and dtypes matter.
+        num_rows: of all experts together.
+        num_experts: that a row may belong to.
+    """
 
     def needed(window: int, tile: int) -> int:
         return to.buffer_bytes(x, dy, window, tile)
@@ -115,7 +129,7 @@ def _run(
 ) -> list[jax.Array]:
     """Run one kernel over all blocks."""
     (R,), (E,) = p.place_R.shape, p.sizes_E.shape
-    cut = _cut(operation, rows, by, outs, R, E)
+    cut = row_cut(operation, rows, by, outs, R, E)
     assert cut is not None
     return tr.grouped_rows(
         rows,
@@ -199,7 +213,7 @@ def _cuts(x: Inputs, F: int, num_experts: int) -> dict[str, tr.Cut | None]:
 
     def cut(operation: str, rows: tr.Rows, outs: int, *names: str) -> tr.Cut | None:
         by = _matrices(x, *names, is_transposed=operation != "forward")
-        return _cut(operation, rows, by, [dtype] * outs, R, num_experts)
+        return row_cut(operation, rows, by, [dtype] * outs, R, num_experts)
 
     cuts = {
         "gate and up": cut("forward", tr.Rows([row(D)], column), 3, "gate", "up"),
@@ -210,7 +224,7 @@ def _cuts(x: Inputs, F: int, num_experts: int) -> dict[str, tr.Cut | None]:
         cuts["backward hidden"] = cut("backward_hidden", rows, 3, "down")
         rows = tr.Rows([row(F)], None, [row(D, jnp.float32)])
         cuts["backward tokens"] = cut("backward_tokens", rows, 1, "up")
-        cuts["backward weights"] = _cut_outer(row(D), row(F), R, num_experts)
+        cuts["backward weights"] = outer_cut(row(D), row(F), R, num_experts)
     return cuts
 
 
@@ -272,7 +286,7 @@ def _outer(
 ) -> jax.Array:
     """Sum x^T dy (or dy^T x) over each expert's rows, among zeros for those of other layers."""
     (R,), (E,) = p.place_R.shape, p.sizes_E.shape
-    cut = _cut_outer(x_PK, dy_PM, R, E)
+    cut = outer_cut(x_PK, dy_PM, R, E)
     assert cut is not None
     K, M, size = x_PK.shape[1], dy_PM.shape[1], like.dtype.itemsize
     held = expected_rows(R)

@@ -36,8 +36,8 @@ def once(monkeypatch):
 def cut(monkeypatch):
     """Sizes that every kernel takes."""
     sizes = Cut(window=32, chunk=16, tile=128, unit=8, cores=2)
-    monkeypatch.setattr(benchmark_expert_work.tpu, "_cut", lambda *_: sizes)
-    monkeypatch.setattr(benchmark_expert_work.tpu, "_cut_outer", lambda *_: sizes)
+    monkeypatch.setattr(benchmark_expert_work.tpu, "row_cut", lambda *_: sizes)
+    monkeypatch.setattr(benchmark_expert_work.tpu, "outer_cut", lambda *_: sizes)
 
 
 def sized(monkeypatch, sizes, **known):

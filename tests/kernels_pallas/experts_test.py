@@ -165,6 +165,11 @@ def test_tpu_kernels_equal_the_definition_in_the_interpreter(case):
     check(case, "tpu", "float32")
 
 
+@pytest.mark.parametrize("case", [CASES[4], CASES[7]], ids=lambda case: case.name)
+def test_tpu_kernels_take_bfloat16_in_the_interpreter(case):
+    check(case, "tpu", "bfloat16")  # a tile of memory has 16 rows, and 8 of float32
+
+
 def test_tpu_kernels_take_features_that_fill_no_lanes():
     narrow = Case(name="narrow", tokens=9, choices=2, shared=True, features=(72, 160))
     check(narrow, "tpu", "float32")
@@ -230,8 +235,14 @@ def test_reference_reads_quantised_matrices(kind, tokens, layers):
     check_quantized("reference", kind, tokens, layers, "float32")
 
 
-@pytest.mark.parametrize(("backend", "dtype"), [("tpu", "float32"), ("gpu", "bfloat16")])
-@pytest.mark.parametrize("kind", QUANTIZE)
+@pytest.mark.parametrize(
+    ("kind", "backend", "dtype"),
+    [
+        *((kind, "tpu", "float32") for kind in QUANTIZE),
+        ("int4", "tpu", "bfloat16"),
+        *((kind, "gpu", "bfloat16") for kind in QUANTIZE),
+    ],
+)
 def test_kernels_read_quantised_matrices_in_the_interpreter(kind, backend, dtype):
     check_quantized(backend, kind, 45, 2, dtype)
 
@@ -241,20 +252,36 @@ def forward(arrays, expert, backend="reference"):
     return expert_mlp(x, w_gate, w_up, w_down, expert_TX=expert, gate_TX=gate, backend=backend)
 
 
-def check_order(backend, dtype):
-    (x, w_gate, w_up, w_down, gate, *_), expert = Case(name="", tokens=75, experts=3).build(dtype)
+def check_order(backend, dtype, choices):
+    (x, *weights, gate, _, dy), expert = Case(name="", tokens=75, experts=3, choices=choices).build(
+        dtype
+    )
     order = np.random.default_rng(1).permutation(len(x))
+
+    @jax.jit  # leaves out the gradients that nobody asks for
+    def result_and_dx(x, gate, expert, dy):
+        y, pull = jax.vjp(lambda x: forward((x, *weights, gate), expert, backend), x)
+        return y, *pull(dy)
+
+    arrays = (x, gate, expert, dy)
     with simulated(backend):
-        a = forward((x, w_gate, w_up, w_down, gate), expert, backend)
-        b = forward((x[order], w_gate, w_up, w_down, gate[order]), expert[order], backend)
-    np.testing.assert_array_equal(np.float32(a)[order], np.float32(b))
+        plain, other = result_and_dx(*arrays), result_and_dx(*(a[order] for a in arrays))
+    for a, b in zip(plain, other, strict=True):
+        np.testing.assert_array_equal(np.float32(a)[order], np.float32(b))
 
 
 @pytest.mark.parametrize(
-    ("backend", "dtype"), [("reference", "float32"), ("tpu", "float32"), ("gpu", "bfloat16")]
+    ("backend", "dtype", "choices"),
+    [
+        ("reference", "float32", 1),
+        ("reference", "float32", 2),
+        ("tpu", "float32", 1),
+        ("tpu", "float32", 2),
+        ("gpu", "bfloat16", 2),
+    ],
 )
-def test_the_order_of_tokens_changes_no_bit(backend, dtype):
-    check_order(backend, dtype)
+def test_the_order_of_tokens_changes_no_bit_of_the_result_nor_of_dx(backend, dtype, choices):
+    check_order(backend, dtype, choices)
 
 
 def test_gate_scales_the_input_and_not_the_output():

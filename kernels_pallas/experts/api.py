@@ -1,14 +1,20 @@
-"""The mixture-of-experts operation: what it computes, and the checks that every backend shares."""
+"""The mixture-of-experts operation: what it computes, and its gradient."""
 
 import functools
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.backend import Backend, choose, vary_alike
-from kernels_pallas.experts.inputs import INT4_GROUP, Inputs, WeightScales
+from kernels_pallas.experts.inputs import (
+    Arguments,
+    Inputs,
+    WeightScales,
+    expected_share,
+    expecting,
+)
 
 
 def expert_mlp(
@@ -37,14 +43,14 @@ def expert_mlp(
         w_down_EFD: down matrices.
         expert_TX: int32 expert of each choice; an id outside 0..E-1 contributes nothing.
         gate_TX: gate of each choice.
-        shared_TD: what to add to the result, such as the shared expert's.
+        shared_TD: what to add to the result, such as the shared expert's; in the dtype of x.
         weight_scales: scales of quantised matrices (int8, int4 or float8_e4m3fn), whose layout is
             that of `WeightScales`. With float8 matrices activations are rounded to float8 too, with
             a scale for each row.
         group: int32 scalar; with it the matrices and scales are those of several layers, stacked
-            along a leading axis, and this picks the layer. The matrices of experts that nobody
-            chose are then not even read, whereas slicing the stack outside would copy all of the
-            layer's.
+            along a leading axis, and this picks the layer; it must be one that there is. The
+            matrices of experts that nobody chose are then not even read, whereas slicing the stack
+            outside would copy all of the layer's.
         backend: "tpu", "gpu" or "reference"; None is the best that takes these shapes here.
 
     Returns:
@@ -55,81 +61,58 @@ def expert_mlp(
         NotImplementedError: the named backend cannot compute this here, or a gradient is asked
             of quantised matrices.
     """
-    (T, D), E, X = x_TD.shape, w_gate_EDF.shape[-3], expert_TX.shape[-1]
-    is_int4 = weight_scales is not None and weight_scales.gate.ndim == w_gate_EDF.ndim
-    F = w_gate_EDF.shape[-1]
-    stack = () if group is None else w_gate_EDF.shape[:1]
-    halves = 2 if is_int4 else 1
-    expected: dict[str, tuple[jax.Array, tuple]] = {
-        "w_gate_EDF": (w_gate_EDF, (*stack, E, D // halves, F)),
-        "w_up_EDF": (w_up_EDF, (*stack, E, D // halves, F)),
-        "w_down_EFD": (w_down_EFD, (*stack, E, F // halves, D)),
-        "expert_TX": (expert_TX, (T, X)),
-        "gate_TX": (gate_TX, (T, X)),
-    }
-    if shared_TD is not None:
-        expected["shared_TD"] = (shared_TD, (T, D))
-    if weight_scales is not None:
-        ins, out = ((D // INT4_GROUP,), (F // INT4_GROUP,)) if is_int4 else ((), ())
-        expected["weight_scales.gate"] = (weight_scales.gate, (*stack, E, *ins, F))
-        expected["weight_scales.up"] = (weight_scales.up, (*stack, E, *ins, F))
-        expected["weight_scales.down"] = (weight_scales.down, (*stack, E, *out, D))
-    for name, (array, wanted) in expected.items():
-        if array.shape != wanted:
-            raise ValueError(f"{name} has shape {array.shape}; x_TD {x_TD.shape} asks for {wanted}")
-    _check_dtypes(x_TD, (w_gate_EDF, w_up_EDF, w_down_EFD), weight_scales)
+    given = Arguments.checked(
+        x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, expert_TX, gate_TX, shared_TD, weight_scales, group
+    )
+    E, group = given.w_gate.shape[-3], given.group
+    if not given.x_TD.size:
+        return given.x_TD
 
     def flat(w: jax.Array) -> jax.Array:
-        return w.reshape(-1, *w.shape[1 + len(stack) :])
+        return w if group is None else w.reshape(-1, *w.shape[2:])
 
     x = Inputs(
-        x_TD,
-        flat(w_gate_EDF),
-        flat(w_up_EDF),
-        flat(w_down_EFD),
-        jnp.asarray(expert_TX, jnp.int32),
-        gate_TX,
-        jnp.int32(0) if group is None else jnp.asarray(group, jnp.int32) * E,
-        shared_TD,
-        None if weight_scales is None else WeightScales(*map(flat, weight_scales)),
+        given.x_TD,
+        flat(given.w_gate),
+        flat(given.w_up),
+        flat(given.w_down),
+        given.expert_TX,
+        given.gate_TX,
+        jnp.int32(0) if group is None else group * E,
+        given.shared_TD,
+        jax.tree.map(flat, given.scales),
     )
     x = vary_alike(x)
-    return _apply(choose(backend, "experts", x, E), E, x)
+    return _apply(_Plan(choose(backend, "experts", x, E), E, expected_share()), x)
 
 
-def _check_dtypes(
-    x_TD: jax.Array, weights: tuple[jax.Array, ...], scales: WeightScales | None
-) -> None:
-    dtypes = {w.dtype for w in weights}
-    if len(dtypes) > 1:
-        raise ValueError(f"the matrices are of {sorted(map(str, dtypes))}; give them one dtype")
-    (dtype,) = dtypes
-    is_quantized = dtype in (jnp.int8, jnp.float8_e4m3fn)
-    if is_quantized != (scales is not None):
-        remedy = "needs weight_scales" if is_quantized else "takes no weight_scales"
-        raise ValueError(f"a matrix of {dtype} {remedy}")
-    if not is_quantized and dtype != x_TD.dtype:
-        raise ValueError(f"x_TD is {x_TD.dtype} and the matrices {dtype}; cast one of them")
+class _Plan(NamedTuple):
+    """The static arguments of a call; see `inputs.expecting` for the share."""
+
+    backend: ModuleType
+    num_experts: int
+    share: float
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _apply(chosen: ModuleType, num_experts: int, x: Inputs) -> jax.Array:
-    return chosen.forward(x, num_experts, saves=False)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apply(plan: _Plan, x: Inputs) -> jax.Array:
+    with expecting(plan.share):
+        return plan.backend.forward(x, plan.num_experts, saves=False)[0]
 
 
-def _apply_fwd(chosen: ModuleType, num_experts: int, x: Inputs):
+def _apply_fwd(plan: _Plan, x: Inputs) -> tuple[jax.Array, tuple[Inputs, Any, Any]]:
     if x.scales is not None:
         raise NotImplementedError("quantised matrices have no gradient; train float ones")
-    y_TD, saved = chosen.forward(x, num_experts, saves=True)
+    with expecting(plan.share):
+        y_TD, saved = plan.backend.forward(x, plan.num_experts, saves=True)
     has_shared = None if x.shared_TD is None else ()  # the structure tells, not a value
     return y_TD, (x._replace(shared_TD=None), saved, has_shared)
 
 
-def _apply_bwd(
-    chosen: ModuleType, num_experts: int, residuals: tuple[Inputs, Any, Any], dy_TD: jax.Array
-) -> tuple[Inputs]:
+def _apply_bwd(plan: _Plan, residuals: tuple[Inputs, Any, Any], dy_TD: jax.Array) -> tuple[Inputs]:
     x, saved, has_shared = residuals
-    dx, d_gate, d_up, d_down, dgate = chosen.backward(x, num_experts, saved, dy_TD)
+    with expecting(plan.share):  # the caller's has ended when gradients are traced
+        dx, d_gate, d_up, d_down, dgate = plan.backend.backward(x, plan.num_experts, saved, dy_TD)
     shared = None if has_shared is None else dy_TD
     return (Inputs(dx, d_gate, d_up, d_down, None, dgate, None, shared, None),)  # type: ignore[arg-type]
 

@@ -1,8 +1,11 @@
-"""The arrays of one mixture-of-experts call, and how stored weights stand for real ones."""
+"""The arrays of a mixture-of-experts call, checked, and how stored weights stand for real ones.
+
+Both operations check what they are given here, so that a kernel can rely on it.
+"""
 
 import contextlib
 from collections.abc import Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +27,88 @@ class WeightScales(NamedTuple):
     gate: jax.Array
     up: jax.Array
     down: jax.Array
+
+
+class Arguments(NamedTuple):
+    """What `expert_mlp` and `expert_mlp_parallel` are given, as arrays, with nothing wrong."""
+
+    x_TD: jax.Array
+    w_gate: jax.Array
+    w_up: jax.Array
+    w_down: jax.Array
+    expert_TX: jax.Array
+    gate_TX: jax.Array
+    shared_TD: jax.Array | None
+    scales: WeightScales | None
+    group: jax.Array | None
+
+    @classmethod
+    def checked(cls, *given: Any) -> "Arguments":
+        """Make arrays of arguments in the order of the fields.
+
+        Raises:
+            ValueError: shapes or dtypes disagree.
+        """
+        arguments = cls(*jax.tree.map(jnp.asarray, given))
+        arguments._check_shapes()
+        arguments._check_dtypes()
+        return arguments._replace(
+            expert_TX=arguments.expert_TX.astype(jnp.int32),
+            group=jax.tree.map(lambda group: group.astype(jnp.int32), arguments.group),
+        )
+
+    def _check_shapes(self) -> None:
+        matrices = 3 if self.group is None else 4
+        for name, array, ndim in (
+            ("x_TD", self.x_TD, 2),
+            ("expert_TX", self.expert_TX, 2),
+            ("w_gate_EDF", self.w_gate, matrices),
+            *([] if self.group is None else [("group", self.group, 0)]),
+        ):
+            if array.ndim != ndim:
+                raise ValueError(f"{name} has shape {array.shape}; it must have {ndim} dimensions")
+        (T, D), X, (*stack, E, _, F) = self.x_TD.shape, self.expert_TX.shape[1], self.w_gate.shape
+        is_int4 = self.scales is not None and self.scales.gate.ndim == self.w_gate.ndim
+        if is_int4 and (D % INT4_GROUP or F % INT4_GROUP):
+            raise ValueError(f"int4 matrices need D ({D}) and F ({F}) in groups of {INT4_GROUP}")
+        if not X:
+            raise ValueError(f"expert_TX has shape {self.expert_TX.shape}; choose one at least")
+        halves = 2 if is_int4 else 1
+        expected: dict[str, tuple[jax.Array, tuple[int, ...]]] = {
+            "w_gate_EDF": (self.w_gate, (*stack, E, D // halves, F)),
+            "w_up_EDF": (self.w_up, (*stack, E, D // halves, F)),
+            "w_down_EFD": (self.w_down, (*stack, E, F // halves, D)),
+            "expert_TX": (self.expert_TX, (T, X)),
+            "gate_TX": (self.gate_TX, (T, X)),
+        }
+        if self.shared_TD is not None:
+            expected["shared_TD"] = (self.shared_TD, (T, D))
+        if self.scales is not None:
+            ins, out = ((D // INT4_GROUP,), (F // INT4_GROUP,)) if is_int4 else ((), ())
+            expected["weight_scales.gate"] = (self.scales.gate, (*stack, E, *ins, F))
+            expected["weight_scales.up"] = (self.scales.up, (*stack, E, *ins, F))
+            expected["weight_scales.down"] = (self.scales.down, (*stack, E, *out, D))
+        for name, (array, shape) in expected.items():
+            if array.shape != shape:
+                raise ValueError(
+                    f"{name} has shape {array.shape}; x_TD {self.x_TD.shape} asks for {shape}"
+                )
+
+    def _check_dtypes(self) -> None:
+        dtypes = {w.dtype for w in (self.w_gate, self.w_up, self.w_down)}
+        if len(dtypes) > 1:
+            raise ValueError(f"the matrices are of {sorted(map(str, dtypes))}; give them one dtype")
+        (dtype,), rows = dtypes, self.x_TD.dtype
+        is_quantized = dtype in (jnp.int8, jnp.float8_e4m3fn)
+        if is_quantized != (self.scales is not None):
+            remedy = "needs weight_scales" if is_quantized else "takes no weight_scales"
+            raise ValueError(f"a matrix of {dtype} {remedy}")
+        if not is_quantized and dtype != rows:
+            raise ValueError(f"x_TD is {rows} and the matrices {dtype}; cast one of them")
+        if self.shared_TD is not None and self.shared_TD.dtype != rows:
+            raise ValueError(f"x_TD is {rows} and shared_TD {self.shared_TD.dtype}; cast one")
+        if not jnp.issubdtype(self.expert_TX.dtype, jnp.integer):
+            raise ValueError(f"expert_TX is {self.expert_TX.dtype}; experts are whole numbers")
 
 
 class Inputs(NamedTuple):
@@ -53,7 +138,7 @@ def stored_as(x: Inputs) -> Literal["float", "int8", "int4", "fp8"]:
 
 
 @contextlib.contextmanager
-def holding(share: float) -> Iterator[None]:
+def expecting(share: float) -> Iterator[None]:
     """Let kernels estimate their cost as if this share of the routed rows had an expert.
 
     Rows without one cost nothing, but a static estimate cannot see how many those are. Whoever
@@ -61,6 +146,11 @@ def holding(share: float) -> Iterator[None]:
     """
     with _held(share):
         yield
+
+
+def expected_share() -> float:
+    """Return the share in force, for what is traced later."""
+    return _held.value
 
 
 def expected_rows(num_rows: int) -> int:

@@ -14,7 +14,7 @@ arrived while the rest is under way.
 import functools
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from kernels_pallas.backend import Backend, device_kind, is_interpreting, platform, vary_alike
 from kernels_pallas.experts import tpu_parallel, tpu_parallel_gradient
 from kernels_pallas.experts.api import expert_mlp
-from kernels_pallas.experts.inputs import WeightScales, holding
+from kernels_pallas.experts.inputs import Arguments, WeightScales, expecting
 from kernels_pallas.experts.reference import Dispatch, combine, dispatch
 
 Axes = str | tuple[str, ...]
@@ -94,7 +94,7 @@ def expert_mlp_parallel(
         group: int32 scalar; see `expert_mlp`.
         load_factor: rows that may travel from a device to another in one round, relative to T * X /
             devices, the mean.
-        backend: of the products.
+        backend: of the products; "tpu" or None for "dma".
         transport: "xla" for collectives, "dma" for the TPU kernels, which have products of their
             own.
 
@@ -102,21 +102,28 @@ def expert_mlp_parallel(
         y_TD in the dtype of x.
 
     Raises:
-        ValueError: the load factor is not positive, or `expert_mlp` finds the arguments wrong.
+        ValueError: shapes or dtypes disagree, the load factor is no positive number, or nobody
+            knows the transport.
         NotImplementedError: the named backend or transport cannot take these arrays here.
     """
-    if load_factor <= 0:
-        raise ValueError(f"load_factor ({load_factor}) must be positive; 1.25 is the default")
-    plan = _Plan(axes, w_gate_EDF.shape[-3], load_factor, backend, transport)
-    expert_TX = jnp.asarray(expert_TX, jnp.int32)
-    arrays = vary_alike(
-        _Arrays(x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, gate_TX, expert_TX, weight_scales, group)
+    if not 0 < load_factor < math.inf:
+        raise ValueError(
+            f"load_factor ({load_factor}) must be a positive number; 1.25 is the default"
+        )
+    if transport not in get_args(Transport):
+        raise ValueError(f"transport {transport!r} is unknown; choose from xla, dma")
+    given = Arguments.checked(
+        x_TD, w_gate_EDF, w_up_EDF, w_down_EFD, expert_TX, gate_TX, shared_TD, weight_scales, group
     )
+    if not given.x_TD.size:
+        return given.x_TD
+    plan = _Plan(axes, given.w_gate.shape[-3], load_factor, backend, transport)
+    arrays = vary_alike(_Arrays(*(getattr(given, name) for name in _Arrays._fields)))
     if transport == "dma":
         _check_dma(plan, arrays)
     with jax.named_scope("expert_mlp_parallel"):
         y_TD = _apply(plan, arrays)
-    return y_TD if shared_TD is None else y_TD + shared_TD
+    return y_TD if given.shared_TD is None else y_TD + given.shared_TD
 
 
 def _check_dma(plan: _Plan, arrays: _Arrays) -> None:
@@ -124,6 +131,8 @@ def _check_dma(plan: _Plan, arrays: _Arrays) -> None:
     peers, rows = jax.lax.axis_size(plan.axes), plan.rows(arrays.expert_TX.size)
     w_gate, dtype = arrays.w_gate, arrays.x_TD.dtype
     reason = tpu_parallel.refusal(peers, rows, w_gate, plan.num_local, dtype)
+    if plan.backend not in (None, "tpu"):
+        reason = f"it has products of its own, so that backend {plan.backend!r} cannot be obeyed"
     if reason is None:
         reason = tpu_parallel_gradient.refusal(peers, rows, w_gate, plan.num_local)
     if reason is None and not is_interpreting() and platform() != "tpu":
@@ -252,7 +261,7 @@ def _apply(plan: _Plan, arrays: _Arrays) -> jax.Array:
         return _place(queues, number, _round_trip(plan, arrays, queues, number), y_RD)
 
     nothing = jnp.zeros_like(arrays.x_TD, shape=(arrays.expert_TX.size, arrays.x_TD.shape[1]))
-    with holding(plan.share(arrays.expert_TX.size)):
+    with expecting(plan.share(arrays.expert_TX.size)):
         y_RD = jax.lax.fori_loop(0, queues.rounds, body, nothing)
     return combine(y_RD, queues.to, arrays.expert_TX.shape[1])
 
@@ -316,7 +325,7 @@ def _apply_bwd(plan: _Plan, arrays: _Arrays, dy_TD: jax.Array) -> tuple[_Arrays]
         jnp.zeros_like(arrays.gate_TX, shape=(R, 1)),
         [jnp.zeros_like(w, jnp.float32, shape=w.shape[summed]) for w in weights],
     )
-    with holding(plan.share(R)):
+    with expecting(plan.share(R)):
         dx_RD, dgate_R1, d_weights = jax.lax.fori_loop(0, queues.rounds, body, nothing)
     of_group = functools.partial(_of_group, plan, arrays)
     d_gate, d_up, d_down = map(of_group, d_weights, weights)

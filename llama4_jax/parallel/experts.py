@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.experts.api import expert_mlp
-from kernels_pallas.experts.inputs import holding
+from kernels_pallas.experts.inputs import expecting
 from kernels_pallas.experts.parallel import expert_mlp_parallel
 from llama4_jax.parallel.shard import mesh_axes, per_shard
 
@@ -46,7 +46,7 @@ def _apply_own(
     if plan.own_over:  # those of others' experts count for nothing
         expert_TX -= jax.lax.axis_index(plan.own_over) * w_gate_EDF.shape[-3]
     travel = functools.partial(expert_mlp_parallel, axes=plan.travel_over)
-    with holding(1 / jax.lax.axis_size(plan.own_over)):
+    with expecting(1 / jax.lax.axis_size(plan.own_over)):
         y_TD = (travel if plan.travel_over else expert_mlp)(
             x_TD,
             w_gate_EDF,

@@ -84,9 +84,12 @@ def chunked_attention(
         None if kv_segments_BS is None else jnp.asarray(kv_segments_BS, jnp.int32),
     )
     x = vary_alike(x)
-    chosen = choose(backend, "attention", x, how)
     dtype = jnp.dtype(jnp.float32) if return_lse else q_BTNH.dtype
-    out_BTNH, lse_BTN = _attend(chosen, how, dtype, x)
+    if B * T * S:
+        out_BTNH, lse_BTN = _attend(choose(backend, "attention", x, how), how, dtype, x)
+    else:  # nobody sees anything
+        out_BTNH = jnp.zeros_like(x.q_BTNH, dtype)
+        lse_BTN = jnp.full_like(x.q_BTNH, NEGATIVE, jnp.float32, shape=(B, T, N))
     return (out_BTNH, lse_BTN) if return_lse else out_BTNH
 
 

@@ -226,3 +226,16 @@ def test_a_named_backend_runs_or_says_why_not():
     for backend, dtype in (("tpu", "float32"), ("gpu", "bfloat16")):
         with pytest.raises(NotImplementedError, match=f"needs a {backend.upper()}, and this is"):
             self_attention(4, backend, dtype=dtype)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])
+def test_without_queries_or_keys_nothing_is_seen(queries, keys):
+    q, kv = jnp.ones((1, queries, 2, 8), jnp.bfloat16), jnp.ones((1, keys, 1, 8), jnp.bfloat16)
+    positions = {
+        "q_positions_BT": jnp.arange(queries)[None],
+        "kv_positions_BS": jnp.arange(keys)[None],
+    }
+    out, lse = chunked_attention(q, kv, kv, **positions, return_lse=True)
+    np.testing.assert_array_equal(out, np.zeros((1, queries, 2, 8)))
+    np.testing.assert_array_equal(lse, np.full((1, queries, 2), np.float32(visibility.NEGATIVE)))
+    assert chunked_attention(q, kv, kv, **positions).dtype == jnp.bfloat16

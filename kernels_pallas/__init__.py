@@ -4,10 +4,9 @@ from kernels_pallas.attention.api import chunked_attention, merge_attention
 from kernels_pallas.backend import interpreted
 from kernels_pallas.decode.api import decode_attention
 from kernels_pallas.experts.api import expert_mlp
-from kernels_pallas.experts.grouped import grouped_matmul
+from kernels_pallas.experts.grouped import combine, dispatch, grouped_matmul
 from kernels_pallas.experts.inputs import WeightScales
 from kernels_pallas.experts.parallel import expert_mlp_parallel
-from kernels_pallas.experts.reference import combine, dispatch
 
 __all__ = [
     "chunked_attention", "decode_attention", "merge_attention",

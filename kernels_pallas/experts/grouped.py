@@ -1,54 +1,203 @@
-"""The grouped product on its own: each run of sorted rows times its expert's matrix."""
+"""The pieces of a mixture of experts, for experts that compute something else than `expert_mlp`.
 
-from typing import NamedTuple
+`dispatch` sorts routed rows by expert, `grouped_matmul` multiplies each expert's rows by its
+matrix, `combine` brings rows back to their tokens; what happens between products is the caller's.
+"""
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from kernels_pallas.backend import vary_alike
-from kernels_pallas.experts.reference import block_rows, locate, schedule
+from kernels_pallas.attention.reference import dot_f32
+from kernels_pallas.backend import Backend, choose, vary_alike
+from kernels_pallas.experts import gpu, gpu_grouped, reference, tpu
+from kernels_pallas.experts.inputs import Inputs
+from kernels_pallas.experts.reference import Dispatch, block_rows, locate, schedule
+
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
+
+
+def dispatch(expert_TX: jax.Array, num_experts: int) -> Dispatch:
+    """Sort routed rows by expert, in token order inside one.
+
+    Args:
+        expert_TX: whole numbers, the expert of each choice; ids outside 0..E-1 are nobody.
+        num_experts: E.
+
+    Returns:
+        order_R, the routed row (token * X + choice) of each sorted row, and group_sizes_E, the rows
+        of each expert. Rows of nobody are sorted last and not counted.
+
+    Raises:
+        ValueError: an argument is not of this kind.
+    """
+    expert_TX = jnp.asarray(expert_TX)
+    _check_dimensions("expert_TX", expert_TX, 2)
+    _check_whole("expert_TX", expert_TX)
+    if num_experts < 1:
+        raise ValueError(f"num_experts is {num_experts}; give one expert at least")
+    return reference.dispatch(expert_TX, num_experts)
+
+
+def combine(y_RD: jax.Array, to: Dispatch, experts_per_token: int) -> jax.Array:
+    """Bring sorted rows back to their tokens and add a token's choices up.
+
+    Args:
+        y_RD: rows in the order of `dispatch`; those of nobody count as zero, whatever they hold.
+        to: from `dispatch`.
+        experts_per_token: X.
+
+    Returns:
+        y_TD in the dtype of the rows; zero for tokens of nobody.
+
+    Raises:
+        ValueError: the number of rows is not that of `dispatch`, or not a multiple of X.
+    """
+    y_RD, to = jnp.asarray(y_RD), Dispatch(*map(jnp.asarray, to))
+    _check_dimensions("y_RD", y_RD, 2)
+    (R, _), rows, X = y_RD.shape, to.order_R.shape[0], experts_per_token
+    if rows != R:
+        raise ValueError(f"y_RD has {R} rows and dispatch sorted {rows}; bring all of them back")
+    if X < 1 or R % X:
+        raise ValueError(f"experts_per_token is {X}, which does not divide {R} rows; give X")
+    return reference.combine(y_RD, to, X)
+
+
+def grouped_matmul(
+    x_RD: jax.Array,
+    w_NDF: jax.Array,
+    group_sizes_E: jax.Array,
+    first: jax.Array | int = 0,
+    *,
+    backend: Backend | None = None,
+) -> jax.Array:
+    """Multiply each run of sorted rows by its expert's matrix.
+
+    Reverse-mode differentiable in rows and matrices. Rows of nobody may hold anything, NaN
+    included, and so may their gradients: they reach no result and no gradient.
+
+    Args:
+        x_RD: rows sorted by expert.
+        w_NDF: float matrices in the dtype of x, of these experts and perhaps of others, such as
+            those of all layers; only those of experts with rows are read.
+        group_sizes_E: whole numbers, the rows of each expert, R together at most; rows beyond their
+            sum are nobody's.
+        first: number of expert 0's matrix in w_NDF; the others follow it.
+        backend: "tpu", "gpu" or "reference"; None is the best that takes these shapes here. A
+            kernel takes what it takes in `expert_mlp`.
+
+    Returns:
+        y_RF in the dtype of x, summed in float32; zero for rows of nobody.
+
+    Raises:
+        ValueError: shapes or dtypes disagree.
+        NotImplementedError: the named backend cannot compute this here.
+    """
+    if isinstance(first, int | np.integer):
+        _check_first(int(first), len(w_NDF) - len(group_sizes_E))
+    x_RD, w_NDF, sizes_E, first = map(jnp.asarray, (x_RD, w_NDF, group_sizes_E, first))
+    _check(x_RD, w_NDF, sizes_E, first)
+    (R, D), F, (E,) = x_RD.shape, w_NDF.shape[2], sizes_E.shape
+    if not R:
+        return jnp.zeros((0, F), x_RD.dtype)
+    arguments = _Arguments(x_RD, w_NDF, sizes_E.astype(jnp.int32), first.astype(jnp.int32))
+
+    def shaped(*shape: int, dtype: Any = x_RD.dtype) -> Any:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    expert_TX, down = shaped(R, 1, dtype=jnp.int32), shaped(len(w_NDF), F, D)
+    like_mlp = Inputs(x_RD, w_NDF, w_NDF, down, expert_TX, shaped(R, 1), first, None, None)
+    products = _products(choose(backend, "experts", like_mlp, E))
+    return _apply(products, vary_alike(arguments))
+
+
+class _Arguments(NamedTuple):
+    """The arrays of a product."""
+
+    x_RD: jax.Array
+    w_NDF: jax.Array
+    sizes_E: jax.Array
+    first: jax.Array
+
+
+class _Products(NamedTuple):
+    """A backend's product, and its sum of x^T dy over each expert's rows."""
+
+    matmul: Callable[..., jax.Array]
+    outer: Callable[..., jax.Array]
+
+
+def _products(chosen: ModuleType) -> _Products:
+    if chosen is tpu:
+        return _Products(tpu.grouped_matmul, tpu.grouped_outer)
+    if chosen is gpu:
+        return _Products(gpu_grouped.grouped_matmul, gpu_grouped.grouped_outer)
+    return _Products(_matmul, _outer)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apply(products: _Products, x: _Arguments) -> jax.Array:
+    return products.matmul(*x)
+
+
+def _apply_fwd(products: _Products, x: _Arguments) -> tuple[jax.Array, _Arguments]:
+    return products.matmul(*x), x
+
+
+def _apply_bwd(products: _Products, x: _Arguments, dy_RF: jax.Array) -> tuple[_Arguments]:
+    dy_RF = jnp.asarray(dy_RF)
+    dx_RD = products.matmul(dy_RF, x.w_NDF, x.sizes_E, x.first, is_transposed=True)
+    dw = products.outer(x.x_RD, dy_RF, x.sizes_E, x.w_NDF.dtype)
+    if dw.shape != x.w_NDF.shape:
+        dw = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(x.w_NDF), dw, x.first, axis=0)
+    return (_Arguments(dx_RD, dw, None, None),)  # type: ignore[arg-type]
+
+
+_apply.defvjp(_apply_fwd, _apply_bwd)
 
 
 def _pad_rows(x: jax.Array, rows: int) -> jax.Array:
     return jnp.pad(x, ((0, rows), (0, 0)))
 
 
-@jax.custom_vjp
-def grouped_matmul(
-    x_RD: jax.Array, w_NDF: jax.Array, group_sizes_E: jax.Array, first: jax.Array | int
+def _matmul(
+    x_RD: jax.Array,
+    w_NDF: jax.Array,
+    sizes_E: jax.Array,
+    first: jax.Array,
+    *,
+    is_transposed: bool = False,
 ) -> jax.Array:
-    """Multiply each run of sorted rows by its expert's matrix.
-
-    Args:
-        x_RD: rows sorted by expert.
-        w_NDF: matrices of these experts and perhaps of others; the loop reads those it needs.
-        group_sizes_E: int32 rows of each expert; rows beyond their sum belong to nobody.
-        first: int32 place of expert 0's matrix in w_NDF; the others follow it.
-
-    Returns:
-        y_RF in the dtype of x; rows of nobody are arbitrary but finite.
-    """
-    (R, D), F, E = x_RD.shape, w_NDF.shape[2], group_sizes_E.shape[0]
-    rows = block_rows(R, E)
-    blocks = schedule(group_sizes_E, rows)
+    """Multiply blocks of rows one after the other, by w^T if they are [N, F, D]."""
+    (R, D), F = x_RD.shape, w_NDF.shape[1 if is_transposed else 2]
+    rows = block_rows(R, sizes_E.shape[0])
+    blocks = schedule(sizes_E, rows)
     x_padded = _pad_rows(x_RD, rows)
+    product = "RD,FD->RF" if is_transposed else "RD,DF->RF"
 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
         expert, start, _ = locate(blocks, i, rows)
         x = jax.lax.dynamic_slice(x_padded, (start, 0), (rows, D))
         w = jax.lax.dynamic_index_in_dim(w_NDF, first + expert, keepdims=False)
         # Rows past the expert's end are overwritten by the blocks that follow.
-        return jax.lax.dynamic_update_slice(y, jnp.dot(x, w).astype(y.dtype), (start, 0))
+        part = dot_f32(product, x, w).astype(y.dtype)
+        return jax.lax.dynamic_update_slice(y, part, (start, 0))
 
-    y, *_ = vary_alike((jnp.zeros((R + rows, F), x_RD.dtype), x_RD, w_NDF, group_sizes_E))
-    return jax.lax.fori_loop(0, blocks.ends_E[-1], body, y)[:R]
+    y, *_ = vary_alike((jnp.zeros((R + rows, F), x_RD.dtype), x_RD, w_NDF, sizes_E))
+    y_RF = jax.lax.fori_loop(0, blocks.ends_E[-1], body, y)[:R]
+    return jnp.where((jnp.arange(R) < sizes_E.sum())[:, None], y_RF, 0)
 
 
-def _grouped_outer(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array) -> jax.Array:
-    """Sum x^T dy over each expert's rows: the float32 gradient of its matrix. Returns dw_EDF."""
-    (R, D), F, E = x_RD.shape, dy_RF.shape[1], group_sizes_E.shape[0]
+def _outer(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: Any) -> jax.Array:
+    """Sum x^T dy over each expert's rows in float32. Returns dw_EDF in a dtype."""
+    (R, D), F, (E,) = x_RD.shape, dy_RF.shape[1], sizes_E.shape
     rows = block_rows(R, E)
-    blocks = schedule(group_sizes_E, rows)
+    blocks = schedule(sizes_E, rows)
     x_padded, dy_padded = _pad_rows(x_RD, rows), _pad_rows(dy_RF, rows)
 
     def body(i: jax.Array, dw: jax.Array) -> jax.Array:
@@ -56,38 +205,48 @@ def _grouped_outer(x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array) 
         x = jax.lax.dynamic_slice(x_padded, (start, 0), (rows, D))
         dy = jax.lax.dynamic_slice(dy_padded, (start, 0), (rows, F))
         x, dy = (jnp.where(jnp.arange(rows)[:, None] < count, part, 0) for part in (x, dy))
-        dw_DF = jnp.einsum("RD,RF->DF", x, dy, preferred_element_type=jnp.float32)
+        dw_DF = dot_f32("RD,RF->DF", x, dy)
         dw_DF += jax.lax.dynamic_index_in_dim(dw, expert, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(dw, dw_DF, expert, 0)
 
-    dw, *_ = vary_alike((jnp.zeros((E, D, F), jnp.float32), x_RD, dy_RF, group_sizes_E))
-    return jax.lax.fori_loop(0, blocks.ends_E[-1], body, dw)
+    dw, *_ = vary_alike((jnp.zeros((E, D, F), jnp.float32), x_RD, dy_RF, sizes_E))
+    return jax.lax.fori_loop(0, blocks.ends_E[-1], body, dw).astype(dtype)
 
 
-class _Saved(NamedTuple):
-    """The arguments of the product, for its gradient."""
-
-    x_RD: jax.Array
-    w_NDF: jax.Array
-    group_sizes_E: jax.Array
-    first: jax.Array | int
+def _check_dimensions(name: str, array: jax.Array, ndim: int) -> None:
+    if array.ndim != ndim:
+        raise ValueError(f"{name} has shape {array.shape}; reshape it to {ndim} dimensions")
 
 
-def _grouped_matmul_fwd(
-    x_RD: jax.Array, w_NDF: jax.Array, group_sizes_E: jax.Array, first: jax.Array | int
-) -> tuple[jax.Array, _Saved]:
-    saved = _Saved(x_RD, w_NDF, group_sizes_E, first)
-    return grouped_matmul(*saved), saved
+def _check_whole(name: str, array: jax.Array) -> None:
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise ValueError(f"{name} is {array.dtype}; cast it to int32")
 
 
-def _grouped_matmul_bwd(saved: _Saved, dy_RF: jax.Array) -> tuple[jax.Array, jax.Array, None, None]:
-    x_RD, w_NDF, group_sizes_E, first = saved
-    is_routed_R = jnp.arange(x_RD.shape[0]) < group_sizes_E.sum()
-    dx_RD = grouped_matmul(dy_RF, w_NDF.transpose(0, 2, 1), group_sizes_E, first)
-    dw = _grouped_outer(x_RD, dy_RF, group_sizes_E).astype(w_NDF.dtype)
-    if dw.shape != w_NDF.shape:
-        dw = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(w_NDF), dw, first, axis=0)
-    return jnp.where(is_routed_R[:, None], dx_RD, 0), dw, None, None
+def _check_first(first: int, most: int) -> None:
+    if not 0 <= first <= max(most, 0):
+        raise ValueError(f"first is {first}; take one of 0..{most}, so that E matrices follow")
 
 
-grouped_matmul.defvjp(_grouped_matmul_fwd, _grouped_matmul_bwd)
+def _check(x_RD: jax.Array, w_NDF: jax.Array, sizes_E: jax.Array, first: jax.Array) -> None:
+    names = ("x_RD", "w_NDF", "group_sizes_E", "first")
+    for name, array, ndim in zip(names, (x_RD, w_NDF, sizes_E, first), (2, 3, 1, 0), strict=True):
+        _check_dimensions(name, array, ndim)
+    _check_whole("group_sizes_E", sizes_E)
+    _check_whole("first", first)
+    if w_NDF.shape[1] != x_RD.shape[1]:
+        raise ValueError(
+            f"w_NDF has shape {w_NDF.shape}; x_RD {x_RD.shape} asks for D of {x_RD.shape[1]}: "
+            "transpose the matrices or give others"
+        )
+    if x_RD.dtype not in _DTYPES:
+        raise ValueError(
+            f"x_RD is {x_RD.dtype}; give one of {', '.join(jnp.dtype(d).name for d in _DTYPES)}"
+        )
+    if w_NDF.dtype != x_RD.dtype:
+        raise ValueError(f"x_RD is {x_RD.dtype} and w_NDF {w_NDF.dtype}; cast one of them")
+    (E,), N = sizes_E.shape, w_NDF.shape[0]
+    if not 1 <= E <= N:
+        raise ValueError(
+            f"group_sizes_E is of {E} experts and w_NDF of {N} matrices; give 1 to {N} sizes"
+        )

@@ -364,8 +364,9 @@ def grouped_matmul(
     """Multiply each run of sorted rows by its expert's matrix; no gradient of its own.
 
     Args:
-        x_RD: rows sorted by expert; D and F are multiples of 128.
-        w_NDF: float matrices of these experts and perhaps of others.
+        x_RD: rows sorted by expert.
+        w_NDF: float matrices of these experts and perhaps of others; copied if D or F are no
+            multiples of 128.
         group_sizes_E: int32 rows of each expert; rows beyond their sum belong to nobody.
         first: number of expert 0's matrix in w_NDF; the others follow it.
         is_transposed: whether the matrices are [N, F, D].
@@ -374,10 +375,11 @@ def grouped_matmul(
         y_RF in the dtype of x; rows of nobody are zero.
     """
     (R, _), (E,), dtype = x_RD.shape, group_sizes_E.shape, x_RD.dtype
+    F, x_RD, w_NDF = w_NDF.shape[1 if is_transposed else 2], _fill_lanes(x_RD), _fill_lanes(w_NDF)
     p = tp.plan(tp.experts_of(group_sizes_E, R), E, _unit(dtype))
     by = tr.Matrices([w_NDF], None, is_transposed, "float", jnp.asarray(first, jnp.int32))
     (y_PF,) = _run("forward", tr.Rows([x_RD[p.source_P]]), by, _add, [dtype], p=p)
-    return tp.from_places(y_PF, p)
+    return tp.from_places(y_PF, p)[:, :F]
 
 
 def grouped_outer(
@@ -386,7 +388,7 @@ def grouped_outer(
     """Sum x^T dy over each expert's rows in float32: the gradient of its matrix.
 
     Args:
-        x_RD: rows sorted by expert; D and F are multiples of 128.
+        x_RD: rows sorted by expert.
         dy_RF: rows in the same order.
         group_sizes_E: int32 rows of each expert; rows beyond their sum belong to nobody.
         dtype: of the result.
@@ -395,7 +397,8 @@ def grouped_outer(
         dw_EDF; zero for experts without rows.
     """
     (R, D), F, (E,) = x_RD.shape, dy_RF.shape[1], group_sizes_E.shape
+    x_RD, dy_RF = _fill_lanes(x_RD), _fill_lanes(dy_RF)
     p = tp.plan(tp.experts_of(group_sizes_E, R), E, _unit(x_RD.dtype))
     dy_PF = jnp.where(p.is_held_P[:, None], dy_RF[p.source_P], 0)
-    dw_EDF = jax.ShapeDtypeStruct((E, D, F), dtype)
-    return _outer(x_RD[p.source_P], dy_PF, p, dw_EDF, jnp.int32(0))
+    dw_EDF = jax.ShapeDtypeStruct((E, x_RD.shape[1], dy_RF.shape[1]), dtype)
+    return _outer(x_RD[p.source_P], dy_PF, p, dw_EDF, jnp.int32(0))[:, :D, :F]

@@ -1,4 +1,6 @@
 import contextlib
+import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -18,12 +20,12 @@ def simulated(backend):
     return contextlib.nullcontext() if backend == "reference" else kernels_pallas.interpreted()
 
 
-def problem(dtype, layers=LAYERS, features=(D, F)):
+def problem(dtype, features=(D, F)):
     """x, matrices of all layers and gates; choices. Tokens from 13 on are nobody's, and NaN."""
     rng, (D, F) = np.random.default_rng(0), features
     x = rng.normal(size=(T, D))
-    w_gate, w_up = (rng.normal(size=(layers * E, D, F)) * D**-0.5 for _ in range(2))
-    w_down = rng.normal(size=(layers * E, F, D)) * F**-0.5
+    w_gate, w_up = (rng.normal(size=(LAYERS * E, D, F)) * D**-0.5 for _ in range(2))
+    w_down = rng.normal(size=(LAYERS * E, F, D)) * F**-0.5
     expert = np.int32(rng.integers(-1, E + 1, size=(T, X)))
     expert[13:] = E + np.arange(X)
     gate = rng.uniform(0.1, 1, size=(T, X))
@@ -53,9 +55,9 @@ def with_gradient(function, dy):
     return jax.jit(run)
 
 
-def check_composed(backend, dtype, layers=LAYERS, features=(D, F)):
-    arguments, expert = problem(dtype, layers, features)
-    first = jnp.int32((layers - 1) * E)
+def check_composed(backend, dtype, features):
+    arguments, expert = problem(dtype, features)
+    first = jnp.int32((LAYERS - 1) * E)
     dy = np.random.default_rng(1).normal(size=(T, features[0]))
     dy[13:] = np.nan
     with simulated(backend):
@@ -76,24 +78,25 @@ def check_composed(backend, dtype, layers=LAYERS, features=(D, F)):
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS)
 def test_the_pieces_make_up_expert_mlp_and_its_gradient(backend, dtype):
-    check_composed(backend, dtype, features=(128, 64) if backend == "gpu" else (D, F))
+    check_composed(backend, dtype, (128, 64) if backend == "gpu" else (D, F))
 
 
-def test_tpu_kernels_take_features_that_fill_no_lanes():
-    check_composed("tpu", "float32", layers=1, features=(24, 40))
-    with pytest.raises(NotImplementedError, match="stacked"):
-        check_composed("tpu", "float32", layers=2, features=(24, 40))
+def test_tpu_kernels_copy_no_stacked_matrices_to_fill_lanes():
+    (x, w_gate, *_), _ = problem("float32", features=(24, 40))
+    with kernels_pallas.interpreted(), pytest.raises(NotImplementedError, match="stacked"):
+        grouped_matmul(x, w_gate, np.int32([T, 0, 0]), backend="tpu")
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS[:2])
 def test_rows_of_nobody_are_zero_and_leak_nowhere(backend, dtype):
+    D, F = 24, 40  # which fill no lanes
     rng, sizes, R = np.random.default_rng(2), np.int32([5, 0, 9]), 23
-    x, dy = (rng.normal(size=(R, n)) for n in (D, D))
-    w = rng.normal(size=(E, D, D)) * D**-0.5
+    x, dy = (rng.normal(size=(R, n)) for n in (D, F))
+    w = rng.normal(size=(E, D, F)) * D**-0.5
     x, w, dy = (np.array(jnp.asarray(a, dtype)) for a in (x, w, dy))
     rows = [slice(0, 5), slice(5, 5), slice(5, 14)]
     x64, w64, dy64 = (np.float64(a) for a in (x, w, dy))
-    y, dx = (np.zeros((R, D)) for _ in range(2))
+    y, dx = np.zeros((R, F)), np.zeros((R, D))
     for e, own in enumerate(rows):
         y[own], dx[own] = x64[own] @ w64[e], dy64[own] @ w64[e].T
     dw = np.stack([x64[own].T @ dy64[own] for own in rows])
@@ -116,6 +119,21 @@ def test_when_all_rows_are_nobodys_everything_is_zero(backend, dtype):
         y, pull = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend=backend), x, w)
         gradients = pull(jnp.full_like(y, jnp.nan))
     assert not any(np.asarray(a, np.float32).any() for a in (y, *gradients))
+
+
+def test_the_examples_of_the_page_run():
+    page = pathlib.Path(kernels_pallas.__file__).parent / "README.md"
+    _, mlp, pieces = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    names = {}
+    exec(compile(mlp, page.name, "exec"), names)
+    exec(compile(pieces, page.name, "exec"), names)
+    x, gate, expert = (np.float64(names[name]) for name in ("x_TD", "gate_TX", "expert_TX"))
+    up, down = (np.float64(names[name]) for name in ("w_up_EDF", "w_down_EFD"))
+    y = np.zeros_like(x)
+    for t, k in np.ndindex(*expert.shape):
+        e = int(expert[t, k])
+        y[t] += gate[t, k] * (np.float64(jax.nn.gelu(x[t] @ up[e])) @ down[e])
+    np.testing.assert_allclose(names["y_TD"], y, atol=1e-4)
 
 
 def test_no_rows_are_no_rows():

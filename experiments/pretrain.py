@@ -3,6 +3,7 @@
     python -m experiments.pretrain --recipe=nano --workdir=DIR
 
 Run the same command again to go on after an interruption: the result is the same to the last bit.
+Once the run is complete, that only says where its model is.
 DIR/STAGE holds metrics and checkpoints of each stage of the recipe, DIR/hf the finished model;
 DIR/orbax if it has balance biases, for which no other layout has a place. nano takes about 25
 minutes on two cores and ends with code/nll 2.8 and digits/accuracy 0.99.
@@ -31,13 +32,11 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_enum("recipe", None, list(RECIPES), "What to train.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Folder for all that the run writes.", flag_values=values)
     flags.DEFINE_integer(
-        "steps", None, "Steps of every stage. Default: the recipe's.",
-        lower_bound=1, flag_values=values,
-    )  # fmt: skip
+        "steps", None, "Of every stage. Default: the recipe's.", lower_bound=1, flag_values=values
+    )
     flags.DEFINE_integer(
-        "seed", None, "Of weights and data order. Default: the recipe's.",
-        lower_bound=0, flag_values=values,
-    )  # fmt: skip
+        "seed", None, "Of weights, data. Default: the recipe's.", lower_bound=0, flag_values=values
+    )
     flags.DEFINE_float(
         "balance_bias_rate", None,
         "By how much a step moves the bias that evens out the load of experts, such as 0.001; 0 is "
@@ -91,6 +90,11 @@ def main(values: flags.FlagValues) -> None:
     workdir, tokenizer_dir = pathlib.Path(values.workdir), pathlib.Path(values.tokenizer)
     if (tokenizer := load_tokenizer(tokenizer_dir)) is None:
         raise FlagError(f"--tokenizer={tokenizer_dir} has no tokenizer.json or tokenizer.model.")
+    for target in (folder for kind in ("hf", "orbax") if (folder := workdir / kind).exists()):
+        if not all(train.is_complete(run, workdir / run.name) for run in stages):
+            raise FlagError(f"{target} is of a run of other --steps; remove it or name a new one.")
+        print(f"the run is complete; its model is in {target}")
+        return
     model: Llama4 | None = None
     for run in stages:
         print(f"stage {run.name}: {run.steps} steps of {run.batch_size} x {run.row_length} tokens")

@@ -1,5 +1,6 @@
 """Loss, optimizer, training state and the loop that ties them together."""
 
+from llama4_jax.train.checkpoints import is_complete
 from llama4_jax.train.loop import FitResult, HeldOut, fit, measure
 from llama4_jax.train.loss import TokenSums, sum_in_chunks, sum_over_tokens
 from llama4_jax.train.optimizer import make_optimizer, make_schedule
@@ -15,6 +16,7 @@ __all__ = [
     "batch_loss",
     "fit",
     "initial_state",
+    "is_complete",
     "make_eval_step",
     "make_optimizer",
     "make_schedule",

@@ -11,6 +11,8 @@ import orbax.checkpoint as ocp
 from llama4_jax.config.runs import RunConfig
 from llama4_jax.train.state import TrainState, name_leaves, replace_leaves
 
+FOLDER = "checkpoints"  # in the folder of a run
+
 # Fields that a resumed run may change without becoming another run.
 _FREE_FIELDS = frozenset(
     {
@@ -81,11 +83,7 @@ class Checkpoints:
         step = self.latest_step
         if step is None:
             raise ValueError("nothing is saved here; start from the initial state.")
-        description = self._manager.restore(
-            step, args=ocp.args.Composite(run=ocp.args.JsonRestore())
-        )["run"]
-        asked = _describe(self._run)
-        _refuse_other_run(saved=_complete(description, asked, self._run), asked=asked)
+        self._check_run(step)
         restored = self._manager.restore(
             step,
             args=ocp.args.Composite(
@@ -95,10 +93,40 @@ class Checkpoints:
         )
         return replace_leaves(shapes, restored["state"])
 
+    def is_complete(self) -> bool:
+        """Return whether the run has taken all its steps, and no more.
+
+        Raises:
+            ValueError: The checkpoint belongs to another run.
+        """
+        step = self.latest_step
+        if step is not None:
+            self._check_run(step)
+        return step == self._run.steps
+
+    def _check_run(self, step: int) -> None:
+        """Raise ValueError if a checkpoint belongs to another run."""
+        saved = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+        asked = _describe(self._run)
+        _refuse_other_run(saved=_complete(saved["run"], asked, self._run), asked=asked)
+
     def close(self) -> None:
         """Wait for what is being written and release the folder."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def is_complete(run: RunConfig, workdir: Path) -> bool:
+    """Return whether `fit` has taken all steps of a run in a folder, and no more.
+
+    Raises:
+        ValueError: The folder holds another run.
+    """
+    directory = workdir.resolve() / FOLDER
+    if not directory.is_dir():
+        return False
+    with Checkpoints(directory, run) as checkpoints:
+        return checkpoints.is_complete()
 
 
 def _with_devices(shapes: Any) -> Any:
@@ -141,10 +169,23 @@ def _complete(saved: dict[str, Any], asked: dict[str, Any], config: Any) -> dict
     return completed
 
 
-def _refuse_other_run(*, saved: dict[str, Any], asked: dict[str, Any]) -> None:
-    for name in sorted(saved.keys() | asked.keys()):
-        if saved.get(name) != asked.get(name):
-            raise ValueError(
-                f"the checkpoint was made by a run with {name} = {saved.get(name)}, this run has "
-                f"{asked.get(name)}; train in a new workdir or ask for the saved run."
+def _differences(saved: Any, asked: Any, name: str = "") -> list[str]:
+    """Say of each leaf of two descriptions that differs what it is in either."""
+    if isinstance(saved, dict) and isinstance(asked, dict):
+        nothing = "not there"
+        return [
+            difference
+            for key in sorted(saved.keys() | asked.keys())
+            for difference in _differences(
+                saved.get(key, nothing), asked.get(key, nothing), f"{name}.{key}" if name else key
             )
+        ]
+    return [] if saved == asked else [f"{name} is {saved} in the run and {asked} here"]
+
+
+def _refuse_other_run(*, saved: dict[str, Any], asked: dict[str, Any]) -> None:
+    if differences := _differences(saved, asked):
+        raise ValueError(
+            f"the checkpoint is of another run: {'; '.join(differences)}. Train in a new workdir "
+            f"or ask for the saved run."
+        )

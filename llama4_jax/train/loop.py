@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from llama4_jax import parallel
 from llama4_jax.config.runs import RunConfig
-from llama4_jax.train.checkpoints import Checkpoints
+from llama4_jax.train.checkpoints import FOLDER, Checkpoints
 from llama4_jax.train.interrupt import StopRequest, catch_stop_signals
 from llama4_jax.train.metrics import SpeedMeter, name_metrics
 from llama4_jax.train.optimizer import make_optimizer
@@ -118,7 +118,7 @@ def fit(
     with (
         activate_mesh(run),
         catch_stop_signals() as stop,
-        Checkpoints(workdir / "checkpoints", run) as checkpoints,
+        Checkpoints(workdir / FOLDER, run) as checkpoints,
     ):
         optimizer = make_optimizer(run.optimizer, steps=run.steps)
         create = initial_state(build, optimizer)

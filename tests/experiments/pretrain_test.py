@@ -103,3 +103,9 @@ def test_the_smoke_recipe_trains_scores_and_exports_a_model_that_loads(tmp_path,
     assert loaded.model.config.dtype == "bfloat16"
     tokens_BT = jnp.asarray([loaded.tokenizer.encode("import os\n", bos=True)])
     assert jnp.all(jnp.isfinite(loaded.model(tokens_BT).logits_BTV))
+    pretrain.main(values_of("--recipe=smoke", f"--workdir={tmp_path}"))
+    assert capsys.readouterr().out == f"the run is complete; its model is in {tmp_path / 'hf'}\n"
+    with pytest.raises(FlagError, match="hf is of a run of other --steps; remove it or name"):
+        pretrain.main(values_of("--recipe=smoke", f"--workdir={tmp_path}", "--steps=3"))
+    with pytest.raises(ValueError, match="another run: seed is 0 in the run and 1 here"):
+        pretrain.main(values_of("--recipe=smoke", f"--workdir={tmp_path}", "--seed=1"))

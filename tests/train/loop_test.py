@@ -102,11 +102,15 @@ def test_a_second_stage_begins_with_the_model_of_the_first(tmp_path):
 
 def test_another_run_in_the_same_folder_is_refused_by_name(tmp_path):
     train(tmp_path)
-    with pytest.raises(ValueError, match="seed = 0, this run has 1; train in a new workdir"):
+    with pytest.raises(ValueError, match=r"run: seed is 0 in the run and 1 here\. Train in a new"):
         train(tmp_path, make_run(seed=1))
     optimizer = OptimizerConfig(peak_learning_rate=0.01, warmup_steps=1)
-    with pytest.raises(ValueError, match="optimizer"):
+    with pytest.raises(ValueError, match="optimizer") as refused:
         train(tmp_path, make_run(optimizer=optimizer))
+    assert str(refused.value) == (
+        "the checkpoint is of another run: optimizer.peak_learning_rate is 0.05 in the run and "
+        "0.01 here. Train in a new workdir or ask for the saved run."
+    )
 
 
 def test_a_run_that_is_older_than_a_field_goes_on_if_it_asks_for_its_default():

@@ -54,7 +54,7 @@ def route(
     """Choose the largest logits, the lowest index on ties; a gate is the sigmoid of its logit.
 
     Gates are not normalised over the choices. The sigmoid is taken in float32. A bias is added, in
-    float32, for the choice alone. What is no token, but padding, chooses nobody: expert -1.
+    float32, for the choice alone. Padding chooses nobody: expert -1.
 
     Source: the bias: arXiv 2408.15664, equation 3.
     """

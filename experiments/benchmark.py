@@ -7,9 +7,9 @@
 The kernels suite checks each operation against the reference and prints its time, its rates, the
 share of what the device could do, and how it compares with others in the same run: on a CPU the
 reference itself on nano's shapes, two minutes. `--tune` first measures block sizes and keeps the
-best in kernels_pallas/tuning. The compile suite prints FLOPs, bytes and memory against the floor
-and against splash attention and megablox; `make kernels` brings its compilers. A result that is
-wrong, a program that does not compile or is beyond its bounds ends it with status 1.
+best in kernels_pallas/tuning. The compile suite prints FLOPs, bytes and memory against the floor,
+splash attention and megablox, then those of experts divided over slices; `make kernels` brings its
+compilers. A wrong result, a program that fails or is beyond its bounds end it with status 1.
 """
 
 from typing import Any
@@ -17,7 +17,13 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import benchmark_cases, benchmark_compile, benchmark_timing, benchmark_tune
+from experiments import (
+    benchmark_cases,
+    benchmark_compile,
+    benchmark_divided,
+    benchmark_timing,
+    benchmark_tune,
+)
 from experiments import benchmark_report as report
 from experiments.launch import FlagError, launch
 from experiments.topologies import TARGETS, prepare
@@ -43,10 +49,10 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("output", None, "JSON file for the figures.", flag_values=values)
 
 
-def chosen_cases(values: flags.FlagValues, *, small: bool) -> list[benchmark_cases.Case]:
-    """List the cases that --shapes names; a FlagError if there are none."""
+def chosen_cases(names: list[str], *, small: bool) -> list[benchmark_cases.Case]:
+    """List the cases of the names in --shapes; a FlagError if there are none."""
     try:
-        return benchmark_cases.cases(values.shapes, small=small)
+        return benchmark_cases.cases(names, small=small)
     except ValueError as error:
         raise FlagError(f"--shapes: {error}.") from error
 
@@ -66,7 +72,7 @@ def run_kernels(values: flags.FlagValues) -> dict[str, Any]:
     """Time the kernels on this device."""
     platform = jax.default_backend()
     check_backend(values, platform)
-    cases = chosen_cases(values, small=platform == "cpu")
+    cases = chosen_cases(values.shapes, small=platform == "cpu")
     here = benchmark_timing.machine()
     print(report.machine_line(here), flush=True)
     if values.tune:
@@ -84,20 +90,17 @@ def run_kernels(values: flags.FlagValues) -> dict[str, Any]:
 
 
 def run_compile(values: flags.FlagValues) -> dict[str, Any]:
-    """Compile the kernels for chips that are not there."""
+    """Compile the kernels, and experts divided over slices, for chips that are not there."""
     prepare()
-    cases = chosen_cases(values, small=False)
-    print(benchmark_compile.HEADER)
-    records = []
-    for name in dict.fromkeys(values.target):
-        for case in cases:
-            for record in benchmark_compile.compile_case(case, TARGETS[name]):
-                records.append(record)
-                print(benchmark_compile.line(record), flush=True)
-    benchmark_compile.judge_beside(cases, records)
-    print("\n".join(line for record in records for line in report.fault_lines(record)))
-    print(benchmark_compile.NOTES)
-    return {"shapes": {case.shape: case.sizes for case in cases}, "records": records}
+    targets = [TARGETS[name] for name in dict.fromkeys(values.target)]
+    divided = [name for name in values.shapes if name in benchmark_divided.NAMES]
+    others = [name for name in values.shapes if name not in divided]
+    parts = []
+    if others or not divided:
+        parts.append(benchmark_compile.run(chosen_cases(others, small=False), targets))
+    if divided or not others:
+        parts.append(benchmark_divided.run(divided, targets))
+    return report.together(parts)
 
 
 def main(values: flags.FlagValues) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 from jax.experimental.layout import Format, Layout
 
+from experiments import benchmark_report as report
 from experiments.benchmark_blocks import Work
 from experiments.benchmark_cases import Bound, Case, one_pass
 from experiments.hlo_bytes import bytes_moved
@@ -102,13 +103,18 @@ def compile_pass(run: Callable, arguments: tuple, device: jax.Device) -> Figures
     where = Format(Layout.AUTO, place) if device.platform == "tpu" else place
     with _on(device):
         traced = jax.jit(run, in_shardings=where, out_shardings=where).trace(*arguments)
-        lowered = traced.lower()
-        start = time.monotonic()
-        executable = lowered.compile()
-        spent = time.monotonic() - start
+        return compile_traced(traced, device.platform)
+
+
+def compile_traced(traced: jax.stages.Traced, platform: str) -> Figures:
+    """Compile a program that is traced for devices of a platform, and read figures."""
+    lowered = traced.lower()
+    start = time.monotonic()
+    executable = lowered.compile()
+    spent = time.monotonic() - start
     memory, text = executable.memory_analysis(), executable.as_text() or ""
     cost = executable.cost_analysis() or {}
-    if device.platform == "gpu":
+    if platform == "gpu":
         cost = _gpu_cost(text)
     scoped = [each for found in _SCOPED.findall(text) for each in json.loads(found)]
     return Figures(
@@ -328,3 +334,18 @@ def line(record: dict[str, Any]) -> str:
         f"{found['vmem'] / 1024:8.0f} {found['smem'] / 1024:8.0f} {found['seconds']:4.0f}  "
         f"{'; '.join(theirs)}"
     )
+
+
+def run(cases: list[Case], targets: list[Target]) -> dict[str, Any]:
+    """Compile cases for targets, print the table and what is wrong, and return the figures."""
+    print(HEADER)
+    records = []
+    for target in targets:
+        for case in cases:
+            for record in compile_case(case, target):
+                records.append(record)
+                print(line(record), flush=True)
+    judge_beside(cases, records)
+    print("\n".join(each for record in records for each in report.fault_lines(record)))
+    print(NOTES)
+    return {"shapes": {case.shape: case.sizes for case in cases}, "records": records}

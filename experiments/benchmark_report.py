@@ -69,6 +69,15 @@ def fault_lines(record: Mapping[str, Any]) -> Iterable[str]:
     return [f"FAULT {record.get('chip', '')} {where}: {fault}" for fault in record["faults"]]
 
 
+def together(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """Join the shapes and the records of several runs."""
+    found: dict[str, Any] = {"shapes": {}, "records": []}
+    for part in parts:
+        found["shapes"] |= part["shapes"]
+        found["records"] += part["records"]
+    return found
+
+
 def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
     """Write a file that appears when it is complete, with the date and the version of jax."""
     target = pathlib.Path(path)

@@ -1,0 +1,131 @@
+"""Experts divided over devices are traced from shapes, and each kind of fault is named."""
+
+from types import SimpleNamespace
+
+import jax
+import pytest
+from absl import flags
+
+from experiments import benchmark, benchmark_compile, benchmark_divided
+from experiments.benchmark_compile import Figures
+from experiments.benchmark_divided import GB, PRODUCTS, Divided
+from experiments.topologies import TARGETS
+from kernels_pallas import interpreted
+from kernels_pallas.shapes import SHAPES, Experts
+from llama4_jax import parallel
+
+SMALL = Experts(name="small", T=64, D=128, F=256, E=4)
+SCOUT = Divided(shape=SHAPES["scout_experts_8k"], mesh="fsdp:4,expert:4", transport="dma")
+HERE = SimpleNamespace(name="here", memory=GB, devices=lambda count: jax.devices()[:count])
+
+
+def small(transport, mesh="fsdp:2,expert:4"):
+    return Divided(shape=SMALL, mesh=mesh, transport=transport)
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+@pytest.mark.parametrize("transport", ["xla", "dma"])
+def test_a_pass_is_traced_from_shapes_alone_by_kernels_or_collectives(transport, direction):
+    mesh = parallel.make_mesh("fsdp:2,expert:4", devices=jax.devices())
+    with interpreted():
+        traced = benchmark_divided.trace(small(transport), direction, mesh)
+    text = str(traced.jaxpr)
+    assert ("expert_mlp_exchange" in text) == (transport == "dma")
+    assert ("all_to_all[" in text) == (transport == "xla")
+    assert ("exchange_gradient" in text) == ((transport, direction) == ("dma", "backward"))
+    outs = [out.shape for out in jax.tree.leaves(traced.out_info)]
+    if direction == "forward":
+        assert outs == [(8 * 64, 128)]
+    else:
+        matrices = [(4, 128, 256), (4, 128, 256), (4, 256, 128)]
+        assert outs == [(8 * 64, 128), *matrices, (8 * 64, 1)]
+
+
+def figures(direction, **known):
+    """Figures of a sound pass of Scout's experts."""
+    flops = 2.0 * PRODUCTS[direction] * 8192 * 5120 * 8192
+    sound = {
+        "flops": flops * known.pop("times", 1.0), "bytes": 9e9, "declared": 8e9,
+        "arguments": 2 * GB, "temp": GB // 3, "vmem": 1, "smem": 1, "seconds": 1.0,
+    }  # fmt: skip
+    return Figures(**{**sound, **known})
+
+
+@pytest.mark.parametrize(
+    ("direction", "known", "says"),
+    [
+        ("forward", {}, []),
+        ("backward", {"temp": 4 * GB}, []),  # gradients of four experts' matrices are 3.0 GB
+        ("forward", {"temp": 4 * GB}, ["4.00 GB of scratch memory where 0.50"]),
+        ("backward", {"temp": 5 * GB}, ["5.00 GB of scratch memory where 4.52"]),
+        ("forward", {"times": 11 / 8}, ["FLOPs by estimate are 1.375 times the products"]),
+        ("backward", {"times": 11 / 8}, ["FLOPs by estimate are 1.375 times the products"]),
+        ("backward", {"times": 5 / 8}, ["FLOPs by estimate are 0.625 times the products"]),
+        ("forward", {"arguments": 95 * GB}, ["needs 95.3 GB of memory"]),
+    ],
+)
+def test_what_needs_too_much_is_a_fault(direction, known, says):
+    found = figures(direction, **known)
+    faults = list(benchmark_divided.judge(SCOUT, direction, TARGETS["v5p"], found))
+    assert len(faults) == len(says)
+    for fault, part in zip(faults, says, strict=True):
+        assert part in fault
+
+
+@pytest.mark.parametrize("mesh", ["fsdp:2,expert:4", "expert:16"])
+def test_what_does_not_compile_is_a_fault(mesh):
+    """Here remote copies have no TPU, and 16 devices are not there."""
+    forward, backward = benchmark_divided.compile_divided(small("dma", mesh), HERE)
+    for record in (forward, backward):
+        (fault,) = record["faults"]
+        assert fault.startswith("does not compile:")
+        assert "FAULT" in benchmark_divided.line(record)
+
+
+def test_what_compiles_is_laid_out_in_a_line(monkeypatch):
+    monkeypatch.setattr(benchmark_divided, "trace", lambda *_: None)
+    monkeypatch.setattr(
+        benchmark_divided, "compile_traced", lambda *_: figures("forward", vmem=50_000_000)
+    )
+    record = next(benchmark_divided.compile_divided(small("dma"), HERE))
+    assert record["experts"] == 1 and record["faults"]
+    said = benchmark_divided.line(record).split()
+    assert said[:3] == ["here", "small_divided", "fsdp:2,expert:4"]
+    assert said[3:] == ["1", "forward", "dma", "50.0", "0.33", "2.06", "9.0", "1"]
+
+
+@pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
+def test_every_generation_of_tpus_has_both_transports_on_scouts_shape(chip):
+    found = benchmark_divided.cases(["scout_experts_8k_divided"], chip)
+    assert {case.transport for case in found} == {"xla", "dma"}
+    assert {(case.shape.T, case.shape.D, case.shape.F) for case in found} == {(8192, 5120, 8192)}
+    assert all(case.shape.E % case.num_local == 0 for case in found)
+
+
+def test_shapes_divided_and_not_are_chosen_by_name(monkeypatch):
+    ran = {}
+
+    def record(what):
+        def run(chosen, _targets):
+            ran[what] = chosen
+            return {"shapes": {what: {}}, "records": [what]}
+
+        return run
+
+    monkeypatch.setattr(benchmark, "prepare", lambda: None)
+    monkeypatch.setattr(benchmark_compile, "run", record("whole"))
+    monkeypatch.setattr(benchmark_divided, "run", record("divided"))
+
+    def chosen(*names):
+        ran.clear()
+        values = flags.FlagValues()
+        benchmark.define_flags(values)
+        values(["command", "--suite=compile", f"--shapes={','.join(names)}"])
+        found = benchmark.run_compile(values)
+        assert found["records"] == list(ran) == list(found["shapes"])
+        return {what: len(cases) for what, cases in ran.items()}
+
+    assert chosen("scout_experts_8k_divided") == {"divided": 1}
+    assert chosen("scout_experts_8k") == {"whole": 1}
+    assert chosen("scout_experts_8k", "scout_experts_8k_divided") == {"whole": 1, "divided": 1}
+    assert chosen() == {"whole": len(SHAPES), "divided": 0}  # all of both

@@ -185,7 +185,8 @@ _EXPERT_BOUNDS = {
         },
     ),
     "maverick_experts_8k": Bound(
-        flops=1.05, bytes=1.25, multiplied=math.inf, beside=("scout_experts_8k", 1.1)
+        flops=1.05, bytes=1.25, multiplied=2.1, beside=("scout_experts_8k", 1.1),
+        chips={"tpu7x": {"multiplied": 4.2}, "h100": {"multiplied": 1.6}},
     ),
     "scout_experts_1": Bound(flops=math.inf, bytes=1.1),
     "maverick_experts_1": Bound(flops=math.inf, bytes=1.1),

@@ -175,8 +175,7 @@ def test_eight_devices(how):
     check(how, (8,), ("expert",), "expert", rows=9, experts=1)
 
 
-@pytest.mark.parametrize("cores", [1, 2])
-@pytest.mark.parametrize("how", ["ragged", "one device idle"])
+@pytest.mark.parametrize(("how", "cores"), [("ragged", 2), ("one device idle", 1)])
 def test_queues_of_several_windows_and_cores_that_share_them(how, cores):
     sizes = {"window": 16, "group": 16, "chunk": 8, "tile": 128, "cores": cores}
     with tuning.overridden({"expert_mlp.exchange": sizes}):
@@ -197,19 +196,18 @@ def test_experts_divided_over_two_axes():
 
 @pytest.mark.parametrize("how", HOW)
 def test_gradients_come_home_whatever_the_routing(how):
-    check_gradient(how, (4,), ("expert",), "expert")
+    check_gradient(how, (4,), ("expert",), "expert", experts=2)
 
 
-@pytest.mark.parametrize("how", ["ragged", "all to one device"])
-def test_gradients_of_eight_devices_with_one_expert_each(how):
-    check_gradient(how, (8,), ("expert",), "expert", rows=9, experts=1)
+def test_gradients_of_eight_devices_with_one_expert_each():
+    check_gradient("ragged", (8,), ("expert",), "expert", rows=9, experts=1)
 
 
 @pytest.mark.parametrize(("how", "cores"), [("ragged", 1), ("one device idle", 2)])
 def test_gradients_of_several_windows_and_of_cores_that_share_them(how, cores):
     sizes = {"window": 16, "group": 16, "chunk": 8, "tile": 128, "cores": cores}
     with tuning.overridden({"expert_mlp.exchange_gradient": sizes}):
-        check_gradient(how, (4,), ("expert",), "expert", rows=30, experts=2, hidden=384)
+        check_gradient(how, (4,), ("expert",), "expert", rows=20, experts=2, hidden=384)
 
 
 def test_gradients_of_queues_that_share_a_window():
@@ -219,11 +217,11 @@ def test_gradients_of_queues_that_share_a_window():
 
 
 def test_gradients_in_bfloat16_of_a_layer_among_several():
-    check_gradient("ragged", (4,), ("expert",), "expert", dtype=jnp.bfloat16, layer=1)
+    check_gradient("ragged", (4,), ("expert",), "expert", rows=17, dtype=jnp.bfloat16, layer=1)
 
 
 def test_gradients_along_one_axis_of_a_mesh_of_several():
-    check_gradient("ragged", (2, 4), ("fsdp", "expert"), "expert", rows=9, experts=2, ring=2)
+    check_gradient("ragged", (2, 2), ("fsdp", "expert"), "expert", rows=9, experts=2, ring=2)
 
 
 def test_what_does_not_fit_is_refused_with_the_reason():
@@ -252,7 +250,6 @@ def tokens(how, devices, experts, choices, num_tokens):
     expert = {
         "at random": rng.integers(-1, experts, size=shape),
         "all one expert": np.full(shape, experts - 1),
-        "never the first device": rng.integers(experts // devices, experts, size=shape),
     }[how]
     floats[0][(expert < 0).all(1)] = np.nan
     return [jnp.float32(a) for a in floats], jnp.int32(expert)
@@ -290,21 +287,14 @@ def with_gradient(function, floats):
 
 
 @pytest.mark.parametrize(
-    ("how", "devices", "choices"),
-    [
-        ("at random", 4, 2),
-        ("all one expert", 4, 1),
-        ("never the first device", 4, 1),
-        ("all one expert", 8, 1),
-    ],
+    ("how", "experts", "choices", "num_tokens"),
+    [("at random", 8, 2, 8), ("all one expert", 4, 1, 4)],
 )
-def test_as_many_rounds_as_it_takes_and_their_gradient(how, devices, choices):
-    floats, expert = tokens(how, devices, 2 * devices, choices, num_tokens=8)
+def test_as_many_rounds_as_it_takes_and_their_gradient(how, experts, choices, num_tokens):
+    floats, expert = tokens(how, 4, experts, choices, num_tokens)
 
     with backend.interpreted():
-        ours, our_grads = with_gradient(
-            lambda *f: divided(f, expert, devices, transport="dma"), floats
-        )
+        ours, our_grads = with_gradient(lambda *f: divided(f, expert, 4, transport="dma"), floats)
     theirs, their_grads = with_gradient(functools.partial(whole, expert=expert), floats)
     np.testing.assert_allclose(ours, theirs, atol=1e-5)
     for a, b in zip(our_grads, their_grads, strict=True):

@@ -119,6 +119,21 @@ def test_windows_of_thousand_rows_read_most_matrices_once(name):
     assert hit * shape.matrices_bytes() < own < 1.25 * shape.bytes()
 
 
+@pytest.mark.parametrize(("chip", "multiplier"), [("v5p", 128), ("tpu7x", 256), ("h100", None)])
+@pytest.mark.parametrize("name", ["scout_experts_8k", "maverick_experts_8k"])
+def test_bounds_of_what_is_multiplied_leave_no_room_for_wider_chunks(
+    name, chip, multiplier, monkeypatch
+):
+    shape = SHAPES[name]
+    most = benchmark_cases.expert_case(shape).bounds["forward"].on(chip).multiplied
+    if multiplier is None:
+        work = benchmark_expert_work.gpu_work(shape, "forward")
+    else:
+        monkeypatch.setattr(benchmark_expert_work.tpu.backend, "multiplier", lambda: multiplier)
+        work = benchmark_expert_work.tpu_work(shape, "forward")
+    assert 0.9 * most < work.flops / shape.flops() <= most
+
+
 def test_peers_compute_the_same_or_as_many_flops():
     forward, backward = benchmark_timing.measure(benchmark_cases.expert_case(SMALL), HERE, None)
     for record in (forward, backward):

@@ -16,7 +16,6 @@ from llama4_jax.model import Llama4
 from llama4_jax.train.balance import balance_of_routers, move_biases
 from llama4_jax.train.state import name_leaves
 from tests.tiny import build, scout_like
-from tests.train.toy import make_run
 
 B, T = 4, 16
 RATE = 0.01
@@ -264,51 +263,21 @@ def test_a_bias_decides_who_is_chosen_and_not_the_gate(experts_per_token):
 
 
 def test_biases_even_out_a_router_that_starts_lopsided():
-    """All tokens choose one of four experts; after 100 steps still, or 0.34 of them with biases."""
-    rng = np.random.default_rng(0)
-    tokens = rng.integers(4, 64, (8, 17)).astype(np.int32)
-    batch = {
-        "tokens_BT": tokens[:, :-1],
-        "targets_BT": tokens[:, 1:],
-        "positions_BT": np.broadcast_to(np.arange(16, dtype=np.int32), (8, 16)),
-        "segments_BT": np.zeros((8, 16), np.int32),
-        "loss_mask_BT": np.ones((8, 16), np.float32),
-    }
+    """All tokens choose one of four experts at first, and in the end no expert has over 0.3."""
+    config = scout_like(num_layers=1, moe_layers=(0,), nope_layers=(), balance_bias=True)
+    model = Llama4(dataclasses.replace(config, vision=None), key=jax.random.key(0))
+    logits_BTE = jax.random.normal(jax.random.key(1), (8, 64, 4)).at[..., 0].add(8)
 
-    def course(rate):
-        config = scout_like(
-            num_layers=1, moe_layers=(0,), nope_layers=(), expert_dim=16, balance_bias=rate > 0
-        )
-        config = dataclasses.replace(config, vision=None)
-        run = make_run(
-            model=config,
-            optimizer=OptimizerConfig(
-                peak_learning_rate=1e-3, warmup_steps=0, balance_bias_rate=rate
-            ),
-            steps=100,
-        )
-        optimizer = train.make_optimizer(run.optimizer, steps=run.steps)
+    @jax.jit
+    def step(model):
+        bias_E = model.decoder.groups.slots[0].ffn.bias_E[0]
+        load = load_of(logits_BTE, route(logits_BTE, 1, bias_E=bias_E).expert_BTX)
+        tokens_E = load.tokens_BE.sum(0)
+        return move_biases(model, tokens_E[None], rate=0.05), tokens_E.max() / tokens_E.sum()
 
-        def lopsided():
-            """Give all embeddings a common direction, and one expert a liking for it."""
-
-            def tilt(path, x):
-                name = jax.tree_util.keystr(path)
-                if "router_DE" in name:
-                    return x.at[..., 0].add(0.06)
-                return x + 2.0 if "table_VD" in name else x
-
-            model = Llama4(config, key=jax.random.key(0))
-            return jax.tree_util.tree_map_with_path(tilt, model)
-
-        state = jax.jit(train.initial_state(lopsided, optimizer))()
-        step, shares = train.make_train_step(run, optimizer), []
-        for _ in range(run.steps):
-            state, metrics = step(state, batch)
-            shares.append(float(metrics["largest_expert_share"]))
-        return shares
-
-    without, with_biases = course(0.0), course(0.02)
-    assert without[0] == with_biases[0] == 1
-    assert without[-1] > 0.9
-    assert max(with_biases[-5:]) < 0.4
+    shares = []
+    for _ in range(100):  # of which 80 close the gap: 0.05 down for one, 0.05 up for the others
+        model, share = step(model)
+        shares.append(float(share))
+    assert shares[:40] == [1] * 40
+    assert max(shares[-5:]) < 0.3

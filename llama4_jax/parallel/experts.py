@@ -1,6 +1,7 @@
 """Expert parallelism: tokens travel to their experts, or every shard applies its own to all."""
 
 import functools
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -62,6 +63,12 @@ def _apply_own(
     return y_TD.reshape(B, T, D)
 
 
+def _with_sizes(axes: Sequence[str]) -> str:
+    """Write mesh axes as --mesh has them."""
+    sizes = jax.sharding.get_abstract_mesh().shape
+    return ",".join(f"{axis}:{sizes[axis]}" for axis in axes)
+
+
 def sharded_expert_mlp(
     x_BTD: jax.Array,
     w_gate_EDF: jax.Array,
@@ -97,11 +104,16 @@ def sharded_expert_mlp(
     batch_axes = {*mesh_axes("batch", x_BTD.shape[0]), *mesh_axes("seq", x_BTD.shape[1])}
     if batch_axes & {*expert_axes} not in (set(), {*expert_axes}):
         raise ValueError(
-            f"tokens are divided over {sorted(batch_axes)}, a part of the axes of the experts "
-            f"{expert_axes}; divide tokens over all of them or none"
+            f"{x_BTD.shape[0]} rows of {x_BTD.shape[1]} tokens are divided over mesh axes "
+            f"({_with_sizes(sorted(batch_axes))}), some but not all of those of experts "
+            f"({_with_sizes(expert_axes)}); take as many rows as all of these divide, or a preset "
+            "that divides tokens over none of them"
         )
     if mesh_axes("experts", E) != expert_axes:
-        raise ValueError(f"num_experts ({E}) must be divisible by mesh axes {expert_axes}")
+        raise ValueError(
+            f"num_experts ({E}) must be divisible by mesh axes ({_with_sizes(expert_axes)}); make "
+            "them smaller"
+        )
     travel_over = expert_axes if batch_axes.issuperset(expert_axes) else ()
     own_over = () if travel_over else expert_axes
     summed_over = (*mesh_axes("expert_mlp", w_gate_EDF.shape[-1]), *own_over)

@@ -76,3 +76,20 @@ def test_what_is_shared_is_added_once_and_its_gradient_arrives_once(
     assert set(given) == {is_inside}
     np.testing.assert_allclose(y_BTD, expected, atol=2e-5)
     np.testing.assert_allclose(slope["shared"], 2 * expected, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_experts", "message"),
+    [
+        (2, 4, r"2 rows of 6 tokens .* \(fsdp:2\), some but .* \(fsdp:2,expert:2\); take as many"),
+        (4, 6, r"num_experts \(6\) must be divisible by mesh axes \(fsdp:2,expert:2\); make them"),
+    ],
+)
+def test_what_mesh_axes_do_not_divide_is_refused_with_their_sizes(rows, num_experts, message):
+    axes = ("fsdp", "expert")
+    rules = parallel.make_rules({"batch": axes, "experts": axes})
+    x, w = jnp.zeros((rows, T, D)), jnp.zeros((num_experts, D, F))
+    arrays = {"x": x, "gate": w, "up": w, "down": w.swapaxes(1, 2)}
+    mesh = parallel.make_mesh("fsdp:2,expert:2")
+    with parallel.use_mesh(mesh, rules), pytest.raises(ValueError, match=message):
+        apply(arrays, jnp.zeros((rows, T, 1), int), jnp.ones((rows, T, 1)))

@@ -127,15 +127,26 @@ def refusal_of_sizes(cut: Cut | None, width: int, num_local: int) -> str | None:
     """Return why these sizes cannot be, or None if they can."""
     if cut is None:
         return f"rows of {width} columns and tiles of their matrices do not fit into VMEM"
-    needed = 4 * (slabs(cut) * (num_local + 1) + cut.peers * LANES)
+    needed = 4 * (cut.num_windows * (num_local + 1) + cut.peers * LANES)
     if needed > SCALARS_BUDGET:
         return f"its schedule takes {needed} bytes of SMEM, over {SCALARS_BUDGET}"
     return None
 
 
-def slabs(cut: Cut) -> int:
-    """Return how many windows there are."""
-    return cut.peers // cut.group * cut.windows
+def compiler_params(mesh: Mesh) -> pltpu.CompilerParams:
+    """Return what the compiler is told of kernels that exchange rows."""
+    return pltpu.CompilerParams(
+        dimension_semantics=("parallel",),
+        collective_id=mesh.collective(),
+        has_side_effects=True,
+        vmem_limit_bytes=vmem_limit(),
+    )
+
+
+def tile_buffers(cut: Cut, depth: int, dtype: jnp.dtype) -> list:
+    """Return where tiles of gate, up and down matrices arrive, two of each."""
+    shapes = [(2, depth, cut.tile), (2, depth, cut.tile), (2, cut.tile, depth)]
+    return [pltpu.VMEM(shape, dtype) for shape in shapes]
 
 
 class Labels(NamedTuple):
@@ -179,8 +190,8 @@ class Labels(NamedTuple):
             pltpu.VMEM(self.gates.shape, jnp.float32),
             pltpu.VMEM(self.bounds.shape, jnp.int32),
             pltpu.SMEM(self.bounds.shape, jnp.int32),
-            pltpu.SMEM((slabs(cut) * num_local,), jnp.int32),
-            pltpu.SMEM((slabs(cut) + 1,), jnp.int32),
+            pltpu.SMEM((cut.num_windows * num_local,), jnp.int32),
+            pltpu.SMEM((cut.num_windows + 1,), jnp.int32),
         ]
 
 
@@ -234,17 +245,10 @@ def exchange_and_apply(
             pltpu.VMEM((rows, D), dtype),
             pltpu.VMEM((rows, D), jnp.float32),
             pltpu.VMEM((rows, D), dtype),
-            pltpu.VMEM((2, D, cut.tile), dtype),
-            pltpu.VMEM((2, D, cut.tile), dtype),
-            pltpu.VMEM((2, cut.tile, D), dtype),
+            *tile_buffers(cut, D, dtype),
             *[pltpu.SemaphoreType.DMA(shape) for shape in semaphores],
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",),
-            collective_id=mesh.collective(),
-            has_side_effects=True,
-            vmem_limit_bytes=vmem_limit(),
-        ),
+        compiler_params=compiler_params(mesh),
         cost_estimate=pl.CostEstimate(
             flops=6 * held * D * F,
             transcendentals=held * F,

@@ -26,9 +26,10 @@ from kernels_pallas.experts.inputs import expected_rows
 from kernels_pallas.experts.tpu_outer import grouped_outer_places
 from kernels_pallas.experts.tpu_parallel import (
     Labels,
+    compiler_params,
     fit,
     refusal_of_sizes,
-    vmem_limit,
+    tile_buffers,
 )
 from kernels_pallas.experts.tpu_parallel_gradient_kernel import gradient_kernel
 from kernels_pallas.experts.tpu_parallel_travel import Mesh
@@ -167,18 +168,11 @@ def _exchange(
             pltpu.VMEM((window, LANES), jnp.float32),
             pltpu.VMEM((window, D), dtype),
             pltpu.VMEM(labels.gates.shape, jnp.float32),
-            pltpu.VMEM((2, D, cut.tile), dtype),
-            pltpu.VMEM((2, D, cut.tile), dtype),
-            pltpu.VMEM((2, cut.tile, D), dtype),
+            *tile_buffers(cut, D, dtype),
             *[pltpu.VMEM((2, window, cut.tile), dtype)] * 3,
             *[pltpu.SemaphoreType.DMA(shape) for shape in semaphores],
         ],
-        compiler_params=pltpu.CompilerParams(
-            dimension_semantics=("parallel",),
-            collective_id=mesh.collective(),
-            has_side_effects=True,
-            vmem_limit_bytes=vmem_limit(),
-        ),
+        compiler_params=compiler_params(mesh),
         cost_estimate=pl.CostEstimate(
             flops=10 * held * D * F,
             transcendentals=held * F,

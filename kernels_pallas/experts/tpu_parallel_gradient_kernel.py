@@ -9,8 +9,16 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention.tpu_blocks import LANES, dot
 from kernels_pallas.experts.tpu_parallel_kernel import PIECE
-from kernels_pallas.experts.tpu_parallel_travel import Marks, Mesh, Travel, diagonal, tile_copies
-from kernels_pallas.experts.tpu_parallel_walk import Bounds, Chunk, Cut, Walk
+from kernels_pallas.experts.tpu_parallel_travel import (
+    Marks,
+    Mesh,
+    Results,
+    Travel,
+    by_name,
+    diagonal,
+    tile_copies,
+)
+from kernels_pallas.experts.tpu_parallel_walk import Chunk, Cut
 
 
 class _Refs(NamedTuple):
@@ -77,13 +85,7 @@ class _Refs(NamedTuple):
         """Sort the flat arguments."""
         several = {"rows": 2, "weights": 3, "rows_in": 2, "hidden": 3}
         several |= {"windows": 2, "tiles": 3, "hidden_tiles": 3}
-        refs = iter(flat)
-        return _Refs(
-            **{
-                name: [next(refs) for _ in range(several[name])] if name in several else next(refs)
-                for name in _Refs._fields
-            }
-        )
+        return _Refs(**by_name(_Refs._fields, several, flat))
 
 
 def _swiglu_gradient(products: list[jax.Array], gate: jax.Array) -> tuple[jax.Array, ...]:
@@ -107,16 +109,10 @@ def gradient_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
     def kernel(*flat):
         refs = _Refs.of(flat)
         first, me = refs.scalars[0], refs.scalars[1]
-        bounds = Bounds(refs.bounds_read)
-        core, width = pl.program_id(0), refs.sums.shape[1]
-        walk = Walk(cut, num_local, me, core, bounds, refs.items, refs.begins, num_steps)
-        travel = Travel(walk, mesh, refs.scalars)
-        marks = Marks(
-            [(refs.gates, refs.gates_in), (refs.bounds, refs.bounds_in)],
-            refs.marks_sent,
-            refs.marks_arrived,
-            refs.loaded,
-        )
+        width = refs.sums.shape[1]
+        travel = Travel.of(refs, cut, mesh, num_local, num_steps)
+        walk = travel.walk
+        marks = Marks.of(refs)
         is_diagonal = diagonal((cut.chunk, refs.gates_in.shape[2]))
 
         # Rows and their gradients, to their experts.
@@ -162,15 +158,15 @@ def gradient_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
 
         # A window.
 
-        def load(slab):
+        def load(window):
             def copies(peer, rows, here):
                 return [
-                    pltpu.make_async_copy(x_in.at[peer, rows], window.at[here], refs.loaded)
-                    for x_in, window in zip(refs.rows_in, refs.windows, strict=True)
+                    pltpu.make_async_copy(x_in.at[peer, rows], buffer.at[here], refs.loaded)
+                    for x_in, buffer in zip(refs.rows_in, refs.windows, strict=True)
                 ]
 
             def start(peer, rows, here):
-                pl.when(walk.window(slab) == 0)(lambda: wait_arriving(peer))
+                pl.when(walk.place(window) == 0)(lambda: wait_arriving(peer))
                 for copy in copies(peer, rows, here):
                     copy.start()
 
@@ -178,14 +174,14 @@ def gradient_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
                 for copy in copies(peer, rows, here):
                     copy.wait()
 
-            travel.parts(slab, start)
-            travel.parts(slab, wait)
+            travel.parts(window, start)
+            travel.parts(window, wait)
 
             def clear(chunk):
                 refs.sums[chunk.here] = jnp.zeros((cut.chunk, width), jnp.float32)
                 refs.gate_sums[chunk.here] = jnp.zeros((cut.chunk, LANES), jnp.float32)
 
-            walk.every_chunk(slab, clear)
+            walk.every_chunk(window, clear)
 
         # Tiles: matrices come, hidden rows leave.
 
@@ -194,7 +190,7 @@ def gradient_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
                 refs.weights, refs.tiles, refs.tiles_arrived, cut.tile, first, step, at
             )
 
-        def hidden_copies(body, slab, tile):
+        def hidden_copies(body, window, tile):
             slot = jax.lax.rem(tile, 2)
             columns = pl.ds(pl.multiple_of(tile * cut.tile, cut.tile), cut.tile)
 
@@ -203,14 +199,14 @@ def gradient_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
                     source, target = buffer.at[slot, here], array.at[peer, rows, columns]
                     body(pltpu.make_async_copy(source, target, refs.hidden_left.at[slot]))
 
-            travel.parts(slab, part)
+            travel.parts(window, part)
 
-        def wait_hidden(slab, tile):
-            hidden_copies(lambda copy: copy.wait(), slab, tile)
+        def wait_hidden(window, tile):
+            hidden_copies(lambda copy: copy.wait(), window, tile)
 
-        def wait_last_hidden(slab):
+        def wait_last_hidden(window):
             for n in range(kept):
-                wait_hidden(slab, jnp.int32(num_steps - kept + n))
+                wait_hidden(window, jnp.int32(num_steps - kept + n))
 
         def multiply(step, slot):
             gate_tile, up_tile, down_tile = (tile.at[slot] for tile in refs.tiles)
@@ -241,16 +237,9 @@ def gradient_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
                 for at in range(0, cut.tile, LANES):
                     refs.gate_sums[chunk.here] += summands[:, at : at + LANES]
 
-            walk.own_chunks(step.slab, step.expert, one)
+            walk.own_chunks(step.window, step.expert, one)
 
         # Results, to the owners of the rows.
-
-        def returning(peer, rows, here):
-            target = refs.dx.at[me, rows]
-            return travel.send(refs.done.at[here], target, refs.dx_sent, refs.dx_arrived, peer)
-
-        def keeping(rows, here):
-            return pltpu.make_async_copy(refs.done.at[here], refs.dx.at[me, rows], refs.dx_sent)
 
         def settle(chunk: Chunk):
             refs.done[chunk.here] = refs.sums[chunk.here].astype(refs.done.dtype)
@@ -258,12 +247,7 @@ def gradient_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
             along = jnp.where(is_diagonal, dgate, 0).sum(0, keepdims=True)
             refs.dgate_here[chunk.peer, chunk.number, :] = along
 
-        def start_returning(peer, rows, here):
-            pl.when(peer == me)(lambda: keeping(rows, here).start())
-            pl.when(peer != me)(lambda: returning(peer, rows, here).start())
-
-        def wait_returning(slab):
-            travel.parts(slab, lambda peer, rows, here: keeping(rows, here).wait())
+        results = Results(travel, refs.done, refs.dx, refs.dx_sent, refs.dx_arrived)
 
         def dgate_copy(peer):
             source, target = refs.dgate_here.at[peer], refs.dgate.at[me]
@@ -280,7 +264,7 @@ def gradient_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
             travel.every_peer(lambda _, peer: dgate_copy(peer).wait_send(), of_core=True)
             travel.every_peer(lambda peer, _: dgate_copy(peer).wait_recv(), of_core=True)
 
-        def one_step(at, total, last_slab):
+        def one_step(at, total, last_window):
             """Do one tile of one expert for one window; return the last window that left."""
             step = walk.step(at)
 
@@ -291,26 +275,26 @@ def gradient_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
 
             @pl.when(step.is_first)
             def _():
-                load(step.slab)
-                pl.when(last_slab >= 0)(lambda: wait_last_hidden(last_slab))
+                load(step.window)
+                pl.when(last_window >= 0)(lambda: wait_last_hidden(last_window))
 
             is_reused = step.opens & (step.tile >= kept)
-            pl.when(is_reused)(lambda: wait_hidden(step.slab, step.tile - kept))
+            pl.when(is_reused)(lambda: wait_hidden(step.window, step.tile - kept))
             for copy in tiles(step, at):
                 copy.wait()
             multiply(step, jax.lax.rem(at, 2))
 
             @pl.when(step.closes)
             def _():
-                hidden_copies(lambda copy: copy.start(), step.slab, step.tile)
+                hidden_copies(lambda copy: copy.start(), step.window, step.tile)
 
             @pl.when(step.is_last)
             def _():
-                pl.when(last_slab >= 0)(lambda: wait_returning(last_slab))
-                walk.every_chunk(step.slab, settle)
-                travel.parts(step.slab, start_returning)
+                pl.when(last_window >= 0)(lambda: results.wait(last_window))
+                walk.every_chunk(step.window, settle)
+                results.start(step.window)
 
-            return jnp.where(step.is_last, step.slab, last_slab)
+            return jnp.where(step.is_last, step.window, last_window)
 
         travel.meet()
         travel.start_marks(marks)
@@ -318,20 +302,20 @@ def gradient_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
         start_staying()
         travel.wait_marks(marks)
         pltpu.sync_copy(refs.bounds_in, refs.bounds_read)
-        pl.when(core == 0)(lambda: pltpu.sync_copy(refs.bounds_in, refs.bounds_out))
+        pl.when(walk.core == 0)(lambda: pltpu.sync_copy(refs.bounds_in, refs.bounds_out))
         total = walk.schedule() * num_steps
 
         @pl.when(total > 0)
         def _():
             for copy in tiles(walk.step(0), 0):
                 copy.start()
-            last = jax.lax.fori_loop(0, total, lambda at, slab: one_step(at, total, slab), -1)
+            last = jax.lax.fori_loop(0, total, lambda at, window: one_step(at, total, window), -1)
             wait_last_hidden(last)
-            wait_returning(last)
+            results.wait(last)
 
         finish_dgate()
         travel.every_peer(wait_leaving, of_core=True)
         travel.settle_marks(marks)
-        travel.wait_home(refs.dx, refs.dx_arrived)
+        results.wait_home()
 
     return kernel

@@ -8,8 +8,16 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.attention.tpu_blocks import dot
-from kernels_pallas.experts.tpu_parallel_travel import Marks, Mesh, Travel, diagonal, tile_copies
-from kernels_pallas.experts.tpu_parallel_walk import Bounds, Cut, Walk
+from kernels_pallas.experts.tpu_parallel_travel import (
+    Marks,
+    Mesh,
+    Results,
+    Travel,
+    by_name,
+    diagonal,
+    tile_copies,
+)
+from kernels_pallas.experts.tpu_parallel_walk import Cut
 
 PIECE = 1024  # columns of results that are summed at once
 
@@ -21,7 +29,7 @@ class _Refs(NamedTuple):
         scalars: first matrix, number of this device, its place on other mesh axes, and the rows
             that go to each peer.
         x, gates, bounds: queues by peer that they go to.
-        w_gate, w_up, w_down: matrices.
+        weights: gate, up and down matrices.
         y: results by peer that they come from.
         x_in, gates_in, bounds_in: queues by peer that they come from.
         bounds_read: the last of them, where scalars are read.
@@ -36,9 +44,7 @@ class _Refs(NamedTuple):
     x: Any
     gates: Any
     bounds: Any
-    w_gate: Any
-    w_up: Any
-    w_down: Any
+    weights: list[Any]
     y: Any
     x_in: Any
     gates_in: Any
@@ -59,24 +65,22 @@ class _Refs(NamedTuple):
     loaded: Any
     tiles_arrived: Any
 
+    @staticmethod
+    def of(flat: Any) -> "_Refs":
+        """Sort the flat arguments."""
+        return _Refs(**by_name(_Refs._fields, {"weights": 3, "tiles": 3}, flat))
+
 
 def exchange_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
     """Return the kernel for static sizes."""
 
     def kernel(*flat):
-        parts = [*flat[:17], list(flat[17:20]), *flat[20:]]
-        refs = _Refs(*parts)
+        refs = _Refs.of(flat)
         first, me = refs.scalars[0], refs.scalars[1]
-        bounds = Bounds(refs.bounds_read)
-        core, width = pl.program_id(0), refs.sums.shape[1]
-        walk = Walk(cut, num_local, me, core, bounds, refs.items, refs.begins, num_steps)
-        travel = Travel(walk, mesh, refs.scalars)
-        marks = Marks(
-            [(refs.gates, refs.gates_in), (refs.bounds, refs.bounds_in)],
-            refs.marks_sent,
-            refs.marks_arrived,
-            refs.loaded,
-        )
+        width = refs.sums.shape[1]
+        travel = Travel.of(refs, cut, mesh, num_local, num_steps)
+        walk = travel.walk
+        marks = Marks.of(refs)
 
         # Rows, to their experts.
 
@@ -99,9 +103,9 @@ def exchange_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
 
         # A window.
 
-        def load(slab):
+        def load(window):
             def start(peer, rows, here):
-                is_new = (walk.window(slab) == 0) & (peer != me)
+                is_new = (walk.place(window) == 0) & (peer != me)
                 pl.when(is_new)(lambda: wait_arriving(peer))
 
                 def copy(source):
@@ -114,19 +118,20 @@ def exchange_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
                 source = refs.x_in.at[peer, rows]
                 pltpu.make_async_copy(source, refs.window.at[here], refs.loaded).wait()
 
-            travel.parts(slab, start)
-            travel.parts(slab, wait)
+            travel.parts(window, start)
+            travel.parts(window, wait)
 
             def clear(chunk):
                 refs.sums[chunk.here] = jnp.zeros((cut.chunk, width), jnp.float32)
 
-            walk.every_chunk(slab, clear)
+            walk.every_chunk(window, clear)
 
         # Tiles of matrices.
 
         def tiles(step, at):
-            weights = (refs.w_gate, refs.w_up, refs.w_down)
-            return tile_copies(weights, refs.tiles, refs.tiles_arrived, cut.tile, first, step, at)
+            return tile_copies(
+                refs.weights, refs.tiles, refs.tiles_arrived, cut.tile, first, step, at
+            )
 
         def multiply(step, slot):
             gate_tile, up_tile, down_tile = refs.tiles
@@ -142,28 +147,16 @@ def exchange_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
                     piece = pl.ds(at, min(PIECE, width - at))
                     refs.sums[chunk.here, piece] += dot(hidden, down_tile[slot, :, piece], (1, 0))
 
-            walk.own_chunks(step.slab, step.expert, one)
+            walk.own_chunks(step.window, step.expert, one)
 
         # Results, to the owners of the rows.
-
-        def returning(peer, rows, here):
-            target = refs.y.at[me, rows]
-            return travel.send(refs.done.at[here], target, refs.y_sent, refs.y_arrived, peer)
-
-        def staying(rows, here):
-            return pltpu.make_async_copy(refs.done.at[here], refs.y.at[me, rows], refs.y_sent)
 
         def settle(chunk):
             refs.done[chunk.here] = refs.sums[chunk.here].astype(refs.done.dtype)
 
-        def start_returning(peer, rows, here):
-            pl.when(peer == me)(lambda: staying(rows, here).start())
-            pl.when(peer != me)(lambda: returning(peer, rows, here).start())
+        results = Results(travel, refs.done, refs.y, refs.y_sent, refs.y_arrived)
 
-        def wait_returning(slab):
-            travel.parts(slab, lambda peer, rows, here: staying(rows, here).wait())
-
-        def one_step(at, total, last_slab):
+        def one_step(at, total, last_window):
             """Do one tile of one expert for one window; return the last window that left."""
             step = walk.step(at)
 
@@ -172,18 +165,18 @@ def exchange_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
                 for copy in tiles(walk.step(at + 1), at + 1):
                     copy.start()
 
-            pl.when(step.is_first)(lambda: load(step.slab))
+            pl.when(step.is_first)(lambda: load(step.window))
             for copy in tiles(step, at):
                 copy.wait()
             multiply(step, jax.lax.rem(at, 2))
 
             @pl.when(step.is_last)
             def _():
-                pl.when(last_slab >= 0)(lambda: wait_returning(last_slab))
-                walk.every_chunk(step.slab, settle)
-                travel.parts(step.slab, start_returning)
+                pl.when(last_window >= 0)(lambda: results.wait(last_window))
+                walk.every_chunk(step.window, settle)
+                results.start(step.window)
 
-            return jnp.where(step.is_last, step.slab, last_slab)
+            return jnp.where(step.is_last, step.window, last_window)
 
         travel.meet()
         travel.start_marks(marks)
@@ -196,11 +189,11 @@ def exchange_kernel(cut: Cut, num_local: int, num_steps: int, mesh: Mesh):
         def _():
             for copy in tiles(walk.step(0), 0):
                 copy.start()
-            last = jax.lax.fori_loop(0, total, lambda at, slab: one_step(at, total, slab), -1)
-            wait_returning(last)
+            last = jax.lax.fori_loop(0, total, lambda at, window: one_step(at, total, window), -1)
+            results.wait(last)
 
         travel.every_peer(wait_leaving, of_core=True)
         travel.settle_marks(marks)
-        travel.wait_home(refs.y, refs.y_arrived)
+        results.wait_home()
 
     return kernel

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.experts.tpu_parallel_walk import Step, Walk
+from kernels_pallas.experts.tpu_parallel_walk import Bounds, Cut, Step, Walk
 
 _COLLECTIVE = 16  # first number of a barrier; no other kernel may have this or one that follows
 
@@ -54,6 +54,15 @@ class Mesh(NamedTuple):
         return place
 
 
+def by_name(fields: Sequence[str], several: dict[str, int], flat: Sequence[Any]) -> dict[str, Any]:
+    """Sort the arguments of a kernel: one for each name, or a list where there are several."""
+    refs = iter(flat)
+    return {
+        name: [next(refs) for _ in range(several[name])] if name in several else next(refs)
+        for name in fields
+    }
+
+
 class Marks(NamedTuple):
     """Small arrays by peer, all of which every device sends to every other.
 
@@ -69,6 +78,12 @@ class Marks(NamedTuple):
     arrived: Any
     loaded: Any
 
+    @staticmethod
+    def of(refs: Any) -> "Marks":
+        """Return a kernel's gates and bounds."""
+        pairs = [(refs.gates, refs.gates_in), (refs.bounds, refs.bounds_in)]
+        return Marks(pairs, refs.marks_sent, refs.marks_arrived, refs.loaded)
+
 
 class Travel(NamedTuple):
     """The transfers of one core of a device.
@@ -83,6 +98,13 @@ class Travel(NamedTuple):
     walk: Walk
     mesh: Mesh
     scalars: Any
+
+    @staticmethod
+    def of(refs: Any, cut: Cut, mesh: Mesh, num_local: int, num_steps: int) -> "Travel":
+        """Return those of a kernel on the core that runs it."""
+        me, core, bounds = refs.scalars[1], pl.program_id(0), Bounds(refs.bounds_read)
+        walk = Walk(cut, num_local, me, core, bounds, refs.items, refs.begins, num_steps)
+        return Travel(walk, mesh, refs.scalars)
 
     def _address(self, peer: jax.Array) -> dict[str, jax.Array]:
         others = range(len(self.mesh.others))
@@ -149,29 +171,68 @@ class Travel(NamedTuple):
         rows = self.walk.whole(self.scalars[2 + len(self.mesh.others) + peer])
         return pl.multiple_of(rows, self.walk.cut.unit)
 
-    def wait_home(self, results: Any, arrived: Any) -> None:
-        """Wait for the results of all rows that this core sent to others."""
-
-        def one(peer, _):
-            number = self.leaving(peer)
-
-            @pl.when(number > 0)
-            def _():
-                rows = results.at[peer, pl.ds(0, number)]
-                pltpu.make_async_copy(rows, rows, arrived).wait()
-
-        self.every_peer(one, of_core=True)
-
-    def parts(self, slab: jax.Array, body: Callable[[Any, Any, Any], Any]) -> None:
+    def parts(self, window: jax.Array, body: Callable[[Any, Any, Any], Any]) -> None:
         """Call with each queue's part of a window: peer, rows in the queue, and in VMEM."""
         cut = self.walk.cut
 
         def part(n, _):
-            peer, start, number = self.walk.part(slab, n)
+            peer, start, number = self.walk.part(window, n)
             at = pl.multiple_of(n * cut.rows, cut.chunk)
             pl.when(number > 0)(lambda: body(peer, pl.ds(start, number), pl.ds(at, number)))
 
         jax.lax.fori_loop(0, cut.group, part, None)
+
+
+class Results(NamedTuple):
+    """The way of results to the owners of the rows.
+
+    Attributes:
+        travel: the transfers of this core.
+        done: results of a window.
+        home: results by peer that they come from.
+        sent, arrived: semaphores.
+    """
+
+    travel: Travel
+    done: Any
+    home: Any
+    sent: Any
+    arrived: Any
+
+    def _staying(self, rows: Any, here: Any) -> Any:
+        target = self.home.at[self.travel.walk.me, rows]
+        return pltpu.make_async_copy(self.done.at[here], target, self.sent)
+
+    def start(self, window: jax.Array) -> None:
+        """Send the results of a window, or keep those of this device's own rows."""
+        me = self.travel.walk.me
+
+        def part(peer, rows, here):
+            def send():
+                source, target = self.done.at[here], self.home.at[me, rows]
+                self.travel.send(source, target, self.sent, self.arrived, peer).start()
+
+            pl.when(peer == me)(lambda: self._staying(rows, here).start())
+            pl.when(peer != me)(send)
+
+        self.travel.parts(window, part)
+
+    def wait(self, window: jax.Array) -> None:
+        """Wait until the results of a window have left."""
+        self.travel.parts(window, lambda _, rows, here: self._staying(rows, here).wait())
+
+    def wait_home(self) -> None:
+        """Wait for the results of all rows that this core sent to others."""
+
+        def one(peer, _):
+            number = self.travel.leaving(peer)
+
+            @pl.when(number > 0)
+            def _():
+                rows = self.home.at[peer, pl.ds(0, number)]
+                pltpu.make_async_copy(rows, rows, self.arrived).wait()
+
+        self.travel.every_peer(one, of_core=True)
 
 
 def diagonal(shape: tuple[int, int]) -> jax.Array:

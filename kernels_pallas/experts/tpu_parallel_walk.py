@@ -11,6 +11,8 @@ from jax.experimental import pallas as pl
 class Cut(NamedTuple):
     """Static sizes.
 
+    A window is the rows that are in VMEM at a time: those of one place in each queue of a group.
+
     Attributes:
         peers: devices.
         group: queues that share a window.
@@ -31,6 +33,11 @@ class Cut(NamedTuple):
     unit: int
     cores: int
 
+    @property
+    def num_windows(self) -> int:
+        """How many windows there are in all."""
+        return self.peers // self.group * self.windows
+
 
 class Bounds(NamedTuple):
     """Where in each queue that arrives an expert's rows begin: int32 [P, 1, 128] in SMEM."""
@@ -50,14 +57,14 @@ class Step(NamedTuple):
     """A tile of an expert's matrices, for a window.
 
     Attributes:
-        slab: the window.
-        tile: the tile.
+        window: its number.
+        tile: that of the tile.
         expert: whose matrices.
         is_first, is_last: of the window's steps.
         opens, closes: whether it is the first, or last, of the window's experts at this tile.
     """
 
-    slab: jax.Array
+    window: jax.Array
     tile: jax.Array
     expert: jax.Array
     is_first: jax.Array
@@ -129,18 +136,18 @@ class Walk(NamedTuple):
         """Return whether this core takes a group of queues."""
         return jax.lax.rem(group, self.cut.cores) == self.core
 
-    def window(self, slab: jax.Array) -> jax.Array:
+    def place(self, window: jax.Array) -> jax.Array:
         """Return the place of a window in its queues."""
-        return jax.lax.rem(slab, self.cut.windows)
+        return jax.lax.rem(window, self.cut.windows)
 
-    def _peer(self, slab: jax.Array, n: jax.Array) -> jax.Array:
-        distance = jax.lax.div(slab, self.cut.windows) * self.cut.group + n
+    def _peer(self, window: jax.Array, n: jax.Array) -> jax.Array:
+        distance = jax.lax.div(window, self.cut.windows) * self.cut.group + n
         return jax.lax.rem(self.me - distance + self.cut.peers, self.cut.peers)
 
-    def part(self, slab: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def part(self, window: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Return the peer of a window's queue n, its first row there, and the rows that exist."""
-        peer = self._peer(slab, n)
-        start = self.window(slab) * self.cut.rows
+        peer = self._peer(window, n)
+        start = self.place(window) * self.cut.rows
         number = jnp.clip(self.arriving(peer) - start, 0, self.cut.rows)
         return (
             peer,
@@ -148,11 +155,11 @@ class Walk(NamedTuple):
             pl.multiple_of(number, self.cut.unit),
         )
 
-    def _has_rows(self, slab: jax.Array, expert: jax.Array) -> jax.Array:
-        start = self.window(slab) * self.cut.rows
+    def _has_rows(self, window: jax.Array, expert: jax.Array) -> jax.Array:
+        start = self.place(window) * self.cut.rows
 
         def one(n, found):
-            begin, end = self.bounds.of(self._peer(slab, n), expert)
+            begin, end = self.bounds.of(self._peer(window, n), expert)
             begin, end = jnp.maximum(begin, start), jnp.minimum(end, start + self.cut.rows)
             return jnp.maximum(found, (begin < end).astype(jnp.int32))
 
@@ -160,17 +167,17 @@ class Walk(NamedTuple):
 
     def schedule(self) -> jax.Array:
         """Write the list of items that have rows. Returns how many they are."""
-        slabs = self.cut.peers // self.cut.group * self.cut.windows
+        num_windows = self.cut.num_windows
 
         def one(code, count):
-            slab = jax.lax.div(code, self.num_experts)
-            is_mine = self.is_mine(jax.lax.div(slab, self.cut.windows))
-            expert = code - slab * self.num_experts
-            has_rows = is_mine & self._has_rows(slab, expert)
+            window = jax.lax.div(code, self.num_experts)
+            is_mine = self.is_mine(jax.lax.div(window, self.cut.windows))
+            expert = code - window * self.num_experts
+            has_rows = is_mine & self._has_rows(window, expert)
 
             @pl.when(expert == 0)
             def _():
-                self.begins[slab] = count
+                self.begins[window] = count
 
             @pl.when(has_rows)
             def _():
@@ -178,20 +185,20 @@ class Walk(NamedTuple):
 
             return count + has_rows.astype(jnp.int32)
 
-        items = jax.lax.fori_loop(0, slabs * self.num_experts, one, 0)
-        self.begins[slabs] = items
+        items = jax.lax.fori_loop(0, num_windows * self.num_experts, one, 0)
+        self.begins[num_windows] = items
         return items
 
     def step(self, at: jax.Array | int) -> Step:
         """Find step `at` of all."""
-        slab = jax.lax.div(self.items[jax.lax.div(at, self.num_steps)], self.num_experts)
-        begin = self.begins[slab]
-        count = self.begins[slab + 1] - begin
+        window = jax.lax.div(self.items[jax.lax.div(at, self.num_steps)], self.num_experts)
+        begin = self.begins[window]
+        count = self.begins[window + 1] - begin
         local = at - begin * self.num_steps
         tile = jax.lax.div(local, count)
         number = local - tile * count
         return Step(
-            slab,
+            window,
             tile,
             jax.lax.rem(self.items[begin + number], self.num_experts),
             local == 0,
@@ -200,14 +207,16 @@ class Walk(NamedTuple):
             number == count - 1,
         )
 
-    def own_chunks(self, slab: jax.Array, expert: jax.Array, body: Callable[[Chunk], None]) -> None:
+    def own_chunks(
+        self, window: jax.Array, expert: jax.Array, body: Callable[[Chunk], None]
+    ) -> None:
         """Call with each chunk of a window that has rows of an expert."""
         cut = self.cut
         chunks = cut.rows // cut.chunk
 
         def one(n, _):
             part = jax.lax.div(n, chunks)
-            peer, start, _ = self.part(slab, part)
+            peer, start, _ = self.part(window, part)
             start += (n - part * chunks) * cut.chunk
             begin, end = (b - start for b in self.bounds.of(peer, expert))
 
@@ -219,14 +228,14 @@ class Walk(NamedTuple):
 
         jax.lax.fori_loop(0, cut.group * chunks, one, None)
 
-    def every_chunk(self, slab: jax.Array, body: Callable[[Chunk], None]) -> None:
+    def every_chunk(self, window: jax.Array, body: Callable[[Chunk], None]) -> None:
         """Call with each chunk of a window."""
         cut = self.cut
         chunks = cut.rows // cut.chunk
 
         def one(n, _):
             part = jax.lax.div(n, chunks)
-            peer, start, _ = self.part(slab, part)
+            peer, start, _ = self.part(window, part)
             here = pl.ds(pl.multiple_of(n * cut.chunk, cut.chunk), cut.chunk)
             number = pl.ds(jax.lax.div(start, cut.chunk) + n - part * chunks, 1)
             body(Chunk(peer, number, here, jnp.int32(0), jnp.int32(0)))

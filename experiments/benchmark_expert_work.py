@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark_blocks import Work
-from kernels_pallas.experts import tpu, tpu_plan, tpu_rows
+from kernels_pallas.experts import tpu_plan, tpu_rows, tpu_sizes
 from kernels_pallas.shapes import Experts
 
 LANES = 128  # numbers beside a row that a kernel reads as one
@@ -94,7 +94,7 @@ def _cut(shape: Experts, of: Product) -> tpu_rows.Cut | None:
         [array((1, of.width), of_bytes[size]) for size in of.tiles],
     )
     outs = [jnp.dtype(of_bytes[size]) for size in of.outs]
-    return tpu.row_cut(of.operation, rows, by, outs, shape.T * shape.X, shape.E)
+    return tpu_sizes.row_cut(of.operation, rows, by, outs, shape.T * shape.X, shape.E)
 
 
 def _blocks(sizes_E: np.ndarray, window: int) -> list[list[int]]:
@@ -168,7 +168,7 @@ def _outer_work(shape: Experts, sizes_E: np.ndarray) -> tuple[int, int, str] | N
     D, F, size = shape.D, shape.F, width_of(shape)
     array: Any = jax.ShapeDtypeStruct
     x, dy = array((1, D), shape.dtype), array((1, F), shape.dtype)
-    cut = tpu.outer_cut(x, dy, shape.T * shape.X, shape.E)
+    cut = tpu_sizes.outer_cut(x, dy, shape.T * shape.X, shape.E)
     if cut is None:
         return None
     blocks, steps = _blocks(sizes_E, cut.window), F // (cut.tile * cut.cores)

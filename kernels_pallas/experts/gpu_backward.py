@@ -29,7 +29,7 @@ from kernels_pallas.experts.gpu_work import (
     Sums,
     fitting,
     staging,
-    store_all,
+    write,
 )
 from kernels_pallas.experts.inputs import Inputs
 
@@ -171,14 +171,6 @@ def _hidden_gradients(
     )
 
 
-def _write(
-    sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
-) -> None:
-    del extras
-    buffers = scratch[0].at[jax.lax.axis_index("warpgroup")]
-    store_all(sums[0], plan.width, buffers, outs[0], item, plan.granule)
-
-
 def _token_gradients(
     x: Inputs, num_experts: int, rows: Rows, da_PF: jax.Array, db_PF: jax.Array
 ) -> jax.Array:
@@ -192,7 +184,7 @@ def _token_gradients(
         [Term(da_PF, (x.w_gate_NDF,)), Term(db_PF, (x.w_up_NDF,))],
         rows.blocks_BF,
         plan,
-        functools.partial(_write, plan=plan),
+        functools.partial(write, plan=plan),
         extras=[],
         out_type=(jax.ShapeDtypeStruct((P, D), out_dtype),),
         scratch=[staging(_GROUPS, out_dtype)],

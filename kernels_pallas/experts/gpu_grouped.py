@@ -5,7 +5,6 @@ gradient for x, whatever the number of rows; with few, `expert_mlp` has shorter 
 """
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from jax.experimental import pallas as pl
 from kernels_pallas.experts import gpu_rows
 from kernels_pallas.experts.gpu_outer import outer
 from kernels_pallas.experts.gpu_product import Term, product
-from kernels_pallas.experts.gpu_work import ROWS, Item, Plan, Sums, fitting, staging, store_all
+from kernels_pallas.experts.gpu_work import ROWS, Plan, fitting, staging, write
 from kernels_pallas.experts.inputs import expected_rows
 
 _GROUPS = 2  # warpgroups that multiply
@@ -38,14 +37,6 @@ def _cost(num_rows: int, num_experts: int, D: int, F: int, dtype: Any) -> pl.Cos
         bytes_accessed=(min(rows, num_experts) * D * F + rows * (D + F)) * size,
         transcendentals=0,
     )
-
-
-def _write(
-    sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
-) -> None:
-    del extras
-    buffers = scratch[0].at[jax.lax.axis_index("warpgroup")]
-    store_all(sums[0], plan.width, buffers, outs[0], item, plan.granule)
 
 
 def grouped_matmul(
@@ -77,7 +68,7 @@ def grouped_matmul(
         [Term(x_PD, (w_NDF,))],
         rows.blocks_BF,
         plan,
-        functools.partial(_write, plan=plan),
+        functools.partial(write, plan=plan),
         extras=[],
         out_type=(jax.ShapeDtypeStruct((x_PD.shape[0], F), dtype),),
         scratch=[staging(_GROUPS, dtype)],

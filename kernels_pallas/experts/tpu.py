@@ -11,117 +11,18 @@ tokens chose would otherwise have its 0.25 GB of weights read again.
 """
 
 import functools
-import math
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas import backend, tuning
 from kernels_pallas.attention.tpu_blocks import LANES
 from kernels_pallas.experts import tpu_outer as to
 from kernels_pallas.experts import tpu_plan as tp
 from kernels_pallas.experts import tpu_rows as tr
+from kernels_pallas.experts import tpu_sizes as ts
 from kernels_pallas.experts.inputs import Inputs, expected_rows, stored_as
-
-
-def _unit(dtype: jnp.dtype) -> int:
-    """Return the rows of a vector tile."""
-    return 32 // jnp.dtype(dtype).itemsize
-
-
-def row_cut(
-    operation: str, rows: tr.Rows, by: tr.Matrices, outs: list, num_rows: int, num_experts: int
-) -> tr.Cut | None:
-    """Choose the sizes of a kernel over rows, or None if none fit.
-
-    Args:
-        operation: under which sizes are looked up.
-        rows, by: its operands; of rows only widths and dtypes matter.
-        outs: dtypes of its results.
-        num_rows: of all experts together.
-        num_experts: that a row may belong to.
-    """
-
-    def needed(window: int, tile: int) -> int:
-        return tr.buffer_bytes(rows, by, outs, window, tile)
-
-    dtype = rows.left[0].dtype
-    stored = str(by.weights[0].dtype)
-    return _fit(operation, needed, by.depth, by.width, dtype, stored, num_rows, num_experts)
-
-
-def outer_cut(x: jax.Array, dy: jax.Array, num_rows: int, num_experts: int) -> tr.Cut | None:
-    """Choose the sizes of the kernel of the gradient of matrices, or None if none fit.
-
-    Args:
-        x, dy: its operands, of which only widths and dtypes matter.
-        num_rows: of all experts together.
-        num_experts: that a row may belong to.
-    """
-
-    def needed(window: int, tile: int) -> int:
-        return to.buffer_bytes(x, dy, window, tile)
-
-    K, M, dtype = x.shape[1], dy.shape[1], x.dtype
-    return _fit("backward_weights", needed, K, M, dtype, str(dtype), num_rows, num_experts)
-
-
-def _fit(
-    operation: str,
-    needed: Callable[[int, int], int],
-    depth: int,
-    width: int,
-    dtype: jnp.dtype,
-    stored: str,
-    num_rows: int,
-    num_experts: int,
-) -> tr.Cut | None:
-    """Choose the largest window that fits into VMEM, then the widest tile.
-
-    A tile should not be narrower than the multiplier, nor a chunk shorter, if there are such.
-    """
-    unit, multiplier = _unit(dtype), backend.multiplier()
-    default = {
-        "window": 1024,
-        "chunk": multiplier,
-        "tile": tr.TILES[0],
-        "cores": backend.num_cores(),
-    }
-    shape = {"D": depth, "F": width, "E": num_experts, "dtype": stored}
-    tuned = tuning.lookup(f"expert_mlp.{operation}", default, **shape)
-    cores = tuned["cores"] if width % (tuned["cores"] * LANES) == 0 else 1
-    tiles = [n for n in tr.TILES if n <= tuned["tile"] and width % (cores * n) == 0]
-    tiles = [n for n in tiles if n >= multiplier] or tiles
-    chunk = min(tuned["chunk"], tp.round_up(num_rows, unit))
-    while chunk:
-        chunks = min(tuned["window"], tp.round_up(num_rows, chunk)) // chunk
-        while chunks:
-            for tile in tiles:
-                if needed(chunks * chunk, tile) <= tr.VMEM_BUDGET:
-                    return tr.Cut(chunks * chunk, chunk, tile, unit, cores)
-            chunks //= 2
-        chunk = chunk // (2 * unit) * unit
-    return None
-
-
-def _cost(rows: tr.Rows, by: tr.Matrices, outs: list, num_rows: int, num_experts: int, cut: tr.Cut):
-    """Estimate a kernel: weights of the experts that are hit once, rows once for each core."""
-    pairs, size, num_rows = len(by.weights), jnp.dtype, expected_rows(num_rows)
-    entries = by.depth * by.width * by.weights[0].dtype.itemsize
-    if by.stored == "int4":
-        entries //= 2
-    scales = sum(4 * math.prod(s.shape[1:]) for s in by.scales or ())
-    windows = sum(a.shape[1] * a.dtype.itemsize for a in rows.windows()) * cut.cores
-    tiles = sum(a.dtype.itemsize for a in rows.tiles) + sum(size(d).itemsize for d in outs)
-    hit = min(num_experts, num_rows)
-    return pl.CostEstimate(
-        flops=2 * num_rows * by.depth * by.width * pairs,
-        transcendentals=num_rows * by.width if pairs > 1 else 0,
-        bytes_accessed=hit * (pairs * entries + scales) + num_rows * (windows + by.width * tiles),
-    )
 
 
 def _run(
@@ -129,7 +30,7 @@ def _run(
 ) -> list[jax.Array]:
     """Run one kernel over all blocks."""
     (R,), (E,) = p.place_R.shape, p.sizes_E.shape
-    cut = row_cut(operation, rows, by, outs, R, E)
+    cut = ts.row_cut(operation, rows, by, outs, R, E)
     assert cut is not None
     return tr.grouped_rows(
         rows,
@@ -139,7 +40,7 @@ def _run(
         epilogue,
         outs,
         name=f"expert_mlp_{operation}",
-        cost=_cost(rows, by, outs, R, E, cut),
+        cost=ts.cost(rows, by, outs, R, E, cut),
     )
 
 
@@ -213,7 +114,7 @@ def _cuts(x: Inputs, F: int, num_experts: int) -> dict[str, tr.Cut | None]:
 
     def cut(operation: str, rows: tr.Rows, outs: int, *names: str) -> tr.Cut | None:
         by = _matrices(x, *names, is_transposed=operation != "forward")
-        return row_cut(operation, rows, by, [dtype] * outs, R, num_experts)
+        return ts.row_cut(operation, rows, by, [dtype] * outs, R, num_experts)
 
     cuts = {
         "gate and up": cut("forward", tr.Rows([row(D)], column), 3, "gate", "up"),
@@ -224,7 +125,7 @@ def _cuts(x: Inputs, F: int, num_experts: int) -> dict[str, tr.Cut | None]:
         cuts["backward hidden"] = cut("backward_hidden", rows, 3, "down")
         rows = tr.Rows([row(F)], None, [row(D, jnp.float32)])
         cuts["backward tokens"] = cut("backward_tokens", rows, 1, "up")
-        cuts["backward weights"] = outer_cut(row(D), row(F), R, num_experts)
+        cuts["backward weights"] = ts.outer_cut(row(D), row(F), R, num_experts)
     return cuts
 
 
@@ -241,7 +142,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, "Sa
     """
     (T, X), (_, D), dtype = x.expert_TX.shape, x.x_TD.shape, x.x_TD.dtype
     x = _filled(x)
-    p = tp.plan(x.expert_TX.reshape(T * X), num_experts, _unit(dtype))
+    p = tp.plan(x.expert_TX.reshape(T * X), num_experts, ts.unit(dtype))
     token_P = p.source_P // X
     gate_P = jnp.where(p.is_held_P, x.gate_TX.reshape(T * X)[p.source_P], 0)
     rows, by = tr.Rows([x.x_TD[token_P]], _column(gate_P)), _matrices(x, "gate", "up")
@@ -286,7 +187,7 @@ def _outer(
 ) -> jax.Array:
     """Sum x^T dy (or dy^T x) over each expert's rows, among zeros for those of other layers."""
     (R,), (E,) = p.place_R.shape, p.sizes_E.shape
-    cut = outer_cut(x_PK, dy_PM, R, E)
+    cut = ts.outer_cut(x_PK, dy_PM, R, E)
     assert cut is not None
     K, M, size = x_PK.shape[1], dy_PM.shape[1], like.dtype.itemsize
     held = expected_rows(R)
@@ -376,7 +277,7 @@ def grouped_matmul(
     """
     (R, _), (E,), dtype = x_RD.shape, group_sizes_E.shape, x_RD.dtype
     F, x_RD, w_NDF = w_NDF.shape[1 if is_transposed else 2], _fill_lanes(x_RD), _fill_lanes(w_NDF)
-    p = tp.plan(tp.experts_of(group_sizes_E, R), E, _unit(dtype))
+    p = tp.plan(tp.experts_of(group_sizes_E, R), E, ts.unit(dtype))
     by = tr.Matrices([w_NDF], None, is_transposed, "float", jnp.asarray(first, jnp.int32))
     (y_PF,) = _run("forward", tr.Rows([x_RD[p.source_P]]), by, _add, [dtype], p=p)
     return tp.from_places(y_PF, p)[:, :F]
@@ -398,7 +299,7 @@ def grouped_outer(
     """
     (R, D), F, (E,) = x_RD.shape, dy_RF.shape[1], group_sizes_E.shape
     x_RD, dy_RF = _fill_lanes(x_RD), _fill_lanes(dy_RF)
-    p = tp.plan(tp.experts_of(group_sizes_E, R), E, _unit(x_RD.dtype))
+    p = tp.plan(tp.experts_of(group_sizes_E, R), E, ts.unit(x_RD.dtype))
     dy_PF = jnp.where(p.is_held_P[:, None], dy_RF[p.source_P], 0)
     dw_EDF = jax.ShapeDtypeStruct((E, x_RD.shape[1], dy_RF.shape[1]), dtype)
     return _outer(x_RD[p.source_P], dy_PF, p, dw_EDF, jnp.int32(0))[:, :D, :F]

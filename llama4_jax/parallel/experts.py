@@ -69,6 +69,34 @@ def _with_sizes(axes: Sequence[str]) -> str:
     return ",".join(f"{axis}:{sizes[axis]}" for axis in axes)
 
 
+def _travel_or_own(
+    shape: tuple[int, ...], num_experts: int
+) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Return the experts' axes as a plan's `travel_over` or as its `own_over`; the other is empty.
+
+    Tokens, of shape [B, T, D], travel where they are divided over these axes too.
+
+    Raises:
+        ValueError: tokens are divided over some axes of the experts, or experts do not divide.
+    """
+    (B, T, _), expert_axes = shape, mesh_axes("experts")
+    batch_axes = {*mesh_axes("batch", B), *mesh_axes("seq", T)}
+    if batch_axes & {*expert_axes} not in (set(), {*expert_axes}):
+        raise ValueError(
+            f"{B} rows of {T} tokens are divided over mesh axes "
+            f"({_with_sizes(sorted(batch_axes))}), some but not all of those of experts "
+            f"({_with_sizes(expert_axes)}); take as many rows as all of these divide, or a preset "
+            "that divides tokens over none of them"
+        )
+    if mesh_axes("experts", num_experts) != expert_axes:
+        raise ValueError(
+            f"num_experts ({num_experts}) must be divisible by mesh axes "
+            f"({_with_sizes(expert_axes)}); make them smaller"
+        )
+    travels = batch_axes.issuperset(expert_axes)
+    return (expert_axes, ()) if travels else ((), expert_axes)
+
+
 def sharded_expert_mlp(
     x_BTD: jax.Array,
     w_gate_EDF: jax.Array,
@@ -99,23 +127,11 @@ def sharded_expert_mlp(
 
     Returns:
         y_BTD in the dtype and layout of x.
+
+    Raises:
+        ValueError: the mesh divides tokens over a part of the experts' axes, or experts unevenly.
     """
-    E, expert_axes = w_gate_EDF.shape[-3], mesh_axes("experts")
-    batch_axes = {*mesh_axes("batch", x_BTD.shape[0]), *mesh_axes("seq", x_BTD.shape[1])}
-    if batch_axes & {*expert_axes} not in (set(), {*expert_axes}):
-        raise ValueError(
-            f"{x_BTD.shape[0]} rows of {x_BTD.shape[1]} tokens are divided over mesh axes "
-            f"({_with_sizes(sorted(batch_axes))}), some but not all of those of experts "
-            f"({_with_sizes(expert_axes)}); take as many rows as all of these divide, or a preset "
-            "that divides tokens over none of them"
-        )
-    if mesh_axes("experts", E) != expert_axes:
-        raise ValueError(
-            f"num_experts ({E}) must be divisible by mesh axes ({_with_sizes(expert_axes)}); make "
-            "them smaller"
-        )
-    travel_over = expert_axes if batch_axes.issuperset(expert_axes) else ()
-    own_over = () if travel_over else expert_axes
+    travel_over, own_over = _travel_or_own(x_BTD.shape, w_gate_EDF.shape[-3])
     summed_over = (*mesh_axes("expert_mlp", w_gate_EDF.shape[-1]), *own_over)
     tokens, stack = ("batch", "seq", None), () if group is None else (None,)
     w_in, w_out = (*stack, "experts", None, "expert_mlp"), (*stack, "experts", "expert_mlp", None)

@@ -36,8 +36,8 @@ def once(monkeypatch):
 def cut(monkeypatch):
     """Sizes that every kernel takes."""
     sizes = Cut(window=32, chunk=16, tile=128, unit=8, cores=2)
-    monkeypatch.setattr(benchmark_expert_work.tpu, "row_cut", lambda *_: sizes)
-    monkeypatch.setattr(benchmark_expert_work.tpu, "outer_cut", lambda *_: sizes)
+    monkeypatch.setattr(benchmark_expert_work.tpu_sizes, "row_cut", lambda *_: sizes)
+    monkeypatch.setattr(benchmark_expert_work.tpu_sizes, "outer_cut", lambda *_: sizes)
 
 
 def sized(monkeypatch, sizes, **known):
@@ -129,7 +129,7 @@ def test_bounds_of_what_is_multiplied_leave_no_room_for_wider_chunks(
     if multiplier is None:
         work = benchmark_expert_work.gpu_work(shape, "forward")
     else:
-        monkeypatch.setattr(benchmark_expert_work.tpu.backend, "multiplier", lambda: multiplier)
+        monkeypatch.setattr(benchmark_expert_work.tpu_sizes.backend, "multiplier", lambda: multiplier)
         work = benchmark_expert_work.tpu_work(shape, "forward")
     assert 0.9 * most < work.flops / shape.flops() <= most
 

@@ -129,7 +129,9 @@ def test_bounds_of_what_is_multiplied_leave_no_room_for_wider_chunks(
     if multiplier is None:
         work = benchmark_expert_work.gpu_work(shape, "forward")
     else:
-        monkeypatch.setattr(benchmark_expert_work.tpu_sizes.backend, "multiplier", lambda: multiplier)
+        monkeypatch.setattr(
+            benchmark_expert_work.tpu_sizes.backend, "multiplier", lambda: multiplier
+        )
         work = benchmark_expert_work.tpu_work(shape, "forward")
     assert 0.9 * most < work.flops / shape.flops() <= most
 

@@ -10,19 +10,7 @@
 # 0.8 of the rate of a copy or more (of copy). Each part writes its figures, with device, date,
 # version of jax and shapes, when it is done, so that a part that is cut short takes no other with
 # it. The status is 1 if any part has a fault.
-set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${OUT:-benchmarks/results}
-python=${PYTHON:-python3}
-export PYTHONUNBUFFERED=1
-mkdir -p "$out"
-status=0
-
-part() {  # part SECONDS NAME SHAPES
-  echo "== $2"
-  timeout --signal=INT --kill-after=10 "$1" "$python" -m experiments.benchmark --suite=kernels --shapes="$3" \
-    --output="$out/gpu_$2.json" 2>&1 | tee "$out/gpu_$2.txt" || status=1
-}
+. "$(dirname "$0")/h200_part.sh"
 
 part 130 odd odd_88,odd_packed,odd_256,odd_decode,odd_decode_fp8,odd_decode_int8
 part 150 chunked scout_chunk_32k,scout_chunk_8k

@@ -11,19 +11,7 @@
 # column), decoding in bfloat16 at 0.8 of the rate of a copy (of copy), with int4 matrices at 0.6.
 # Each part writes its figures, with device, date, version of jax and shapes, when it is done, so
 # that a part that is cut short takes no other with it. The status is 1 if any part has a fault.
-set -uo pipefail
-cd "$(dirname "$0")/.."
-out=${OUT:-benchmarks/results}
-python=${PYTHON:-python3}
-export PYTHONUNBUFFERED=1
-mkdir -p "$out"
-status=0
-
-part() {  # part SECONDS NAME SHAPES
-  echo "== $2"
-  timeout --signal=INT --kill-after=10 "$1" "$python" -m experiments.benchmark --suite=kernels --shapes="$3" \
-    --output="$out/gpu_$2.json" 2>&1 | tee "$out/gpu_$2.txt" || status=1
-}
+. "$(dirname "$0")/h200_part.sh"
 
 part 150 odd_experts odd_experts,odd_experts_1,odd_experts_hot,odd_experts_empty,odd_experts_nobody,\
 odd_experts_f32,odd_experts_int8,odd_experts_int4,odd_experts_fp8

@@ -8,9 +8,9 @@ from collections.abc import Iterator
 
 import jax
 
-from experiments.hlo_bytes import bytes_moved
-from experiments.programs import Program
-from experiments.topologies import Target
+from experiments.benchmark.hlo_bytes import bytes_moved
+from experiments.benchmark.programs import Program
+from experiments.benchmark.topologies import Target
 
 COLLECTIVES = (
     "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute",

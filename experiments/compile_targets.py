@@ -20,7 +20,7 @@ import jax
 from absl import flags
 
 from experiments import compile_report as report
-from experiments import programs, topologies
+from experiments.benchmark import programs, topologies
 from experiments.flags import FlagError, launch
 
 SHALLOW = 8  # layers of the program that the full depth is compared with

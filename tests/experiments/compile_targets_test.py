@@ -6,10 +6,11 @@ import jax
 import pytest
 from absl import flags
 
-from experiments import compile_report, compile_targets, programs
+from experiments import compile_report, compile_targets
+from experiments.benchmark import programs
+from experiments.benchmark.topologies import TARGETS
 from experiments.compile_report import Figures
 from experiments.flags import FlagError
-from experiments.topologies import TARGETS
 from tests.tiny import CHUNK, scout_like
 
 SOUND = Figures(

@@ -38,7 +38,7 @@ def test_the_quick_start_runs(monkeypatch, capsys):
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_experiment_named_exists(document):
     for name in re.findall(r"python -m experiments\.(\w+)", read(document)):
-        assert (tree.ROOT / tree.EXPERIMENTS / f"{name}.py").exists(), name
+        assert name in tree.experiment_files(), name
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -16,7 +16,7 @@ def run_experiment(name: str, *arguments: str) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=tree.ROOT, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("name", tree.experiment_modules())
+@pytest.mark.parametrize("name", tree.experiment_files())
 def test_short_help_shows_every_flag_of_ours(name):
     """A key flag is one that `--helpshort` shows; every flag that experiments/ defines is one."""
     result = run_experiment(name, "--helpxml")
@@ -29,7 +29,7 @@ def test_short_help_shows_every_flag_of_ours(name):
     assert not unexplained, f"without a meaning: {unexplained}"
 
 
-@pytest.mark.parametrize("name", tree.experiment_modules())
+@pytest.mark.parametrize("name", tree.experiment_files())
 def test_an_unknown_flag_is_refused_in_a_line_not_a_traceback(name):
     result = run_experiment(name, "--no_such_flag=1")
     assert result.returncode != 0
@@ -37,8 +37,8 @@ def test_an_unknown_flag_is_refused_in_a_line_not_a_traceback(name):
     assert "Traceback" not in result.stderr
 
 
-@pytest.mark.parametrize("name", tree.experiment_modules())
+@pytest.mark.parametrize("name", tree.experiment_files())
 def test_the_docstring_is_a_command_line(name):
-    path = tree.ROOT / tree.EXPERIMENTS / f"{name}.py"
+    path = tree.experiment_files()[name]
     docstring = ast.get_docstring(tree.syntax(path)) or ""
     assert f"python -m experiments.{name}" in docstring, f"{tree.relative(path)}: show its command"

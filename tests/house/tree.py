@@ -66,13 +66,13 @@ def mentioned_names(path: pathlib.Path) -> Iterator[tuple[int, str]]:
                 yield node.lineno, alias.name
 
 
-def experiment_modules() -> list[str]:
-    """Return the names of the experiments that are programs: those with a `__main__` guard."""
-    return [
-        path.stem
-        for path in sorted((ROOT / EXPERIMENTS).glob("*.py"))
-        if '__name__ == "__main__"' in path.read_text(encoding="utf-8")
-    ]
+def experiment_files() -> dict[str, pathlib.Path]:
+    """Return the experiments that are programs by name: `x.py` or `x/__main__.py` with a guard."""
+    folder = ROOT / EXPERIMENTS
+    files = {path.stem: path for path in folder.glob("*.py")}
+    files |= {path.parent.name: path for path in folder.glob("*/__main__.py")}
+    guard = '__name__ == "__main__"'
+    return {name: path for name, path in sorted(files.items()) if guard in path.read_text("utf-8")}
 
 
 def make_targets() -> set[str]:

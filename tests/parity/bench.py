@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 from bench_report import Comparison
 
-from experiments.benchmark_report import write_json
+from experiments.benchmark.report import write_json
 from llama4_jax import from_pretrained
 from llama4_jax.checkpoint import GenerationDefaults, Pretrained
 from llama4_jax.serve import Limits, Request, Sampling, generate

@@ -2,7 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from experiments.hlo_bytes import bytes_moved
+from experiments.benchmark.hlo_bytes import bytes_moved
 
 
 def compiled(function, *arguments):

@@ -14,9 +14,10 @@ from typing import Any
 import jax
 
 import kernels_pallas
-from experiments import benchmark_expert_peers, benchmark_peers
-from experiments.benchmark_blocks import BACKWARD, FORWARD, Work, attention_work, decode_work
-from experiments.benchmark_expert_work import expert_work
+from experiments.benchmark.expert_peers import of_experts
+from experiments.benchmark.expert_work import expert_work
+from experiments.benchmark.peers import Peer, of_attention, of_decode
+from experiments.benchmark.schedule import BACKWARD, FORWARD, Work, attention_work, decode_work
 from kernels_pallas import shapes
 
 Arrays = Mapping[str, Any]
@@ -83,7 +84,7 @@ class Case:
     function: Callable[..., Any]
     floors: Mapping[str, Floor]
     wrt: tuple[str, ...] = ()
-    peers: tuple[benchmark_peers.Peer, ...] = ()
+    peers: tuple[Peer, ...] = ()
     work: Callable[[str, str, Mapping[str, Any]], Work | None] = lambda *_: None
     candidates: Callable[[str, str], list[dict[str, dict[str, int]]]] = lambda *_: []
     bounds: Mapping[str, Bound] = dataclasses.field(default_factory=dict)
@@ -145,7 +146,7 @@ def attention_case(shape: shapes.Attention) -> Case:
         function=functools.partial(kernels_pallas.chunked_attention, **shape.settings),
         floors=floors,
         wrt=("q_BTNH", "k_BSKH", "v_BSKH"),
-        peers=benchmark_peers.of_attention(shape),
+        peers=of_attention(shape),
         work=functools.partial(attention_work, shape),
         candidates=attention_candidates,
         bounds={"forward": Bound(flops=1.15, bytes=1.3)} if shape.name.startswith("scout") else {},
@@ -161,7 +162,7 @@ def decode_case(shape: shapes.Decode) -> Case:
         build=shape.build,
         function=functools.partial(_decode, shape),
         floors={"forward": Floor(flops=shape.flops(), bytes=shape.bytes())},
-        peers=benchmark_peers.of_decode(shape),
+        peers=of_decode(shape),
         work=functools.partial(decode_work, shape),
         candidates=decode_candidates,
         bounds={"forward": Bound(flops=1.15, bytes=1.05)} if "_1m" in shape.name else {},
@@ -213,7 +214,7 @@ def expert_case(shape: shapes.Experts) -> Case:
         function=kernels_pallas.expert_mlp,
         floors=floors,
         wrt=names if is_differentiated else (),
-        peers=benchmark_expert_peers.of_experts(shape),
+        peers=of_experts(shape),
         work=functools.partial(expert_work, shape),
         candidates=expert_candidates,
         bounds={} if bound is None else {"forward": bound},

@@ -1,7 +1,7 @@
 """Compile the operations for chips that are not there, and judge what the compilers say of them.
 
 A Pallas call enters a compiler's estimate with what the kernel says of itself, so that the figures
-are also counted from the schedule of blocks (`benchmark_blocks`), and a kernel that asserts other
+are also counted from the schedule of blocks (`schedule`), and a kernel that asserts other
 bytes than it copies is a fault, as is one beyond its bounds.
 """
 
@@ -17,11 +17,11 @@ from typing import Any
 import jax
 from jax.experimental.layout import Format, Layout
 
-from experiments import benchmark_report as report
-from experiments.benchmark_blocks import Work
-from experiments.benchmark_cases import Bound, Case, one_pass
-from experiments.hlo_bytes import bytes_moved
-from experiments.topologies import Target
+from experiments.benchmark import report
+from experiments.benchmark.cases import Bound, Case, one_pass
+from experiments.benchmark.hlo_bytes import bytes_moved
+from experiments.benchmark.schedule import Work
+from experiments.benchmark.topologies import Target
 from kernels_pallas import tuning
 
 HONEST = 0.05  # relative error of a kernel's estimate of its bytes

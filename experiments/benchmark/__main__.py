@@ -17,16 +17,9 @@ from typing import Any
 import jax
 from absl import flags
 
-from experiments import (
-    benchmark_cases,
-    benchmark_compile,
-    benchmark_divided,
-    benchmark_timing,
-    benchmark_tune,
-)
-from experiments import benchmark_report as report
+from experiments.benchmark import cases, compile_kernels, report, sharded_experts, timing, tune
+from experiments.benchmark.topologies import TARGETS, prepare
 from experiments.launch import FlagError, launch
-from experiments.topologies import TARGETS, prepare
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -40,7 +33,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_multi_enum(
-        "target", list(benchmark_compile.CHIPS), list(TARGETS),
+        "target", list(compile_kernels.CHIPS), list(TARGETS),
         "Chip to compile for; may be repeated.", flag_values=values,
     )  # fmt: skip
     backends = ["reference", "tpu", "gpu"]
@@ -49,10 +42,10 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("output", None, "JSON file for the figures.", flag_values=values)
 
 
-def chosen_cases(names: list[str], *, small: bool) -> list[benchmark_cases.Case]:
+def chosen_cases(names: list[str], *, small: bool) -> list[cases.Case]:
     """List the cases of the names in --shapes; a FlagError if there are none."""
     try:
-        return benchmark_cases.cases(names, small=small)
+        return cases.cases(names, small=small)
     except ValueError as error:
         raise FlagError(f"--shapes: {error}.") from error
 
@@ -72,34 +65,34 @@ def run_kernels(values: flags.FlagValues) -> dict[str, Any]:
     """Time the kernels on this device."""
     platform = jax.default_backend()
     check_backend(values, platform)
-    cases = chosen_cases(values.shapes, small=platform == "cpu")
-    here = benchmark_timing.machine()
+    chosen = chosen_cases(values.shapes, small=platform == "cpu")
+    here = timing.machine()
     print(report.machine_line(here), flush=True)
     if values.tune:
-        for told in benchmark_tune.tune(cases, here.platform):
+        for told in tune.tune(chosen, here.platform):
             print(told, flush=True)
     print(report.TIMES_HEADER)
     records = []
-    for case in cases:
-        for record in benchmark_timing.measure(case, here, values.backend):
+    for case in chosen:
+        for record in timing.measure(case, here, values.backend):
             records.append(record)
             print("\n".join([report.times_line(record), *report.fault_lines(record)]), flush=True)
     print(report.TIMES_NOTES)
     stamp = {"device": here.kind, "copy_bytes_per_second": here.copying}
-    return {**stamp, "shapes": {case.shape: case.sizes for case in cases}, "records": records}
+    return {**stamp, "shapes": {case.shape: case.sizes for case in chosen}, "records": records}
 
 
 def run_compile(values: flags.FlagValues) -> dict[str, Any]:
     """Compile the kernels, and experts divided over slices, for chips that are not there."""
     prepare()
     targets = [TARGETS[name] for name in dict.fromkeys(values.target)]
-    divided = [name for name in values.shapes if name in benchmark_divided.NAMES]
+    divided = [name for name in values.shapes if name in sharded_experts.NAMES]
     others = [name for name in values.shapes if name not in divided]
     parts = []
     if others or not divided:
-        parts.append(benchmark_compile.run(chosen_cases(others, small=False), targets))
+        parts.append(compile_kernels.run(chosen_cases(others, small=False), targets))
     if divided or not others:
-        parts.append(benchmark_divided.run(divided, targets))
+        parts.append(sharded_experts.run(divided, targets))
     return report.together(parts)
 
 

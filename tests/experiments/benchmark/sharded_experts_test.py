@@ -6,10 +6,11 @@ import jax
 import pytest
 from absl import flags
 
-from experiments import benchmark, benchmark_compile, benchmark_divided
-from experiments.benchmark_compile import Figures
-from experiments.benchmark_divided import GB, PRODUCTS, Divided
-from experiments.topologies import TARGETS
+from experiments.benchmark import __main__ as command
+from experiments.benchmark import compile_kernels, sharded_experts
+from experiments.benchmark.compile_kernels import Figures
+from experiments.benchmark.sharded_experts import GB, PRODUCTS, Divided
+from experiments.benchmark.topologies import TARGETS
 from kernels_pallas import interpreted
 from kernels_pallas.shapes import SHAPES, Experts
 from llama4_jax import parallel
@@ -28,7 +29,7 @@ def small(transport, mesh="fsdp:2,expert:4"):
 def test_a_pass_is_traced_from_shapes_alone_by_kernels_or_collectives(transport, direction):
     mesh = parallel.make_mesh("fsdp:2,expert:4", devices=jax.devices())
     with interpreted():
-        traced = benchmark_divided.trace(small(transport), direction, mesh)
+        traced = sharded_experts.trace(small(transport), direction, mesh)
     text = str(traced.jaxpr)
     assert ("expert_mlp_exchange" in text) == (transport == "dma")
     assert ("all_to_all[" in text) == (transport == "xla")
@@ -66,7 +67,7 @@ def figures(direction, **known):
 )
 def test_what_needs_too_much_is_a_fault(direction, known, says):
     found = figures(direction, **known)
-    faults = list(benchmark_divided.judge(SCOUT, direction, TARGETS["v5p"], found))
+    faults = list(sharded_experts.judge(SCOUT, direction, TARGETS["v5p"], found))
     assert len(faults) == len(says)
     for fault, part in zip(faults, says, strict=True):
         assert part in fault
@@ -75,28 +76,28 @@ def test_what_needs_too_much_is_a_fault(direction, known, says):
 @pytest.mark.parametrize("mesh", ["fsdp:2,expert:4", "expert:16"])
 def test_what_does_not_compile_is_a_fault(mesh):
     """Here remote copies have no TPU, and 16 devices are not there."""
-    forward, backward = benchmark_divided.compile_divided(small("dma", mesh), HERE)
+    forward, backward = sharded_experts.compile_divided(small("dma", mesh), HERE)
     for record in (forward, backward):
         (fault,) = record["faults"]
         assert fault.startswith("does not compile:")
-        assert "FAULT" in benchmark_divided.line(record)
+        assert "FAULT" in sharded_experts.line(record)
 
 
 def test_what_compiles_is_laid_out_in_a_line(monkeypatch):
-    monkeypatch.setattr(benchmark_divided, "trace", lambda *_: None)
+    monkeypatch.setattr(sharded_experts, "trace", lambda *_: None)
     monkeypatch.setattr(
-        benchmark_divided, "compile_traced", lambda *_: figures("forward", vmem=50_000_000)
+        sharded_experts, "compile_traced", lambda *_: figures("forward", vmem=50_000_000)
     )
-    record = next(benchmark_divided.compile_divided(small("dma"), HERE))
+    record = next(sharded_experts.compile_divided(small("dma"), HERE))
     assert record["experts"] == 1 and record["faults"]
-    said = benchmark_divided.line(record).split()
+    said = sharded_experts.line(record).split()
     assert said[:3] == ["here", "small_divided", "fsdp:2,expert:4"]
     assert said[3:] == ["1", "forward", "dma", "50.0", "0.33", "2.06", "9.0", "1"]
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
 def test_every_generation_of_tpus_has_both_transports_on_scouts_shape(chip):
-    found = benchmark_divided.cases(["scout_experts_8k_divided"], chip)
+    found = sharded_experts.cases(["scout_experts_8k_divided"], chip)
     assert {case.transport for case in found} == {"xla", "dma"}
     assert {(case.shape.T, case.shape.D, case.shape.F) for case in found} == {(8192, 5120, 8192)}
     assert all(case.shape.E % case.num_local == 0 for case in found)
@@ -112,16 +113,16 @@ def test_shapes_divided_and_not_are_chosen_by_name(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(benchmark, "prepare", lambda: None)
-    monkeypatch.setattr(benchmark_compile, "run", record("whole"))
-    monkeypatch.setattr(benchmark_divided, "run", record("divided"))
+    monkeypatch.setattr(command, "prepare", lambda: None)
+    monkeypatch.setattr(compile_kernels, "run", record("whole"))
+    monkeypatch.setattr(sharded_experts, "run", record("divided"))
 
     def chosen(*names):
         ran.clear()
         values = flags.FlagValues()
-        benchmark.define_flags(values)
+        command.define_flags(values)
         values(["command", "--suite=compile", f"--shapes={','.join(names)}"])
-        found = benchmark.run_compile(values)
+        found = command.run_compile(values)
         assert found["records"] == list(ran) == list(found["shapes"])
         return {what: len(cases) for what, cases in ran.items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax
 
-from experiments.benchmark_timing import Machine
+from experiments.benchmark.timing import Machine
 
 TIMES_HEADER = (
     f"{'operation':18} {'pass':8} {'shape':22} {'backend':9} {'error':>8} {'time':>10} "

@@ -15,9 +15,9 @@ import jax
 import jax.numpy as jnp
 
 import kernels_pallas
-from experiments import benchmark_report as report
-from experiments.benchmark_compile import Figures, compile_traced
-from experiments.topologies import Target
+from experiments.benchmark import report
+from experiments.benchmark.compile_kernels import Figures, compile_traced
+from experiments.benchmark.topologies import Target
 from kernels_pallas import shapes
 from kernels_pallas.experts.parallel import Transport
 from llama4_jax import parallel

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas.ops.tpu.megablox import ops as megablox
 
-from experiments.benchmark_expert_work import MEGABLOX_TILES, megablox_work
-from experiments.benchmark_peers import Peer
+from experiments.benchmark.expert_work import MEGABLOX_TILES, megablox_work
+from experiments.benchmark.peers import Peer
 from kernels_pallas.shapes import Experts
 
 DENSE_ROWS = 256  # from which one expert for all rows is a fair measure; fewer rows are bytes

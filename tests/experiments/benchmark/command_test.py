@@ -13,17 +13,10 @@ from absl import flags
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from experiments import (
-    benchmark,
-    benchmark_blocks,
-    benchmark_cases,
-    benchmark_compile,
-    benchmark_report,
-    benchmark_timing,
-    benchmark_tune,
-)
-from experiments.benchmark_cases import Bound, Case, Floor
-from experiments.benchmark_timing import Limits, Machine
+from experiments.benchmark import __main__ as command
+from experiments.benchmark import cases, compile_kernels, report, schedule, timing, tune
+from experiments.benchmark.cases import Bound, Case, Floor
+from experiments.benchmark.timing import Limits, Machine
 from experiments.launch import FlagError
 from kernels_pallas import tuning
 from kernels_pallas.shapes import Attention, Decode
@@ -39,12 +32,12 @@ HERE = Machine(
 
 @pytest.fixture(autouse=True)
 def once(monkeypatch):
-    monkeypatch.setattr(benchmark_timing, "REPEATS", 1)
+    monkeypatch.setattr(timing, "REPEATS", 1)
 
 
 def values_of(*arguments):
     values = flags.FlagValues()
-    benchmark.define_flags(values)
+    command.define_flags(values)
     values(["command", *arguments])
     return values
 
@@ -67,7 +60,7 @@ def doubling(wrong=0.0, sizes=None):
 
 
 def test_the_kernels_suite_times_both_passes_and_compares_them_with_a_peer():
-    records = benchmark_timing.measure(benchmark_cases.attention_case(ATTENTION), HERE, None)
+    records = timing.measure(cases.attention_case(ATTENTION), HERE, None)
     assert [record["pass"] for record in records] == ["forward", "backward"]
     for record in records:
         assert record["backend"] == "reference" and not record["faults"]
@@ -76,43 +69,43 @@ def test_the_kernels_suite_times_both_passes_and_compares_them_with_a_peer():
         assert record["of_limit"] == pytest.approx(
             ATTENTION.flops(backward=record["pass"] == "backward") / 1e9 / record["seconds"]
         )
-        assert "xla" in benchmark_report.times_line(record)
+        assert "xla" in report.times_line(record)
 
 
 def test_decoding_is_timed_forward_alone():
-    (record,) = benchmark_timing.measure(benchmark_cases.decode_case(DECODE), HERE, None)
+    (record,) = timing.measure(cases.decode_case(DECODE), HERE, None)
     assert record["gbps"] == pytest.approx(DECODE.bytes() / record["seconds"] / 1e9)
 
 
 def test_a_wrong_result_is_a_fault():
-    forward, backward = benchmark_timing.measure(doubling(wrong=0.1), HERE, "tpu")
+    forward, backward = timing.measure(doubling(wrong=0.1), HERE, "tpu")
     assert "differs from the reference" in forward["faults"][0]
     assert not backward["faults"], "a constant has no gradient"
-    assert benchmark_report.fault_lines(forward)[0].startswith("FAULT")
+    assert report.fault_lines(forward)[0].startswith("FAULT")
 
 
 def test_nan_is_a_fault():
-    forward, _ = benchmark_timing.measure(doubling(wrong=float("nan")), HERE, "tpu")
+    forward, _ = timing.measure(doubling(wrong=float("nan")), HERE, "tpu")
     assert len(forward["faults"]) == 2
 
 
 def test_nan_is_a_fault_where_there_is_nothing_to_compare_with():
     case = dataclasses.replace(doubling(), function=lambda x, backend: jnp.log(-1 - x * x))
-    forward, _ = benchmark_timing.measure(case, HERE, None)
+    forward, _ = timing.measure(case, HERE, None)
     assert "not a number" in forward["faults"][0]
 
 
 def test_the_log_sum_exp_of_nothing_does_not_hide_errors_elsewhere():
     nothing = jnp.array([-1e30, 1.0])
-    assert benchmark_timing.differences(nothing, nothing) == (0, 0)
-    assert benchmark_timing.differences(nothing + 1, nothing)[1] == pytest.approx(1)
-    absolute, _ = benchmark_timing.differences(jnp.array([0.0, 1.0]), nothing)
+    assert timing.differences(nothing, nothing) == (0, 0)
+    assert timing.differences(nothing + 1, nothing)[1] == pytest.approx(1)
+    absolute, _ = timing.differences(jnp.array([0.0, 1.0]), nothing)
     assert math.isnan(absolute)
 
 
 def test_a_program_that_repeats_another_gives_the_same():
     x = jnp.arange(4.0)
-    repeated = benchmark_timing.chained(lambda x, n: {"y": x * n}, 3)
+    repeated = timing.chained(lambda x, n: {"y": x * n}, 3)
     assert repeated(x, jnp.int32(2))["y"].tolist() == [0, 2, 4, 6]
 
 
@@ -127,22 +120,22 @@ def test_a_program_that_repeats_another_gives_the_same():
 )
 def test_what_would_mislead_is_refused(arguments, says):
     with pytest.raises(FlagError, match=says):
-        benchmark.main(values_of(*arguments))
+        command.main(values_of(*arguments))
 
 
 def test_a_cpu_runs_nano_unless_it_is_told_otherwise():
-    assert {case.shape for case in benchmark_cases.cases(small=True)} == {
+    assert {case.shape for case in cases.cases(small=True)} == {
         "nano_chunk", "nano_nope", "nano_decode", "nano_experts_2k", "nano_experts_1",
     }  # fmt: skip
-    (case,) = benchmark_cases.cases(["vision"], small=True)
+    (case,) = cases.cases(["vision"], small=True)
     assert case.shape == "vision"
 
 
 def test_the_command_prints_a_table_and_writes_its_figures(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(benchmark_timing, "machine", lambda: HERE)
-    monkeypatch.setattr(benchmark_cases, "cases", lambda *_, **__: [doubling()])
+    monkeypatch.setattr(timing, "machine", lambda: HERE)
+    monkeypatch.setattr(cases, "cases", lambda *_, **__: [doubling()])
     path = tmp_path / "new" / "figures.json"
-    benchmark.main(values_of("--suite=kernels", f"--output={path}"))
+    command.main(values_of("--suite=kernels", f"--output={path}"))
     assert "doubling" in capsys.readouterr().out
     written = json.loads(path.read_text())
     assert written["suite"] == "kernels" and len(written["records"]) == 2
@@ -150,9 +143,9 @@ def test_the_command_prints_a_table_and_writes_its_figures(monkeypatch, capsys, 
 
 def test_a_file_of_figures_is_whole_or_stays_as_it_was(tmp_path):
     path = tmp_path / "figures.json"
-    benchmark_report.write_json(path, {"a": 1})
+    report.write_json(path, {"a": 1})
     with pytest.raises(TypeError):
-        benchmark_report.write_json(path, {"a": object()})
+        report.write_json(path, {"a": object()})
     assert json.loads(path.read_text())["a"] == 1
     assert list(tmp_path.iterdir()) == [path]
 
@@ -165,10 +158,10 @@ def test_tuning_keeps_the_fastest_and_what_it_did_not_try(monkeypatch, tmp_path)
         jax.eval_shape(run, *arguments)
         return next(durations)
 
-    monkeypatch.setattr(benchmark_tune, "seconds", seconds)
+    monkeypatch.setattr(tune, "seconds", seconds)
     other = {"operation": "other", "shape": {}, "blocks": {"q": 1}, "seconds": {}}
     (tmp_path / "cpu.json").write_text(json.dumps({"entries": [other]}))
-    told = list(benchmark_tune.tune([doubling(sizes=used)], "tpu", tmp_path))
+    told = list(tune.tune([doubling(sizes=used)], "tpu", tmp_path))
     assert len(told) == 2 and set(used) == {2, 4}
     entries = json.loads((tmp_path / "cpu.json").read_text())["entries"]
     assert [entry["operation"] for entry in entries] == ["doubling.forward", "other"]
@@ -199,7 +192,7 @@ def test_blocks_that_meet_are_counted(q_block, kv_block):
         for q, kv in itertools.product(positions, positions)
         if kv <= q and kv // 10 == q // 10
     }
-    assert benchmark_blocks.pairs_of_blocks(ATTENTION, q_block, kv_block) == len(meeting)
+    assert schedule.pairs_of_blocks(ATTENTION, q_block, kv_block) == len(meeting)
 
 
 def test_copies_are_shared_by_heads_on_tpus_alone():
@@ -207,10 +200,10 @@ def test_copies_are_shared_by_heads_on_tpus_alone():
         "chunked_attention.forward": {"blocks": {"q": 8, "kv": 8, "q_block": 8, "kv_block": 8}}
     }
     # Three blocks of queries, of 8, 8 and 8: they meet keys 0..7, 0..15 and 8..23: five pairs.
-    work = benchmark_blocks.attention_work(ATTENTION, "forward", "tpu", blocks)
+    work = schedule.attention_work(ATTENTION, "forward", "tpu", blocks)
     assert work.flops == 5 * 64 * 4 * 8 * 2
     assert work.bytes == 2 * 24 * 64 + 5 * 2 * 8 * 32
-    on_gpu = benchmark_blocks.attention_work(ATTENTION, "forward", "gpu", blocks)
+    on_gpu = schedule.attention_work(ATTENTION, "forward", "gpu", blocks)
     assert on_gpu.bytes == 2 * 24 * 64 + 5 * 2 * 8 * 64
 
 
@@ -224,11 +217,11 @@ class _Cpu:
 
 
 def test_the_compile_suite_reads_figures_and_names_faults():
-    forward, backward = benchmark_compile.compile_case(doubling(), _Cpu())
+    forward, backward = compile_kernels.compile_case(doubling(), _Cpu())
     assert forward["figures"]["arguments"] == 1024 and not forward["faults"]
-    assert "doubling" in benchmark_compile.line(forward)
-    (big, _) = benchmark_compile.compile_case(doubling(), _Cpu(memory=1000))
-    assert "do not fit" in big["skipped"] and "do not fit" in benchmark_compile.line(big)
+    assert "doubling" in compile_kernels.line(forward)
+    (big, _) = compile_kernels.compile_case(doubling(), _Cpu(memory=1000))
+    assert "do not fit" in big["skipped"] and "do not fit" in compile_kernels.line(big)
 
 
 def test_a_shape_that_must_do_may_not_be_refused():
@@ -238,18 +231,18 @@ def test_a_shape_that_must_do_may_not_be_refused():
         return x
 
     case = dataclasses.replace(doubling(), function=narrow)
-    (refused, _) = benchmark_compile.compile_case(case, _Cpu())
+    (refused, _) = compile_kernels.compile_case(case, _Cpu())
     assert refused["refused"] == "too wide" and not refused["faults"]
-    assert "reference" in benchmark_compile.line(refused)
+    assert "reference" in compile_kernels.line(refused)
     bounded = dataclasses.replace(case, bounds={"forward": Bound(flops=1.0, bytes=1.0)})
-    failed, _ = benchmark_compile.compile_case(bounded, _Cpu())
+    failed, _ = compile_kernels.compile_case(bounded, _Cpu())
     assert failed["faults"] == ["does not compile: too wide"]
 
 
 def figures(**known):
     zeros = {"arguments": 0, "temp": 0, "vmem": 0, "smem": 0, "seconds": 0.0}
     said = {"flops": 256.0, "bytes": 2048.0, "declared": 2048.0}
-    return benchmark_compile.Figures(**{**zeros, **said, **known})
+    return compile_kernels.Figures(**{**zeros, **said, **known})
 
 
 @pytest.mark.parametrize(
@@ -264,8 +257,8 @@ def figures(**known):
 )
 def test_bounds_and_false_estimates_are_faults(known, says):
     case = dataclasses.replace(doubling(), bounds={"forward": Bound(flops=1.15, bytes=1.1)})
-    work = benchmark_blocks.Work(flops=256, bytes=2048, needed=2048, blocks="")
-    found = list(benchmark_compile.judge(case, "forward", _Cpu(), figures(**known), work))
+    work = schedule.Work(flops=256, bytes=2048, needed=2048, blocks="")
+    found = list(compile_kernels.judge(case, "forward", _Cpu(), figures(**known), work))
     assert len(found) == len(says)
     for fault, part in zip(found, says, strict=True):
         assert part in fault
@@ -286,7 +279,7 @@ def test_memory_for_scalars_is_read_from_the_kernels():
         jnp.ones(16),
     )
     traced = jax.jit(call).trace(jnp.ones((8, 128)))
-    assert benchmark_compile.declared_smem(traced.jaxpr.jaxpr) == 64 + 16
+    assert compile_kernels.declared_smem(traced.jaxpr.jaxpr) == 64 + 16
 
 
 def test_what_gpu_kernels_say_of_themselves_is_added_up():
@@ -298,6 +291,6 @@ cost_estimate_json = "{\22flops\22: 10, \22transcendentals\22: 1, \22bytes_acces
   ROOT %n = f32[4]{0} negate(%k)
 }
 """.replace("\\\n", "")
-    found = benchmark_compile._gpu_cost(text)
+    found = compile_kernels._gpu_cost(text)
     assert found["flops"] == 10 and 20 < found["bytes accessed"] <= 20 + 32
-    assert benchmark_compile._gpu_cost("") == {}
+    assert compile_kernels._gpu_cost("") == {}

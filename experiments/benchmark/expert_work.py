@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.benchmark_blocks import Work
+from experiments.benchmark.schedule import Work
 from kernels_pallas.experts import tpu_plan, tpu_rows, tpu_sizes
 from kernels_pallas.shapes import Experts
 
@@ -108,7 +108,7 @@ def _chunked(blocks: list[list[int]], chunk: int) -> int:
 
 
 def tpu_work(shape: Experts, direction: str) -> Work | None:
-    """Count the TPU kernels and what XLA does around them; see `benchmark_blocks.Work`.
+    """Count the TPU kernels and what XLA does around them; see `schedule.Work`.
 
     Widths are filled up to whole lanes.
     """
@@ -213,7 +213,7 @@ def gpu_work(shape: Experts, direction: str) -> Work:
 def expert_work(
     shape: Experts, direction: str, platform: str, found: Mapping[str, Any]
 ) -> Work | None:
-    """Count a pass of `expert_mlp`; see `benchmark_blocks.attention_work`."""
+    """Count a pass of `expert_mlp`; see `schedule.attention_work`."""
     if not any(name.startswith("expert_mlp.") for name in found):
         return None
     return gpu_work(shape, direction) if platform == "gpu" else tpu_work(shape, direction)

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from experiments.benchmark_blocks import BACKWARD, FORWARD, Work, attention_work
+from experiments.benchmark.schedule import BACKWARD, FORWARD, Work, attention_work
 from kernels_pallas.attention.visibility import attention_temperature, visible
 from kernels_pallas.shapes import Attention, Decode
 

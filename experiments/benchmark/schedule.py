@@ -107,7 +107,7 @@ def attention_work(
     width = jnp.dtype(shape.dtype).itemsize
     q_bytes, kv_bytes = shape.N * shape.H * width, shape.K * shape.H * width  # of one token
     copied_bytes = q_bytes if platform == "gpu" else kv_bytes
-    flops = traffic = 0
+    flops = traffic = q_block = 0
     texts = []
     for walk in FORWARD if direction == "forward" else BACKWARD:
         name = next((name for name in walk.operations if name in found), None)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 
-from experiments.benchmark_cases import Case, one_pass
+from experiments.benchmark.cases import Case, one_pass
 from kernels_pallas.attention.visibility import NEGATIVE
 
 REPEATS = 10

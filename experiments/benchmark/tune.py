@@ -9,9 +9,9 @@ from typing import Any
 
 import jax
 
-from experiments.benchmark_cases import Case, one_pass
-from experiments.benchmark_report import write_json
-from experiments.benchmark_timing import seconds
+from experiments.benchmark.cases import Case, one_pass
+from experiments.benchmark.report import write_json
+from experiments.benchmark.timing import seconds
 from kernels_pallas import tuning
 
 

@@ -1,0 +1,1 @@
+"""Time the kernels where they run, compile them and the model where they do not."""

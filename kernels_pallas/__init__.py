@@ -1,7 +1,7 @@
 """Pallas kernels, one folder per operation; this package knows jax only, never llama4_jax."""
 
 from kernels_pallas.attention.api import chunked_attention, merge_attention
-from kernels_pallas.backend import interpreted
+from kernels_pallas.backend import interpreted, reference_only
 from kernels_pallas.decode.api import decode_attention
 from kernels_pallas.experts.api import expert_mlp
 from kernels_pallas.experts.grouped import combine, dispatch, grouped_matmul
@@ -11,5 +11,5 @@ from kernels_pallas.experts.parallel import expert_mlp_parallel
 __all__ = [
     "chunked_attention", "decode_attention", "merge_attention",
     "expert_mlp", "expert_mlp_parallel", "WeightScales", "dispatch", "grouped_matmul", "combine",
-    "interpreted",
+    "interpreted", "reference_only",
 ]  # fmt: skip

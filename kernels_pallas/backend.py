@@ -16,6 +16,7 @@ Backend = Literal["reference", "tpu", "gpu"]
 _TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
 
 _interpreting = jax.make_user_context(default_value=False)
+_without_kernels = jax.make_user_context(default_value=False)
 
 
 @contextlib.contextmanager
@@ -28,6 +29,13 @@ def interpreted() -> Iterator[None]:
     give it check_vma=False.
     """
     with _interpreting(True):
+        yield
+
+
+@contextlib.contextmanager
+def reference_only() -> Iterator[None]:
+    """Let backend=None mean the reference everywhere, to compare with what the kernels give."""
+    with _without_kernels(True):
         yield
 
 
@@ -123,7 +131,8 @@ def choose(name: Backend | None, operation: str, *arguments: Any) -> ModuleType:
 
     here = platform()
     if name is None:
-        if here in ("tpu", "gpu") and module(here).refusal(*arguments) is None:
+        has_kernels = here in ("tpu", "gpu") and not _without_kernels.value
+        if has_kernels and module(here).refusal(*arguments) is None:
             return module(here)
         return module("reference")
     if name not in get_args(Backend):

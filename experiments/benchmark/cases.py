@@ -136,7 +136,7 @@ def attention_case(shape: shapes.Attention) -> Case:
             flops=shape.flops(backward=direction == "backward"),
             bytes=shape.bytes(backward=direction == "backward"),
         )
-        for direction in ("forward", "backward")
+        for direction in ("forward", "backward")[: 1 + shape.has_gradient]
     }
     return Case(
         operation="chunked_attention",
@@ -145,7 +145,7 @@ def attention_case(shape: shapes.Attention) -> Case:
         build=shape.build,
         function=functools.partial(kernels_pallas.chunked_attention, **shape.settings),
         floors=floors,
-        wrt=("q_BTNH", "k_BSKH", "v_BSKH"),
+        wrt=("q_BTNH", "k_BSKH", "v_BSKH") if shape.has_gradient else (),
         peers=of_attention(shape),
         work=functools.partial(attention_work, shape),
         candidates=attention_candidates,

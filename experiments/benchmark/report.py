@@ -12,14 +12,17 @@ import jax
 from experiments.benchmark.timing import Machine
 
 TIMES_HEADER = (
-    f"{'operation':18} {'pass':8} {'shape':22} {'backend':9} {'error':>8} {'time':>10} "
+    f"{'operation':18} {'pass':8} {'shape':22} {'backend':9} {'error':>8} {'largest':>8} "
+    f"{'time':>10} "
     f"{'TFLOP/s':>8} {'GB/s':>8} {'of limit':>8} {'of copy':>8}  times as fast as"
 )
+RATES = ("tflops", "gbps")
 TIMES_NOTES = """
 FLOPs and bytes are the least that the operation needs, so rates fall where work is done in vain. of
 limit: the time that the device's peak FLOP/s and bandwidth allow, over the time taken; of copy: the
 rate of bytes over that of a large copy in the same run. error: the norm of the difference from the
-reference over the norm; of the reference itself, from the nearest peer. dense: as many FLOPs for as
+reference over the norm; of the reference itself, from the nearest peer. largest: the largest
+difference over the largest value. dense: as many FLOPs for as
 many rows, all with one expert's matrices."""
 
 
@@ -48,17 +51,22 @@ def times_line(record: Mapping[str, Any]) -> str:
     def share(name: str) -> str:
         return f"{record[name]:8.1%}" if name in record else f"{'n/a':>8}"
 
-    error = record.get("relative_error")
+    def number(name: str) -> str:
+        return f"{record[name]:.1e}" if name in record else "n/a"
+
     head = (
         f"{record['operation']:18} {record['pass']:8} {record['shape']:22} {record['backend']:9} "
-        f"{'n/a' if error is None else f'{error:.1e}':>8}"
+        f"{number('relative_error'):>8} {number('largest_error'):>8}"
     )
-    if "tflops" not in record:
+    if "seconds" not in record:
         return f"{head} {'-':>10}"
-    ratios = [f"{name} {ratio:.2f}" for name, ratio in record["ratios"].items()]
-    ratios += [f"{name}: does not run" for name in record["peers_not_run"]]
+    rates = [
+        f"{record[name]:8.1f}" if name in record else f"{'n/a':>8}" for name in ("tflops", "gbps")
+    ]
+    ratios = [f"{name} {ratio:.2f}" for name, ratio in record.get("ratios", {}).items()]
+    ratios += [f"{name}: does not run" for name in record.get("peers_not_run", ())]
     return (
-        f"{head} {duration(record['seconds']):>10} {record['tflops']:8.2f} {record['gbps']:8.1f} "
+        f"{head} {duration(record['seconds']):>10} {' '.join(rates)} "
         f"{share('of_limit')} {share('of_copying')}  {', '.join(ratios)}"
     )
 
@@ -78,11 +86,30 @@ def together(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
     return found
 
 
+def append_record(path: str | os.PathLike, record: Mapping[str, Any]) -> None:
+    """Append a line of JSON with the date and the version of jax; it is on disk when this ends."""
+    target = pathlib.Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.open("a", encoding="utf-8") as file:
+        file.write(json.dumps({**_stamp(), **record}) + "\n")
+
+
+def keep(path: str | os.PathLike | None, device: str, record: Mapping[str, Any]) -> None:
+    """Print what was measured of one pass, after appending it to a file if one is named."""
+    if path:
+        append_record(path, {"device": device, **record})
+    print("\n".join([times_line(record), *fault_lines(record)]), flush=True)
+
+
+def _stamp() -> dict[str, str]:
+    return {"date": time.strftime("%Y-%m-%d"), "jax": jax.__version__}
+
+
 def write_json(path: str | os.PathLike, value: Mapping[str, Any]) -> None:
     """Write a file that appears when it is complete, with the date and the version of jax."""
     target = pathlib.Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    stamped = {"date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, **value}
+    stamped = {**_stamp(), **value}
     partial = target.with_name(f"{target.name}.{os.getpid()}.tmp")
     try:
         partial.write_text(json.dumps(stamped, indent=1) + "\n", encoding="utf-8")

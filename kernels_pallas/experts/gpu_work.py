@@ -17,6 +17,7 @@ DEPTH = 64  # input channels of a step
 TILE = plgpu.Layout.WGMMA
 OF_ROWS = TILE.reduce(1)  # a vector with one number per row of a tile
 _MULTIPROCESSORS = 132
+_BOX = 256  # lines that one operation of TMA takes at most
 _TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 
 
@@ -151,7 +152,7 @@ def prefetch(w: Any, blocks_BF: Any, plan: Plan, width: int, steps: int) -> None
         width: columns of its items.
         steps: of its whole sums, each of 64 lines.
     """
-    lines = min(plan.stages, steps) * DEPTH
+    lines = min(plan.stages, steps, _BOX // DEPTH) * DEPTH
 
     def touch(turn: jax.Array, item: Item) -> jax.Array:
         first = span(steps, item.split, plan.splits)[0] * DEPTH

@@ -73,10 +73,16 @@ ODD = (
         padding=41, temperature=(64, 0.1), return_lse=True,
     ),
     Attention(name="odd_256", B=1, T=333, N=4, K=4, H=256, return_lse=True),
+    Attention(name="odd_1", B=1, T=1, N=4, K=1, H=128, has_gradient=False),
+    Attention(name="odd_128", B=1, T=128, N=2, K=2, H=64),
+    Attention(name="odd_2048", B=1, T=2048, N=2, K=1, H=128),
+    Attention(name="odd_blind", B=1, T=512, N=2, K=1, H=128, padding=300),  # rows that see nothing
     Decode(
         name="odd_decode", B=3, S=1000, T=3, N=6, K=2, H=64, lengths=(1000, 515, 3),
         chunk_size=256, temperature=(64, 0.1), return_lse=True,
     ),
+    Decode(name="odd_decode_1", S=72, N=2, K=1, H=64),
+    Decode(name="odd_decode_32", B=2, S=512, N=10, K=2, lengths=(301, 33), page_size=32),
     Decode(
         name="odd_decode_fp8", B=2, S=1024, T=8, N=10, K=2, dtype="float8_e4m3fn",
         lengths=(700, 33), page_size=128, return_lse=True,

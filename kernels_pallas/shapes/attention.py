@@ -37,6 +37,7 @@ class Attention:
         is_causal: False puts all tokens at one position, where they all see each other.
         return_lse: whether the log-sum-exp is asked for too, and the output in float32 with it.
         dtype: of q, k and v.
+        has_gradient: whether its gradient is of interest; that of one token's softmax is rounding.
     """
 
     name: str
@@ -52,6 +53,7 @@ class Attention:
     is_causal: bool = True
     return_lse: bool = False
     dtype: str = "bfloat16"
+    has_gradient: bool = True
 
     def __post_init__(self):
         """Check that the segments fill a row."""

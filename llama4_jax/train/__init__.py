@@ -1,11 +1,29 @@
-"""Loss, optimizer, training state and the loop that ties them together."""
+"""Loss, optimizer, training state and the loop that ties them together.
 
-from llama4_jax.train.checkpoints import is_complete
-from llama4_jax.train.loop import FitResult, HeldOut, fit, measure
-from llama4_jax.train.loss import TokenSums, sum_in_chunks, sum_over_tokens
-from llama4_jax.train.optimizer import make_optimizer, make_schedule
-from llama4_jax.train.state import TrainState, initial_state
-from llama4_jax.train.step import Batch, batch_loss, make_eval_step, make_train_step
+The names below are imported when first used: steps need neither the data pipelines nor the writers
+that the loop needs.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llama4_jax.train.checkpoints import is_complete
+    from llama4_jax.train.loop import FitResult, HeldOut, fit, measure
+    from llama4_jax.train.loss import TokenSums, sum_in_chunks, sum_over_tokens
+    from llama4_jax.train.optimizer import make_optimizer, make_schedule
+    from llama4_jax.train.state import TrainState, initial_state
+    from llama4_jax.train.step import Batch, batch_loss, make_eval_step, make_train_step
+
+_NAMES = {
+    "checkpoints": ("is_complete",),
+    "loop": ("FitResult", "HeldOut", "fit", "measure"),
+    "loss": ("TokenSums", "sum_in_chunks", "sum_over_tokens"),
+    "optimizer": ("make_optimizer", "make_schedule"),
+    "state": ("TrainState", "initial_state"),
+    "step": ("Batch", "batch_loss", "make_eval_step", "make_train_step"),
+}
+_HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
 __all__ = [
     "Batch",
@@ -25,3 +43,9 @@ __all__ = [
     "sum_in_chunks",
     "sum_over_tokens",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,3 +1,5 @@
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -62,3 +64,20 @@ def test_a_jitted_function_is_traced_anew_for_the_interpreter():
 def test_programs_are_traced_for_the_device_at_hand():
     assert backend.platform() == "cpu"
     assert backend.device_kind() == "cpu"
+
+
+def test_kernels_are_turned_off_for_what_is_traced_inside(monkeypatch):
+    accepting = types.SimpleNamespace(refusal=lambda: None)
+    reference = types.SimpleNamespace()
+    modules = {"kernels_pallas.op.gpu": accepting, "kernels_pallas.op.reference": reference}
+    monkeypatch.setattr(backend, "platform", lambda: "gpu")
+    monkeypatch.setattr(backend.importlib, "import_module", modules.__getitem__)
+
+    @jax.jit
+    def f(x):
+        return x + (backend.choose(None, "op") is reference)
+
+    assert f(0) == 0
+    with kernels_pallas.reference_only():
+        assert f(0) == 1
+    assert f(0) == 0

@@ -8,6 +8,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from absl import flags
 from jax.experimental import pallas as pl
@@ -84,9 +85,36 @@ def test_a_wrong_result_is_a_fault():
     assert report.fault_lines(forward)[0].startswith("FAULT")
 
 
+def test_one_wrong_tile_among_thousands_is_a_fault():
+    wanted = jax.random.normal(jax.random.key(0), (512, 64, 64))
+    found = wanted.at[7].set(0)
+    apart = timing.differences(found, wanted)
+    assert apart.relative > timing.TOLERANCE and apart.largest > timing.LARGEST_TOLERANCE
+    many = jnp.tile(wanted, (20, 1, 1))
+    apart = timing.differences(many.at[7].set(0), many)
+    assert apart.relative < timing.TOLERANCE < timing.LARGEST_TOLERANCE < apart.largest
+
+
+def test_a_race_is_a_fault():
+    case = doubling()
+    runs = iter(range(1000))
+
+    def racing(*, x, backend):
+        late = jax.pure_callback(lambda: np.float32(next(runs) == 9), jax.typeof(x[0]))
+        return 2 * x + late
+
+    raced, _ = timing.measure(
+        dataclasses.replace(case, function=racing, wrt=()), HERE, "tpu", ["repeat"]
+    )
+    assert raced["differing"] == 1 and "1 of 30 runs differ" in raced["faults"][0]
+    assert "seconds" not in raced and "relative_error" not in raced
+    sound, _ = timing.measure(case, HERE, "tpu", ["repeat"])
+    assert sound["differing"] == 0 and not sound["faults"]
+
+
 def test_nan_is_a_fault():
     forward, _ = timing.measure(doubling(wrong=float("nan")), HERE, "tpu")
-    assert len(forward["faults"]) == 2
+    assert len(forward["faults"]) == 3
 
 
 def test_nan_is_a_fault_where_there_is_nothing_to_compare_with():
@@ -97,10 +125,9 @@ def test_nan_is_a_fault_where_there_is_nothing_to_compare_with():
 
 def test_the_log_sum_exp_of_nothing_does_not_hide_errors_elsewhere():
     nothing = jnp.array([-1e30, 1.0])
-    assert timing.differences(nothing, nothing) == (0, 0)
-    assert timing.differences(nothing + 1, nothing)[1] == pytest.approx(1)
-    absolute, _ = timing.differences(jnp.array([0.0, 1.0]), nothing)
-    assert math.isnan(absolute)
+    assert timing.differences(nothing, nothing) == (0, 0, 0)
+    assert timing.differences(nothing + 1, nothing).relative == pytest.approx(1)
+    assert math.isnan(timing.differences(jnp.array([0.0, 1.0]), nothing).absolute)
 
 
 def test_a_program_that_repeats_another_gives_the_same():
@@ -115,7 +142,8 @@ def test_a_program_that_repeats_another_gives_the_same():
         (["--suite=kernels", "--backend=tpu"], "run in an interpreter"),
         (["--suite=kernels", "--tune"], "only the reference runs"),
         (["--suite=kernels", "--shapes=scuot"], "'scuot' is no shape; choose from scout_chunk_32k"),
-        ([], "give --suite=kernels or --suite=compile"),
+        (["--suite=kernels", "--do=chek"], "--do=chek is unknown; choose from check"),
+        ([], "give --suite=kernels, --suite=compile or"),
     ],
 )
 def test_what_would_mislead_is_refused(arguments, says):
@@ -132,7 +160,7 @@ def test_a_cpu_runs_nano_unless_it_is_told_otherwise():
 
 
 def test_the_command_prints_a_table_and_writes_its_figures(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(timing, "machine", lambda: HERE)
+    monkeypatch.setattr(timing, "machine", lambda **_: HERE)
     monkeypatch.setattr(cases, "cases", lambda *_, **__: [doubling()])
     path = tmp_path / "new" / "figures.json"
     command.main(values_of("--suite=kernels", f"--output={path}"))

@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 
 from experiments.benchmark import __main__ as command
-from experiments.benchmark import compile_kernels, sharded_experts
+from experiments.benchmark import compile_kernels, sharded_experts, suites
 from experiments.benchmark.compile_kernels import Figures
 from experiments.benchmark.sharded_experts import GB, PRODUCTS, Divided
 from experiments.benchmark.topologies import TARGETS
@@ -113,7 +113,7 @@ def test_shapes_divided_and_not_are_chosen_by_name(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(command, "prepare", lambda: None)
+    monkeypatch.setattr(suites, "prepare", lambda: None)
     monkeypatch.setattr(compile_kernels, "run", record("whole"))
     monkeypatch.setattr(sharded_experts, "run", record("divided"))
 
@@ -122,7 +122,7 @@ def test_shapes_divided_and_not_are_chosen_by_name(monkeypatch):
         values = flags.FlagValues()
         command.define_flags(values)
         values(["command", "--suite=compile", f"--shapes={','.join(names)}"])
-        found = command.run_compile(values)
+        found = suites.run_compile(values)
         assert found["records"] == list(ran) == list(found["shapes"])
         return {what: len(cases) for what, cases in ran.items()}
 

@@ -23,7 +23,7 @@ from llama4_jax.config.runs import LossConfig, OptimizerConfig, RunConfig
 from llama4_jax.model import Cache, Llama4
 from llama4_jax.train.optimizer import make_optimizer
 from llama4_jax.train.state import start_state
-from llama4_jax.train.step import make_train_step
+from llama4_jax.train.step import pretraining_step
 
 STEPS = 20
 ROWS, LENGTH = 8, 256
@@ -69,7 +69,7 @@ def loss_by_step(config: ModelConfig) -> tuple[list[float], float]:
     }
     optimizer = make_optimizer(run.optimizer, steps=STEPS)
     model = Llama4(config, key=jax.random.key(0), param_dtype="float32")
-    state, step = start_state(model, optimizer=optimizer), make_train_step(run, optimizer)
+    state, step = start_state(model, optimizer=optimizer), pretraining_step(run, optimizer)
     losses, begun = [], 0.0
     for number in range(STEPS):
         if number == 1:  # the first compiles

@@ -153,7 +153,7 @@ def _train(program: Program, config: ModelConfig) -> jax.stages.Lowered:
     ids = _integers(program.rows, program.tokens)
     batch = dict.fromkeys(("tokens_BT", "targets_BT", "positions_BT", "segments_BT"), ids)
     batch["loss_mask_BT"] = _integers(program.rows, program.tokens, "float32")
-    step = jax.jit(train.make_train_step(run, optimizer), donate_argnums=0)
+    step = jax.jit(train.pretraining_step(run, optimizer), donate_argnums=0)
     return step.lower(parallel.abstract(build), batch)
 
 

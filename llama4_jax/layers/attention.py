@@ -1,17 +1,18 @@
 """Self-attention of the decoder: chunk-local with RoPE, or global without it (NoPE)."""
 
 import dataclasses
+from typing import Any
 
 import jax
 from flax import nnx
 
 from llama4_jax.config.model import TextConfig
+from llama4_jax.layers.linear import project
 from llama4_jax.layers.norm import rms_normalize
-from llama4_jax.layers.param import normal, weight
+from llama4_jax.layers.param import normal
 from llama4_jax.layers.rope import apply_rope, rope_angles, rope_frequencies
 from llama4_jax.parallel.cached import cached_attention
 from llama4_jax.parallel.sequence import Visibility, self_attention
-from llama4_jax.parallel.shard import einsum
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,15 +54,17 @@ class Attention(nnx.Module):
     def __init__(self, config: TextConfig, *, is_nope: bool, key: jax.Array, dtype: str):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         keys = jax.random.split(key, 4)
-        std = D**-0.5
+        how: Any = {"std": D**-0.5, "dtype": dtype, "contracted": (-3,)}
         q_axes = ("weight_embed", "q_heads", "head_dim")
         kv_axes = ("weight_embed", "kv_heads", "head_dim")
-        self.w_q_DNH = normal(keys[0], (D, N, H), q_axes, std=std, dtype=dtype)
-        self.w_k_DKH = normal(keys[1], (D, K, H), kv_axes, std=std, dtype=dtype)
-        self.w_v_DKH = normal(keys[2], (D, K, H), kv_axes, std=std, dtype=dtype)
+        self.w_q_DNH = normal(keys[0], (D, N, H), q_axes, **how)
+        self.w_k_DKH = normal(keys[1], (D, K, H), kv_axes, **how)
+        self.w_v_DKH = normal(keys[2], (D, K, H), kv_axes, **how)
         out_axes = ("q_heads", "head_dim", "weight_embed")
         out_std = (N * H * 2 * config.num_layers) ** -0.5
-        self.w_o_NHD = normal(keys[3], (N, H, D), out_axes, std=out_std, dtype=dtype)
+        self.w_o_NHD = normal(
+            keys[3], (N, H, D), out_axes, std=out_std, dtype=dtype, contracted=(-3, -2)
+        )
         self.config = config
         self.is_nope = is_nope
 
@@ -85,11 +88,10 @@ class Attention(nnx.Module):
         self, x_BTD: jax.Array, at: Positions, cache: CacheView | None
     ) -> tuple[jax.Array, LayerCache | None]:
         """Attend; with a cache, to what it holds too. Returns out_BTD and the new cache."""
-        dtype = x_BTD.dtype
         q_axes, kv_axes = ("batch", "seq", "q_heads", None), ("batch", "seq", "kv_heads", None)
-        q_BTNH = einsum("BTD,DNH->BTNH", x_BTD, weight(self.w_q_DNH, dtype), out=q_axes)
-        k_BTKH = einsum("BTD,DKH->BTKH", x_BTD, weight(self.w_k_DKH, dtype), out=kv_axes)
-        v_BTKH = einsum("BTD,DKH->BTKH", x_BTD, weight(self.w_v_DKH, dtype), out=kv_axes)
+        q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.w_q_DNH, out=q_axes)
+        k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.w_k_DKH, out=kv_axes)
+        v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.w_v_DKH, out=kv_axes)
         if not self.is_nope:
             q_BTNH = self._rotate(q_BTNH, at.positions_BT)
             k_BTKH = self._rotate(k_BTKH, at.positions_BT)
@@ -118,5 +120,5 @@ class Attention(nnx.Module):
                 is_chunk_cache=self.sees.chunk_size is not None,
             )
             stored = LayerCache(keys, values)
-        w_o_NHD = weight(self.w_o_NHD, dtype)
-        return einsum("BTNH,NHD->BTD", out_BTNH, w_o_NHD, out=("batch", "seq", "embed")), stored
+        out_axes = ("batch", "seq", "embed")
+        return project("BTNH,NHD->BTD", out_BTNH, self.w_o_NHD, out=out_axes), stored

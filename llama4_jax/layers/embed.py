@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from llama4_jax.layers.param import normal, weight
-from llama4_jax.parallel.shard import einsum, look_up, shard, take
+from llama4_jax.layers.linear import look_up_rows, project
+from llama4_jax.layers.param import normal
+from llama4_jax.parallel.shard import shard, take
 
 
 class Embed(nnx.Module):
@@ -13,16 +14,18 @@ class Embed(nnx.Module):
 
     def __init__(self, vocab_size: int, embed_dim: int, *, key: jax.Array, dtype: str):
         axes, std = ("vocab", "weight_embed"), embed_dim**-0.5
-        self.table_VD = normal(key, (vocab_size, embed_dim), axes, std=std, dtype=dtype)
+        self.table_VD = normal(
+            key, (vocab_size, embed_dim), axes,
+            std=std, dtype=dtype, role="embedding", contracted=(-1,),
+        )  # fmt: skip
 
     def __call__(self, tokens_BT: jax.Array, *, dtype: str) -> jax.Array:
         """Look tokens up. Returns x_BTD."""
-        return look_up(weight(self.table_VD, jnp.dtype(dtype)), tokens_BT)
+        return look_up_rows(self.table_VD, tokens_BT, jnp.dtype(dtype))
 
     def attend(self, x_BTD: jax.Array) -> jax.Array:
         """Score every word by its embedding. Returns logits_BTV in the dtype of x."""
-        table_VD = weight(self.table_VD, x_BTD.dtype)
-        return einsum("BTD,VD->BTV", x_BTD, table_VD, out=("batch", "seq", "vocab"))
+        return project("BTD,VD->BTV", x_BTD, self.table_VD, out=("batch", "seq", "vocab"))
 
 
 class Head(nnx.Module):
@@ -34,8 +37,7 @@ class Head(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         """Returns logits_BTV in the dtype of x."""
-        w_DV = weight(self.w_DV, x_BTD.dtype)
-        return einsum("BTD,DV->BTV", x_BTD, w_DV, out=("batch", "seq", "vocab"))
+        return project("BTD,DV->BTV", x_BTD, self.w_DV, out=("batch", "seq", "vocab"))
 
 
 class Projector(nnx.Module):
@@ -47,8 +49,7 @@ class Projector(nnx.Module):
 
     def __call__(self, features_BPD: jax.Array) -> jax.Array:
         """Returns [tiles, tokens, embed]."""
-        w_DE = weight(self.w_DE, features_BPD.dtype)
-        return einsum("BPD,DE->BPE", features_BPD, w_DE, out=("tiles", None, "embed"))
+        return project("BPD,DE->BPE", features_BPD, self.w_DE, out=("tiles", None, "embed"))
 
 
 def fuse(

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from llama4_jax.config.model import TextConfig
-from llama4_jax.layers.param import is_ready, normal, untrained, weight
+from llama4_jax.layers.linear import ExpertWeights, can_be_stacked, expert_matrices, project
+from llama4_jax.layers.param import buffer, normal
 from llama4_jax.parallel.experts import sharded_expert_mlp
-from llama4_jax.parallel.shard import einsum
 
 
 class MLP(nnx.Module):
@@ -29,12 +29,12 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
         with jax.named_scope("mlp"):
-            hidden, dtype = ("batch", "seq", "mlp"), x_BTD.dtype
-            gate_BTF = einsum("BTD,DF->BTF", x_BTD, weight(self.w_gate_DF, dtype), out=hidden)
-            up_BTF = einsum("BTD,DF->BTF", x_BTD, weight(self.w_up_DF, dtype), out=hidden)
+            hidden = ("batch", "seq", "mlp")
+            gate_BTF = project("BTD,DF->BTF", x_BTD, self.w_gate_DF, out=hidden)
+            up_BTF = project("BTD,DF->BTF", x_BTD, self.w_up_DF, out=hidden)
             hidden_BTF = jax.nn.silu(gate_BTF) * up_BTF
             out = ("batch", "seq", "embed")
-            return einsum("BTF,FD->BTD", hidden_BTF, weight(self.w_down_FD, dtype), out=out)
+            return project("BTF,FD->BTD", hidden_BTF, self.w_down_FD, out=out)
 
 
 class Routing(NamedTuple):
@@ -122,6 +122,11 @@ class Experts(nnx.Module):
         out_std = (F * 2 * config.num_layers) ** -0.5
         self.w_down_EFD = normal(keys[2], (E, F, D), out_axes, std=out_std, dtype=dtype)
 
+    @property
+    def weights(self) -> ExpertWeights:
+        """Return gate, up and down."""
+        return self.w_gate_EDF, self.w_up_EDF, self.w_down_EFD
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertStack:
@@ -138,7 +143,7 @@ class ExpertStack:
 
     def is_ready(self, dtype: jnp.dtype) -> bool:
         """Can the stack be read where it lies, neither cast nor gathered?"""
-        return is_ready(self.experts.w_gate_EDF, dtype)
+        return can_be_stacked(self.experts.weights, dtype)
 
 
 class MoE(nnx.Module):
@@ -147,12 +152,14 @@ class MoE(nnx.Module):
     def __init__(self, config: TextConfig, *, key: jax.Array, dtype: str):
         D, E = config.embed_dim, config.num_experts
         keys = jax.random.split(key, 3)
-        self.router_DE = normal(keys[0], (D, E), ("weight_embed", None), std=D**-0.5, dtype=dtype)
+        self.router_DE = normal(
+            keys[0], (D, E), ("weight_embed", None), std=D**-0.5, dtype=dtype, role="router"
+        )
         self.experts = Experts(config, key=keys[1], dtype=dtype)
         self.shared = MLP(
             D, config.expert_dim, num_layers=config.num_layers, key=keys[2], dtype=dtype
         )
-        self.bias_E = untrained(0.0, (E,), (None,)) if config.balance_bias else None
+        self.bias_E = buffer(jnp.zeros(E), (None,)) if config.balance_bias else None
         self.experts_per_token = config.experts_per_token
 
     def __call__(
@@ -168,10 +175,9 @@ class MoE(nnx.Module):
         what the router did; its logits are in the dtype of x.
         """
         experts, is_stacked = (stack.experts, True) if stack else (self.experts, False)
+        matrices = expert_matrices(experts.weights, x_BTD.dtype, is_stacked=is_stacked)
         with jax.named_scope("moe"):
-            dtype = x_BTD.dtype
-            router_DE = weight(self.router_DE, dtype)
-            logits_BTE = einsum("BTD,DE->BTE", x_BTD, router_DE, out=("batch", "seq", None))
+            logits_BTE = project("BTD,DE->BTE", x_BTD, self.router_DE, out=("batch", "seq", None))
             routing = route(
                 logits_BTE,
                 self.experts_per_token,
@@ -180,9 +186,8 @@ class MoE(nnx.Module):
             )
             y_BTD = sharded_expert_mlp(
                 x_BTD,
-                weight(experts.w_gate_EDF, dtype, is_stacked=is_stacked),
-                weight(experts.w_up_EDF, dtype, is_stacked=is_stacked),
-                weight(experts.w_down_EFD, dtype, is_stacked=is_stacked),
+                *matrices.matrices,
+                weight_scales=matrices.scales,
                 expert_BTX=routing.expert_BTX,
                 gate_BTX=routing.gate_BTX,
                 shared_BTD=self.shared(x_BTD),

@@ -20,7 +20,7 @@ class RMSNorm(nnx.Module):
     """RMS norm with a learned scale, which multiplies after the cast back: two roundings."""
 
     def __init__(self, dim: int, *, eps: float, dtype: str):
-        self.scale_D = constant(1.0, (dim,), ("weight_embed",), dtype=dtype)
+        self.scale_D = constant(1.0, (dim,), ("weight_embed",), dtype=dtype, role="norm")
         self.eps = eps
 
     def __call__(self, x_BTD: jax.Array) -> jax.Array:
@@ -32,8 +32,8 @@ class LayerNorm(nnx.Module):
     """Layer norm with scale and bias, in float32."""
 
     def __init__(self, dim: int, *, eps: float, dtype: str):
-        self.scale_D = constant(1.0, (dim,), ("weight_embed",), dtype=dtype)
-        self.bias_D = constant(0.0, (dim,), ("weight_embed",), dtype=dtype)
+        self.scale_D = constant(1.0, (dim,), ("weight_embed",), dtype=dtype, role="norm")
+        self.bias_D = constant(0.0, (dim,), ("weight_embed",), dtype=dtype, role="bias")
         self.eps = eps
 
     def __call__(self, x_PTD: jax.Array) -> jax.Array:

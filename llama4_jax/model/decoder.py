@@ -60,6 +60,12 @@ class Group(nnx.Module):
         )
 
 
+def _expert_stack(ffn: MoE | MLP, group: jax.Array, dtype: jnp.dtype) -> ExpertStack | None:
+    """Return stacked experts to read in place, for inference: their gradient would be a stack."""
+    stack = ExpertStack(ffn.experts, group) if isinstance(ffn, MoE) else None
+    return stack if stack and stack.is_ready(dtype) else None
+
+
 class _Stream(NamedTuple):
     """What flows through the layers: the residual stream and, if there is one, the cache."""
 
@@ -85,12 +91,6 @@ class Decoder(nnx.Module):
         )
         self.num_groups = pattern.num_groups
 
-    def _expert_stack(self, slot: int, group: jax.Array, dtype: jnp.dtype) -> ExpertStack | None:
-        """Return the experts to read in place, for inference: their gradient would be a stack."""
-        ffn = self.groups.slots[slot].ffn
-        stack = ExpertStack(ffn.experts, group) if isinstance(ffn, MoE) else None
-        return stack if stack and stack.is_ready(dtype) else None
-
     def __call__(
         self, x_BTD: jax.Array, at: Positions, cache: Cache | None, *, remat: bool
     ) -> tuple[jax.Array, Cache | None, RouterOutput | None]:
@@ -115,7 +115,8 @@ class Decoder(nnx.Module):
             for i, block in enumerate(group.slots):
                 view = CacheView(slots[i], index, cache.lengths_B) if cache else None
                 with jax.named_scope(f"slot_{i}"):
-                    stack = self._expert_stack(i, index, x_BTD.dtype) if cache else None
+                    ffn = self.groups.slots[i].ffn
+                    stack = _expert_stack(ffn, index, x_BTD.dtype) if cache else None
                     x_BTD, stored, router = block(x_BTD, at, view, stack)
                 if stored is not None:
                     slots[i] = stored
@@ -132,7 +133,9 @@ class Decoder(nnx.Module):
         for i, block in enumerate(self.tail):
             view = CacheView(cache.tail[i], jnp.int32(0), cache.lengths_B) if cache else None
             with jax.named_scope(f"tail_{i}"):
-                x_BTD, stored, router = block(x_BTD, at, view)
+                alone = jax.tree.map(lambda x: x[None], block.ffn)  # a stack of one
+                stack = _expert_stack(alone, jnp.int32(0), x_BTD.dtype) if cache else None
+                x_BTD, stored, router = block(x_BTD, at, view, stack)
             if stored is not None:
                 tail.append(stored)
             if router is not None:

@@ -1,6 +1,7 @@
 """The vision encoder: patches, a transformer with 2-D RoPE, pixel shuffle, an adapter."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,12 @@ from flax import nnx
 
 from kernels_pallas.attention.api import chunked_attention
 from llama4_jax.config.model import VisionConfig
+from llama4_jax.layers.linear import Weight, project
 from llama4_jax.layers.norm import LayerNorm
 from llama4_jax.layers.param import constant, normal, weight
 from llama4_jax.layers.rope import apply_rope, image_angles
-from llama4_jax.parallel.shard import einsum, per_shard, shard
+from llama4_jax.parallel.axes import Axes
+from llama4_jax.parallel.shard import per_shard, shard
 
 _FEATURES = ("tiles", None, "embed")
 _HEADS = ("tiles", None, "q_heads", None)
@@ -65,30 +68,30 @@ class VisionAttention(nnx.Module):
     def __init__(self, config: VisionConfig, *, key: jax.Array, dtype: str):
         D, N, H = config.embed_dim, config.num_heads, config.head_dim
         keys = jax.random.split(key, 4)
-        axes, std = ("weight_embed", "q_heads", "head_dim"), D**-0.5
-        bias_axes = axes[1:]
-        self.w_q_DNH = normal(keys[0], (D, N, H), axes, std=std, dtype=dtype)
-        self.w_k_DNH = normal(keys[1], (D, N, H), axes, std=std, dtype=dtype)
-        self.w_v_DNH = normal(keys[2], (D, N, H), axes, std=std, dtype=dtype)
-        out_axes = ("q_heads", "head_dim", "weight_embed")
-        self.w_o_NHD = normal(keys[3], (N, H, D), out_axes, std=std, dtype=dtype)
-        self.b_q_NH = constant(0.0, (N, H), bias_axes, dtype=dtype)
-        self.b_k_NH = constant(0.0, (N, H), bias_axes, dtype=dtype)
-        self.b_v_NH = constant(0.0, (N, H), bias_axes, dtype=dtype)
-        self.b_o_D = constant(0.0, (D,), ("weight_embed",), dtype=dtype)
+        axes: Axes = ("weight_embed", "q_heads", "head_dim")
+        bias_axes, out_axes = axes[1:], (*axes[1:], axes[0])
+        how: Any = {"std": D**-0.5, "dtype": dtype}
+        self.w_q_DNH = normal(keys[0], (D, N, H), axes, contracted=(-3,), **how)
+        self.w_k_DNH = normal(keys[1], (D, N, H), axes, contracted=(-3,), **how)
+        self.w_v_DNH = normal(keys[2], (D, N, H), axes, contracted=(-3,), **how)
+        self.w_o_NHD = normal(keys[3], (N, H, D), out_axes, contracted=(-3, -2), **how)
+        self.b_q_NH = constant(0.0, (N, H), bias_axes, dtype=dtype, role="bias")
+        self.b_k_NH = constant(0.0, (N, H), bias_axes, dtype=dtype, role="bias")
+        self.b_v_NH = constant(0.0, (N, H), bias_axes, dtype=dtype, role="bias")
+        self.b_o_D = constant(0.0, (D,), ("weight_embed",), dtype=dtype, role="bias")
 
     def __call__(self, x_BPD: jax.Array, angles_BPh: jax.Array) -> jax.Array:
         dtype = x_BPD.dtype
 
-        def project(w_DNH: nnx.Param, b_NH: nnx.Param) -> jax.Array:
-            x_BPNH = einsum("BPD,DNH->BPNH", x_BPD, weight(w_DNH, dtype), out=_HEADS)
+        def affine(w_DNH: Weight, b_NH: nnx.Param) -> jax.Array:
+            x_BPNH = project("BPD,DNH->BPNH", x_BPD, w_DNH, out=_HEADS)
             return x_BPNH + weight(b_NH, dtype)
 
-        q_BPNH = apply_rope(project(self.w_q_DNH, self.b_q_NH), angles_BPh)
-        k_BPNH = apply_rope(project(self.w_k_DNH, self.b_k_NH), angles_BPh)
-        v_BPNH = project(self.w_v_DNH, self.b_v_NH)
+        q_BPNH = apply_rope(affine(self.w_q_DNH, self.b_q_NH), angles_BPh)
+        k_BPNH = apply_rope(affine(self.w_k_DNH, self.b_k_NH), angles_BPh)
+        v_BPNH = affine(self.w_v_DNH, self.b_v_NH)
         out_BPNH = per_shard(_attend, q_BPNH, k_BPNH, v_BPNH, axes=(_HEADS,) * 3, out=_HEADS)
-        out_BPD = einsum("BPNH,NHD->BPD", out_BPNH, weight(self.w_o_NHD, dtype), out=_FEATURES)
+        out_BPD = project("BPNH,NHD->BPD", out_BPNH, self.w_o_NHD, out=_FEATURES)
         return out_BPD + weight(self.b_o_D, dtype)
 
 
@@ -99,15 +102,15 @@ class VisionMLP(nnx.Module):
         D, F = config.embed_dim, config.mlp_dim
         in_key, out_key = jax.random.split(key)
         self.w_in_DF = normal(in_key, (D, F), ("weight_embed", "mlp"), std=D**-0.5, dtype=dtype)
-        self.b_in_F = constant(0.0, (F,), ("mlp",), dtype=dtype)
+        self.b_in_F = constant(0.0, (F,), ("mlp",), dtype=dtype, role="bias")
         self.w_out_FD = normal(out_key, (F, D), ("mlp", "weight_embed"), std=F**-0.5, dtype=dtype)
-        self.b_out_D = constant(0.0, (D,), ("weight_embed",), dtype=dtype)
+        self.b_out_D = constant(0.0, (D,), ("weight_embed",), dtype=dtype, role="bias")
 
     def __call__(self, x_BPD: jax.Array) -> jax.Array:
         dtype = x_BPD.dtype
-        hidden_BPF = einsum("BPD,DF->BPF", x_BPD, weight(self.w_in_DF, dtype), out=_HIDDEN)
+        hidden_BPF = project("BPD,DF->BPF", x_BPD, self.w_in_DF, out=_HIDDEN)
         hidden_BPF = jax.nn.gelu(hidden_BPF + weight(self.b_in_F, dtype), approximate=False)
-        out_BPD = einsum("BPF,FD->BPD", hidden_BPF, weight(self.w_out_FD, dtype), out=_FEATURES)
+        out_BPD = project("BPF,FD->BPD", hidden_BPF, self.w_out_FD, out=_FEATURES)
         return out_BPD + weight(self.b_out_D, dtype)
 
 
@@ -136,10 +139,9 @@ class Adapter(nnx.Module):
         self.w_out_FD = normal(out_key, (F, F), ("mlp", "weight_embed"), std=F**-0.5, dtype=dtype)
 
     def __call__(self, x_BPD: jax.Array) -> jax.Array:
-        dtype = x_BPD.dtype
-        hidden_BPF = einsum("BPD,DF->BPF", x_BPD, weight(self.w_in_DF, dtype), out=_HIDDEN)
+        hidden_BPF = project("BPD,DF->BPF", x_BPD, self.w_in_DF, out=_HIDDEN)
         hidden_BPF = jax.nn.gelu(hidden_BPF, approximate=False)
-        out_BPF = einsum("BPF,FD->BPD", hidden_BPF, weight(self.w_out_FD, dtype), out=_FEATURES)
+        out_BPF = project("BPF,FD->BPD", hidden_BPF, self.w_out_FD, out=_FEATURES)
         return jax.nn.gelu(out_BPF, approximate=False)
 
 
@@ -152,8 +154,9 @@ class VisionEncoder(nnx.Module):
         keys = jax.random.split(key, 5)
         axes, std = (None, "weight_embed"), D**-0.5
         self.patch_w_ID = normal(keys[0], (inputs, D), axes, std=inputs**-0.5, dtype=dtype)
-        self.class_embedding_D = normal(keys[1], (D,), ("weight_embed",), std=std, dtype=dtype)
-        self.position_embedding_PD = normal(keys[2], (positions, D), axes, std=std, dtype=dtype)
+        table: Any = {"std": std, "dtype": dtype, "role": "embedding"}
+        self.class_embedding_D = normal(keys[1], (D,), ("weight_embed",), **table)
+        self.position_embedding_PD = normal(keys[2], (positions, D), axes, **table)
         self.norm_pre = LayerNorm(D, eps=eps, dtype=dtype)
         self.layers = jax.vmap(lambda k: VisionBlock(config, key=k, dtype=dtype))(
             jax.random.split(keys[3], config.num_layers)
@@ -177,7 +180,7 @@ class VisionEncoder(nnx.Module):
         with jax.named_scope("vision_encoder"):
             tiles_NCHW = shard(tiles_NCHW.astype(compute), ("tiles", None, None, None))
             x_BPI = _per_tile(lambda tile: patchify(tile, config.patch_size), tiles_NCHW)
-            x_BPD = einsum("BPI,ID->BPD", x_BPI, weight(self.patch_w_ID, compute), out=_FEATURES)
+            x_BPD = project("BPI,ID->BPD", x_BPI, self.patch_w_ID, out=_FEATURES)
             B, _, D = x_BPD.shape
             class_D = weight(self.class_embedding_D, compute)
             class_B1D = shard(jnp.broadcast_to(class_D, (B, 1, D)), _FEATURES)

@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.experts.api import expert_mlp
-from kernels_pallas.experts.inputs import expecting
+from kernels_pallas.experts.inputs import WeightScales, expecting
 from kernels_pallas.experts.parallel import expert_mlp_parallel
 from llama4_jax.parallel.shard import mesh_axes, per_shard
+
+_SCALES = ("gate_scale", "up_scale", "down_scale")
 
 
 class _Plan(NamedTuple):
@@ -44,6 +46,7 @@ def _apply_own(
     x_TD, expert_TX, gate_TX = (a.reshape(B * T, -1) for a in (x_BTD, expert_BTX, gate_BTX))
     given = dict(zip(plan.optional, more, strict=True))
     shared_TD = given["shared_BTD"].reshape(B * T, D) if "shared_BTD" in given else None
+    scales = [given[name] for name in _SCALES if name in given]
     if plan.own_over:  # those of others' experts count for nothing
         expert_TX -= jax.lax.axis_index(plan.own_over) * w_gate_EDF.shape[-3]
     travel = functools.partial(expert_mlp_parallel, axes=plan.travel_over)
@@ -56,6 +59,7 @@ def _apply_own(
             expert_TX=expert_TX,
             gate_TX=gate_TX,
             shared_TD=shared_TD,
+            weight_scales=WeightScales(*scales) if scales else None,
             group=given.get("group"),
         )
     if plan.summed_over:
@@ -106,6 +110,7 @@ def sharded_expert_mlp(
     expert_BTX: jax.Array,
     gate_BTX: jax.Array,
     shared_BTD: jax.Array | None = None,
+    weight_scales: WeightScales | None = None,
     group: jax.Array | None = None,
 ) -> jax.Array:
     """Apply the routed experts to a batch whose rows, experts and hidden features may be divided.
@@ -122,8 +127,9 @@ def sharded_expert_mlp(
         gate_BTX: their gates, which scale the experts' inputs.
         shared_BTD: what to add to the result, such as the shared expert's: in the operation, or,
             where results of several shards are summed, once after that.
-        group: int32 scalar; with it the matrices have a leading axis of layer groups, of which
-            this one is used. See `expert_mlp`.
+        weight_scales: of quantised matrices; see `expert_mlp`.
+        group: int32 scalar; with it the matrices and scales have a leading axis of layer groups, of
+            which this one is used. See `expert_mlp`.
 
     Returns:
         y_BTD in the dtype and layout of x.
@@ -139,6 +145,13 @@ def sharded_expert_mlp(
     axes, optional = (tokens, w_in, w_in, w_out, tokens, tokens), ()
     if group is not None:
         arrays, axes, optional = (*arrays, group), (*axes, ()), (*optional, "group")
+    if weight_scales is not None:
+        is_grouped = weight_scales.gate.ndim == w_gate_EDF.ndim
+        ins, outs = ((None,), ("expert_mlp",)) if is_grouped else ((), ())
+        of_in = (*stack, "experts", *ins, "expert_mlp")
+        of_out = (*stack, "experts", *outs, None)
+        arrays, axes = (*arrays, *weight_scales), (*axes, of_in, of_in, of_out)
+        optional = (*optional, *_SCALES)
     if shared_BTD is not None and not summed_over:
         arrays, axes = (*arrays, shared_BTD), (*axes, tokens)
         optional = (*optional, "shared_BTD")

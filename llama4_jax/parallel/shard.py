@@ -97,19 +97,22 @@ def shard_weight(x: jax.Array, axes: Axes) -> jax.Array:
     return shard(x, axes)
 
 
-def einsum(equation: str, *operands: jax.Array, out: Axes) -> jax.Array:
+def einsum(
+    equation: str, *operands: jax.Array, out: Axes, preferred_element_type: Any = None
+) -> jax.Array:
     """`jnp.einsum` whose result is laid out by the logical axes `out`.
 
     Sums over a divided dimension become an all-reduce or reduce-scatter, as `out` asks.
     """
+    how = {"preferred_element_type": preferred_element_type}
     if not has_mesh():
-        return jnp.einsum(equation, *operands)
+        return jnp.einsum(equation, *operands, **how)
     inputs, result = equation.split("->")
     dims: dict[str, int] = {}
     for letters, operand in zip(inputs.split(","), operands, strict=True):
         dims |= zip(letters, operand.shape, strict=True)
     spec = _spec(out, tuple(dims[letter] for letter in result))
-    return jnp.einsum(equation, *operands, out_sharding=spec)
+    return jnp.einsum(equation, *operands, out_sharding=spec, **how)
 
 
 def take(table: jax.Array, index: jax.Array, *, out: Axes) -> jax.Array:

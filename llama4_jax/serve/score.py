@@ -6,12 +6,12 @@ import math
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from llama4_jax import parallel
 from llama4_jax.checkpoint import Pretrained
 from llama4_jax.model import Cache, Llama4
+from llama4_jax.model.likelihood import token_logprobs
 from llama4_jax.serve.limits import Limits
 from llama4_jax.serve.pieces import cut
 from llama4_jax.serve.requests import Prompt, Request, read_requests
@@ -112,7 +112,7 @@ def _score_batch(
             piece.positions_BT,
             targets_BT,
             piece.tiles_NCHW,
-            slices=_num_slices(piece.tokens_BT.shape, config.text.vocab_size),
+            chunks=_num_chunks(piece.tokens_BT.shape, config.text.vocab_size),
         )
         logprobs_BT = np.asarray(logprobs_BT)
         for index, start in enumerate(piece.starts_B[: len(rows)]):
@@ -121,15 +121,15 @@ def _score_batch(
     return [logprobs_T[:-1] for logprobs_T in found]
 
 
-def _num_slices(shape: tuple[int, ...], vocab_size: int) -> int:
-    """Return into how many slices of T the logits of a piece are divided, a power of two."""
-    slices = 1
-    while slices < shape[1] and math.prod(shape) * vocab_size > LOGITS * slices:
-        slices *= 2
-    return slices
+def _num_chunks(shape: tuple[int, ...], vocab_size: int) -> int:
+    """Return into how many chunks of T the logits of a piece are divided, a power of two."""
+    chunks = 1
+    while chunks < shape[1] and math.prod(shape) * vocab_size > LOGITS * chunks:
+        chunks *= 2
+    return chunks
 
 
-@functools.partial(jax.jit, static_argnames=("slices",), donate_argnames=("cache",))
+@functools.partial(jax.jit, static_argnames=("chunks",), donate_argnames=("cache",))
 def score_piece(
     model: Llama4,
     cache: Cache,
@@ -138,7 +138,7 @@ def score_piece(
     targets_BT,
     tiles_NCHW=None,
     *,
-    slices: int,
+    chunks: int,
 ) -> tuple[Cache, jax.Array]:
     """Append one piece of every text to the cache and score the token after each of its tokens.
 
@@ -149,26 +149,14 @@ def score_piece(
       positions_BT: int32 [B, T], -1 at padding.
       targets_BT: int32 [B, T], the token after each.
       tiles_NCHW: of the patch tokens in this piece.
-      slices: of T, for which logits are made one after another; divides T.
+      chunks: of T, for which logits are made one after another; divides T.
 
     Returns:
       The cache, and float32 [B, T]: the log probability of each target.
     """
     hidden = model.encode(tokens_BT, tiles_NCHW, positions_BT=positions_BT, cache=cache)
     assert hidden.cache is not None
-    # A slice holds tokens of every row, so no mesh axis may divide T here.
+    # A chunk holds tokens of every row, so no mesh axis may divide T here.
     x_BTD = parallel.shard(hidden.x_BTD, ("batch", None, "embed"))
-
-    def score_slice(slice_):
-        x_BTD, targets_BT = slice_
-        logits_BTV = model.unembed(x_BTD)
-        with jax.named_scope("target_logprob"):
-            is_target_BTV = jnp.arange(logits_BTV.shape[-1]) == targets_BT[..., None]
-            target_BT = jnp.where(is_target_BTV, logits_BTV, 0).sum(axis=-1)
-            return target_BT - jax.nn.logsumexp(logits_BTV, axis=-1)
-
-    def split(x):
-        return x.reshape(x.shape[0], slices, -1, *x.shape[2:]).swapaxes(0, 1)
-
-    logprobs = jax.lax.map(score_slice, (split(x_BTD), split(targets_BT)))
-    return hidden.cache, logprobs.swapaxes(0, 1).reshape(targets_BT.shape)
+    found = token_logprobs(x_BTD, targets_BT, unembed=model.unembed, chunks=chunks)
+    return hidden.cache, found.logprob_BT

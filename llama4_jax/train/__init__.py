@@ -10,18 +10,22 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llama4_jax.train.checkpoints import is_complete
     from llama4_jax.train.loop import FitResult, HeldOut, fit, measure
-    from llama4_jax.train.loss import TokenSums, sum_in_chunks, sum_over_tokens
+    from llama4_jax.train.loss import TokenSums, sum_over_tokens
+    from llama4_jax.train.objective import Batch, Objective, batch_loss, pretraining
     from llama4_jax.train.optimizer import make_optimizer, make_schedule
-    from llama4_jax.train.state import TrainState, initial_state
-    from llama4_jax.train.step import Batch, batch_loss, make_eval_step, make_train_step
+    from llama4_jax.train.state import TrainState, initial_state, start_state
+    from llama4_jax.train.step import make_eval_step, make_train_step, pretraining_step
+    from llama4_jax.train.trainable import Trainable, adapters, all_parameters
 
 _NAMES = {
     "checkpoints": ("is_complete",),
     "loop": ("FitResult", "HeldOut", "fit", "measure"),
-    "loss": ("TokenSums", "sum_in_chunks", "sum_over_tokens"),
+    "loss": ("TokenSums", "sum_over_tokens"),
+    "objective": ("Batch", "Objective", "batch_loss", "pretraining"),
     "optimizer": ("make_optimizer", "make_schedule"),
-    "state": ("TrainState", "initial_state"),
-    "step": ("Batch", "batch_loss", "make_eval_step", "make_train_step"),
+    "state": ("TrainState", "initial_state", "start_state"),
+    "step": ("make_eval_step", "make_train_step", "pretraining_step"),
+    "trainable": ("Trainable", "adapters", "all_parameters"),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
@@ -29,8 +33,12 @@ __all__ = [
     "Batch",
     "FitResult",
     "HeldOut",
+    "Objective",
     "TokenSums",
     "TrainState",
+    "Trainable",
+    "adapters",
+    "all_parameters",
     "batch_loss",
     "fit",
     "initial_state",
@@ -40,7 +48,9 @@ __all__ = [
     "make_schedule",
     "make_train_step",
     "measure",
-    "sum_in_chunks",
+    "pretraining",
+    "pretraining_step",
+    "start_state",
     "sum_over_tokens",
 ]
 

@@ -14,6 +14,7 @@ import numpy as np
 from llama4_jax.config.model import TextConfig
 from llama4_jax.config.pattern import layer_pattern
 from llama4_jax.layers.feed_forward import RouterLoad
+from llama4_jax.layers.param import leaf_name
 
 
 @jax.tree_util.register_dataclass
@@ -82,8 +83,7 @@ def move_biases(model: Any, tokens_LE: jax.Array, *, rate: float) -> Any:
     change_LE = rate * jnp.sign(load_LE.mean(-1, keepdims=True) - load_LE)
 
     def move(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        name = jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
-        own = rows.pop(name, None)
+        own = rows.pop(leaf_name(path), None)
         return leaf if own is None else leaf + change_LE[np.asarray(own)].reshape(leaf.shape)
 
     moved = jax.tree_util.tree_map_with_path(move, model)

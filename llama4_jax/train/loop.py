@@ -18,9 +18,10 @@ from llama4_jax.config.runs import RunConfig
 from llama4_jax.train.checkpoints import FOLDER, Checkpoints
 from llama4_jax.train.interrupt import StopRequest, catch_stop_signals
 from llama4_jax.train.metrics import SpeedMeter, name_metrics
+from llama4_jax.train.objective import Batch
 from llama4_jax.train.optimizer import make_optimizer
 from llama4_jax.train.state import TrainState, initial_state, start_state
-from llama4_jax.train.step import Batch, make_eval_step, make_train_step
+from llama4_jax.train.step import make_eval_step, pretraining_step
 from llama4_jax.train.writers import Writer, WriterGroup, open_writers
 
 HeldOut = Mapping[str, Iterable[Batch]]
@@ -134,7 +135,7 @@ def fit(
         try:
             return _Loop(
                 run=run,
-                train_step=make_train_step(run, optimizer),
+                train_step=pretraining_step(run, optimizer),
                 eval_step=make_eval_step(run.loss),
                 iterator=iterator,
                 held_out=held_out or {},

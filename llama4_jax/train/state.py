@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from llama4_jax.train.trainable import Trainable, all_parameters, partition
+
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
@@ -17,7 +19,8 @@ class TrainState:
     Attributes:
         step: int32 scalar, optimizer steps taken.
         model: The model, an immutable pytree of parameters.
-        opt_state: State of the optimizer; its moments are shaped and sharded like the parameters.
+        opt_state: State of the optimizer; its moments are shaped and sharded like the parameters
+            that are trained.
     """
 
     step: jax.Array
@@ -25,10 +28,22 @@ class TrainState:
     opt_state: Any
 
 
-def start_state(model: Any, *, optimizer: optax.GradientTransformationExtraArgs) -> TrainState:
-    """Return the state at step 0 of a model, fresh or trained before."""
+def start_state(
+    model: Any,
+    *,
+    optimizer: optax.GradientTransformationExtraArgs,
+    trainable: Trainable = all_parameters,
+) -> TrainState:
+    """Return the state at step 0 of a model, fresh or trained before.
+
+    Args:
+        model: The model.
+        optimizer: Decides the shape of the optimizer state.
+        trainable: Which parameters are trained, and so have moments.
+    """
+    trained, _ = partition(model, trainable)
     step = jnp.zeros((), jnp.int32)
-    return TrainState(step=step, model=model, opt_state=optimizer.init(model))
+    return TrainState(step=step, model=model, opt_state=optimizer.init(trained))
 
 
 def initial_state(

@@ -1,4 +1,4 @@
-"""Scores equal the log softmax of the full forward, whatever the pieces, the slices, the mesh."""
+"""Scores equal the log softmax of the full forward, whatever the pieces, the chunks, the mesh."""
 
 import importlib
 
@@ -47,7 +47,7 @@ def test_logprobs_equal_the_full_forward_in_request_order(pretrained, requests):
 def test_logits_are_made_a_few_tokens_at_a_time(pretrained, requests, monkeypatch):
     module = importlib.import_module("llama4_jax.serve.score")
     monkeypatch.setattr(module, "LOGITS", 8 * 2 * tiny.VOCAB)
-    assert module._num_slices((8, 16), tiny.VOCAB) == 8
+    assert module._num_chunks((8, 16), tiny.VOCAB) == 8
     check(score(pretrained, requests, limits=SMALL), requests)
 
 

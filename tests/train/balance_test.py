@@ -148,7 +148,7 @@ def one_step(mesh, preset):
         placed = jax.tree.map(jnp.asarray, copy) if mesh is None else place(copy, like)
         state = jax.jit(functools.partial(train.state.start_state, optimizer=optimizer))(placed)
         rows = {n: parallel.shard(jnp.asarray(a), ("batch", "seq")) for n, a in batch.items()}
-        state, metrics = train.make_train_step(run, optimizer)(state, rows)
+        state, metrics = train.pretraining_step(run, optimizer)(state, rows)
     return Step(jax.device_get(metrics), biases_of(model), biases_of(state.model), state)
 
 

@@ -5,7 +5,8 @@ import optax
 import pytest
 
 from llama4_jax import parallel
-from llama4_jax.train.loss import sum_in_chunks, sum_over_tokens
+from llama4_jax.model.likelihood import logprobs_of_logits, token_logprobs
+from llama4_jax.train.loss import sum_over_tokens
 
 B, T, D, V = 4, 12, 8, 32
 
@@ -20,7 +21,8 @@ def make_inputs():
 
 
 def mean_nll(x_BTD, w_DV, targets_BT, weights_BT, *, chunks):
-    sums = sum_in_chunks(x_BTD, targets_BT, weights_BT, unembed=lambda x: x @ w_DV, chunks=chunks)
+    found = token_logprobs(x_BTD, targets_BT, unembed=lambda x: x @ w_DV, chunks=chunks)
+    sums = sum_over_tokens(found, weights_BT)
     return sums.mean(sums.nll)
 
 
@@ -75,15 +77,18 @@ def test_a_batch_without_counted_tokens_has_loss_and_gradient_zero():
 def test_bfloat16_logits_are_summed_in_float32():
     x_BTD, w_DV, targets_BT, weights_BT = make_inputs()
     logits_BTV = (x_BTD @ w_DV).astype(jnp.bfloat16)
-    sums = sum_over_tokens(logits_BTV, targets_BT, weights_BT)
-    expected = sum_over_tokens(logits_BTV.astype(jnp.float32), targets_BT, weights_BT)
+    found = logprobs_of_logits(logits_BTV, targets_BT)
+    sums = sum_over_tokens(found, weights_BT)
+    exact = logprobs_of_logits(logits_BTV.astype(jnp.float32), targets_BT)
+    expected = sum_over_tokens(exact, weights_BT)
     assert sums.nll.dtype == jnp.float32
     assert sums.nll == expected.nll
 
 
 def test_accuracy_counts_targets_with_the_largest_logit():
     logits_BTV = jnp.asarray([[[0.0, 2.0], [3.0, 1.0], [0.0, 1.0]]])
-    sums = sum_over_tokens(logits_BTV, jnp.asarray([[1, 0, 0]]), jnp.ones((1, 3)))
+    found = logprobs_of_logits(logits_BTV, jnp.asarray([[1, 0, 0]]))
+    sums = sum_over_tokens(found, jnp.ones((1, 3)))
     assert sums.correct == 2
     assert sums.weight == 3
 
@@ -101,7 +106,8 @@ def test_rows_and_vocabulary_sharded_over_a_mesh_give_the_same_loss_and_gradient
         def unembed(x):
             return parallel.einsum("BTD,DV->BTV", x, w_DV, out=("batch", "seq", "vocab"))
 
-        sums = sum_in_chunks(x_BTD, targets_BT, weights_BT, unembed=unembed, chunks=3)
+        found = token_logprobs(x_BTD, targets_BT, unembed=unembed, chunks=3)
+        sums = sum_over_tokens(found, weights_BT)
         return sums.mean(sums.nll)
 
     step = jax.jit(jax.value_and_grad(loss, argnums=(0, 1)))

@@ -16,13 +16,12 @@ CONFIG = OptimizerConfig(peak_learning_rate=0.1, warmup_steps=10)
 
 class Parameters(nnx.Module):
     def __init__(self):
-        self.w_q_DNH = nnx.Param(jnp.ones((2, 2, 2)))
-        self.patch_w_ID = nnx.Param(jnp.ones((2, 2)))
-        self.router_DE = nnx.Param(jnp.ones((2, 2)))
-        self.scale_D = nnx.Param(jnp.ones((3, 2)))  # stacked over layers
-        self.b_q_NH = nnx.Param(jnp.ones((2, 2)))
-        self.table_VD = nnx.Param(jnp.ones((2, 2)))
-        self.position_embedding_PD = nnx.Param(jnp.ones((2, 2)))
+        self.w_q_DNH = nnx.Param(jnp.ones((2, 2, 2)), role="matrix")
+        self.router_DE = nnx.Param(jnp.ones((2, 2)), role="router")
+        self.scale_D = nnx.Param(jnp.ones((3, 2)), role="norm")  # stacked over layers
+        self.b_q_NH = nnx.Param(jnp.ones((2, 2)), role="bias")
+        self.table_VD = nnx.Param(jnp.ones((2, 2)), role="embedding")
+        self.a_DR = nnx.Param(jnp.ones((2, 2)), role="adapter")
 
 
 def test_the_learning_rate_rises_to_the_peak_and_ends_at_the_final_ratio():
@@ -48,9 +47,9 @@ def test_without_warmup_the_first_step_has_the_peak_rate(schedule):
     np.testing.assert_allclose(make_schedule(config, steps=10)(0), 0.1, rtol=1e-6)
 
 
-def test_only_matrices_decay():
+def test_only_matrices_and_routers_decay():
     decays = {name for name, yes in name_leaves(decay_mask(Parameters())).items() if yes}
-    assert decays == {"w_q_DNH.value", "patch_w_ID.value", "router_DE.value"}
+    assert decays == {"w_q_DNH.value", "router_DE.value"}
 
 
 def test_decay_shrinks_matrices_even_without_gradient():

@@ -2,7 +2,7 @@ import jax
 import numpy as np
 
 from llama4_jax.config.runs import LossConfig
-from llama4_jax.train import batch_loss, initial_state, make_optimizer, make_train_step
+from llama4_jax.train import batch_loss, initial_state, make_optimizer, pretraining_step
 from llama4_jax.train.state import name_leaves
 from tests.train.toy import build, make_batch, make_run
 
@@ -14,7 +14,7 @@ def test_the_state_that_goes_in_is_given_up():
     optimizer = make_optimizer(run.optimizer, steps=run.steps)
     state = jax.jit(initial_state(build, optimizer))()
     table = state.model.table_VD[...]
-    following, _ = make_train_step(run, optimizer)(state, BATCH)
+    following, _ = pretraining_step(run, optimizer)(state, BATCH)
     assert table.is_deleted()
     assert following.step == 1
 
@@ -24,7 +24,7 @@ def test_metrics_say_what_the_step_did():
     optimizer = make_optimizer(run.optimizer, steps=run.steps)
     state = jax.jit(initial_state(build, optimizer))()
     expected = batch_loss(state.model, BATCH, config=run.loss)
-    state, metrics = make_train_step(run, optimizer)(state, BATCH)
+    state, metrics = pretraining_step(run, optimizer)(state, BATCH)
     np.testing.assert_allclose(metrics["loss"], expected.total, rtol=1e-6)
     np.testing.assert_allclose(metrics["nll"], expected.sums.nll / 32, rtol=1e-6)
     assert metrics["tokens"] == 32

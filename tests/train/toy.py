@@ -5,13 +5,13 @@ from typing import Any
 
 import grain
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from llama4_jax import parallel
 from llama4_jax.config import ModelConfig, TextConfig
 from llama4_jax.config.runs import LossConfig, OptimizerConfig, RunConfig
+from llama4_jax.layers.param import constant, normal
 
 VOCAB = 16
 LENGTH = 8
@@ -28,12 +28,13 @@ class Toy(nnx.Module):
 
     def __init__(self, key: jax.Array, *, embed_dim: int = 8) -> None:
         table, head = jax.random.split(key)
-        self.table_VD = nnx.Param(jax.random.normal(table, (VOCAB, embed_dim)))
-        self.scale_D = nnx.Param(jnp.ones((embed_dim,)))
-        self.w_DV = nnx.Param(
-            parallel.shard_weight(
-                0.1 * jax.random.normal(head, (embed_dim, VOCAB)), ("weight_embed", "vocab")
-            )
+        axes: Any = (None, None)
+        self.table_VD = normal(
+            table, (VOCAB, embed_dim), axes, std=1.0, dtype="float32", role="embedding"
+        )
+        self.scale_D = constant(1.0, (embed_dim,), (None,), dtype="float32", role="norm")
+        self.w_DV = normal(
+            head, (embed_dim, VOCAB), ("weight_embed", "vocab"), std=0.1, dtype="float32"
         )
 
     def encode(self, tokens_BT: jax.Array, *_: Any, **__: Any) -> Hidden:

@@ -9,7 +9,7 @@ from llama4_jax.config.model import (
     TextConfig,
     VisionConfig,
 )
-from llama4_jax.config.pattern import LayerKind, LayerPattern, layer_pattern
+from llama4_jax.config.pattern import LayerKind, LayerPattern, Visibility, layer_pattern
 
 __all__ = [
     "FAMILIES",
@@ -20,6 +20,7 @@ __all__ = [
     "RopeScaling",
     "Temperature",
     "TextConfig",
+    "Visibility",
     "VisionConfig",
     "behemoth_preview",
     "layer_pattern",

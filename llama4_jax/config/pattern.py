@@ -6,10 +6,30 @@ from llama4_jax.config.model import TextConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class LayerKind:
-    """What distinguishes one decoder layer from another."""
+class Visibility:
+    """Which tokens a layer's queries see.
 
-    is_nope: bool
+    Attributes:
+        chunk_size: those of their own chunk of so many tokens; None for all that are earlier.
+        temperature: (floor, coefficient) of what multiplies queries by position; None for nothing.
+    """
+
+    chunk_size: int | None
+    temperature: tuple[int, float] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerKind:
+    """What distinguishes one decoder layer from another.
+
+    Attributes:
+        sees: which tokens its queries see.
+        has_rope: whether positions rotate queries and keys; else the layer is a NoPE layer.
+        is_moe: whether it is a mixture of experts.
+    """
+
+    sees: Visibility
+    has_rope: bool
     is_moe: bool
 
 
@@ -44,12 +64,18 @@ class LayerPattern:
         return f"tail.{layer - scanned}", None
 
 
+def _kind(config: TextConfig, layer: int) -> LayerKind:
+    """Return the kind of a layer: chunks with RoPE, or everything earlier with a temperature."""
+    is_moe, warm = layer in config.moe_layers, config.temperature
+    if layer not in config.nope_layers:
+        return LayerKind(Visibility(config.chunk_size), has_rope=True, is_moe=is_moe)
+    temperature = (warm.floor, warm.coefficient) if warm else None
+    return LayerKind(Visibility(None, temperature), has_rope=False, is_moe=is_moe)
+
+
 def layer_pattern(config: TextConfig) -> LayerPattern:
     """Find the shortest repeating run of layer kinds; what is left over at the end is the tail."""
-    kinds = tuple(
-        LayerKind(is_nope=i in config.nope_layers, is_moe=i in config.moe_layers)
-        for i in range(config.num_layers)
-    )
+    kinds = tuple(_kind(config, layer) for layer in range(config.num_layers))
     period = next(
         p
         for p in range(1, len(kinds) + 1)

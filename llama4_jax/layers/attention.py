@@ -6,13 +6,14 @@ from typing import Any
 import jax
 from flax import nnx
 
+from llama4_jax.cache.layers import CacheView, LayerCache
 from llama4_jax.config.model import TextConfig
+from llama4_jax.config.pattern import LayerKind
 from llama4_jax.layers.linear import project
 from llama4_jax.layers.norm import rms_normalize
 from llama4_jax.layers.param import normal
 from llama4_jax.layers.rope import apply_rope, rope_angles, rope_frequencies
-from llama4_jax.parallel.cached import cached_attention
-from llama4_jax.parallel.sequence import Visibility, self_attention
+from llama4_jax.parallel.sequence import Order, self_attention
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,36 +23,18 @@ class Positions:
     Attributes:
         positions_BT: int32, 0-based, -1 for padding.
         segments_BT: int32 segments of packed rows, or None.
-        in_order: positions are 0, 1, 2, ... in every row.
+        order: what is known of the positions.
     """
 
     positions_BT: jax.Array
     segments_BT: jax.Array | None
-    in_order: bool
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class LayerCache:
-    """Keys and values of one layer slot over all groups; S is the chunk or the whole length."""
-
-    keys_GBKSH: jax.Array
-    values_GBKSH: jax.Array
-
-
-@dataclasses.dataclass(frozen=True)
-class CacheView:
-    """One layer's place in a cache: its slot's arrays, its group, and each row's length so far."""
-
-    layer: LayerCache
-    group: jax.Array
-    lengths_B: jax.Array
+    order: Order
 
 
 class Attention(nnx.Module):
     """Grouped-query attention; query head n reads kv head n // (num_heads / num_kv_heads)."""
 
-    def __init__(self, config: TextConfig, *, is_nope: bool, key: jax.Array, dtype: str):
+    def __init__(self, config: TextConfig, kind: LayerKind, *, key: jax.Array, dtype: str):
         D, N, K, H = config.embed_dim, config.num_heads, config.num_kv_heads, config.head_dim
         keys = jax.random.split(key, 4)
         how: Any = {"std": D**-0.5, "dtype": dtype, "contracted": (-3,)}
@@ -66,15 +49,7 @@ class Attention(nnx.Module):
             keys[3], (N, H, D), out_axes, std=out_std, dtype=dtype, contracted=(-3, -2)
         )
         self.config = config
-        self.is_nope = is_nope
-
-    @property
-    def sees(self) -> Visibility:
-        """Return the layer's visibility: NoPE layers see everything earlier, others their chunk."""
-        if not self.is_nope:
-            return Visibility(self.config.chunk_size, None)
-        warm = self.config.temperature
-        return Visibility(None, (warm.floor, warm.coefficient) if warm else None)
+        self.kind = kind
 
     def _rotate(self, x_BTNH: jax.Array, positions_BT: jax.Array) -> jax.Array:
         """Apply RoPE and then, if the model has it, qk-norm."""
@@ -92,9 +67,10 @@ class Attention(nnx.Module):
         q_BTNH = project("BTD,DNH->BTNH", x_BTD, self.w_q_DNH, out=q_axes)
         k_BTKH = project("BTD,DKH->BTKH", x_BTD, self.w_k_DKH, out=kv_axes)
         v_BTKH = project("BTD,DKH->BTKH", x_BTD, self.w_v_DKH, out=kv_axes)
-        if not self.is_nope:
+        if self.kind.has_rope:
             q_BTNH = self._rotate(q_BTNH, at.positions_BT)
             k_BTKH = self._rotate(k_BTKH, at.positions_BT)
+        sees, stored = self.kind.sees, None
         if cache is None:
             out_BTNH = self_attention(
                 q_BTNH,
@@ -102,23 +78,12 @@ class Attention(nnx.Module):
                 v_BTKH,
                 positions_BT=at.positions_BT,
                 segments_BT=at.segments_BT,
-                in_order=at.in_order,
-                sees=self.sees,
+                order=at.order,
+                sees=sees,
             )
-            stored = None
         else:
-            out_BTNH, keys, values = cached_attention(
-                q_BTNH,
-                k_BTKH,
-                v_BTKH,
-                cache.layer.keys_GBKSH,
-                cache.layer.values_GBKSH,
-                group=cache.group,
-                lengths_B=cache.lengths_B,
-                positions_BT=at.positions_BT,
-                sees=self.sees,
-                is_chunk_cache=self.sees.chunk_size is not None,
+            out_BTNH, stored = cache.attend(
+                q_BTNH, k_BTKH, v_BTKH, positions_BT=at.positions_BT, sees=sees
             )
-            stored = LayerCache(keys, values)
         out_axes = ("batch", "seq", "embed")
         return project("BTNH,NHD->BTD", out_BTNH, self.w_o_NHD, out=out_axes), stored

@@ -7,12 +7,12 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llama4_jax.cache.layers import Cache, CacheView, LayerCache
 from llama4_jax.config.model import TextConfig
 from llama4_jax.config.pattern import LayerKind, layer_pattern
-from llama4_jax.layers.attention import Attention, CacheView, LayerCache, Positions
+from llama4_jax.layers.attention import Attention, Positions
 from llama4_jax.layers.feed_forward import MLP, ExpertStack, MoE, RouterOutput
 from llama4_jax.layers.norm import RMSNorm
-from llama4_jax.model.cache import Cache
 
 
 class Block(nnx.Module):
@@ -22,7 +22,7 @@ class Block(nnx.Module):
         D, eps = config.embed_dim, config.norm_eps
         attention_key, ffn_key = jax.random.split(key)
         self.attention_norm = RMSNorm(D, eps=eps, dtype=dtype)
-        self.attention = Attention(config, is_nope=kind.is_nope, key=attention_key, dtype=dtype)
+        self.attention = Attention(config, kind, key=attention_key, dtype=dtype)
         self.ffn_norm = RMSNorm(D, eps=eps, dtype=dtype)
         if kind.is_moe:
             self.ffn: MoE | MLP = MoE(config, key=ffn_key, dtype=dtype)
@@ -42,7 +42,7 @@ class Block(nnx.Module):
         attended_BTD, stored = self.attention(self.attention_norm(x_BTD), at, cache)
         x_BTD = x_BTD + attended_BTD
         if isinstance(self.ffn, MoE):
-            is_token_BT = None if at.in_order else at.positions_BT >= 0
+            is_token_BT = None if at.order == "row" else at.positions_BT >= 0
             y_BTD, router = self.ffn(self.ffn_norm(x_BTD), is_token_BT=is_token_BT, stack=stack)
         else:
             y_BTD, router = self.ffn(self.ffn_norm(x_BTD)), None

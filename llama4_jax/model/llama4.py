@@ -6,14 +6,15 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from llama4_jax.cache.layers import Cache
 from llama4_jax.config.model import ModelConfig
 from llama4_jax.layers.attention import Positions
 from llama4_jax.layers.embed import Embed, Head, Projector, fuse
 from llama4_jax.layers.feed_forward import RouterLoad
 from llama4_jax.layers.norm import RMSNorm
-from llama4_jax.model.cache import Cache
 from llama4_jax.model.decoder import Decoder
 from llama4_jax.model.vision import VisionEncoder
+from llama4_jax.parallel.sequence import Order
 from llama4_jax.parallel.shard import shard
 
 
@@ -104,7 +105,8 @@ class Llama4(nnx.Module):
                 batch; there must be `tokens_per_tile` patch tokens per tile.
             positions_BT: int32 true positions, -1 for padding, which is invisible and not cached.
                 By default 0, 1, 2, ... or, with a cache, what follows it.
-            segments_BT: int32 segments of packed rows; tokens see their own segment only.
+            segments_BT: int32 segments of packed rows; tokens see their own segment only. Those of
+                a segment stand together, and their positions count up by one.
             cache: what earlier calls stored; this call appends its tokens.
             remat: recompute activations in the backward pass.
 
@@ -118,15 +120,16 @@ class Llama4(nnx.Module):
         if cache is not None and segments_BT is not None:
             raise ValueError("a cache holds one sequence per row; leave segments_BT out")
         tokens_BT = shard(tokens_BT, ("batch", "seq"))
-        in_order = positions_BT is None and cache is None
+        order: Order = "any" if segments_BT is None else "segments"
         if positions_BT is None:
+            order = "row" if cache is None else "any"
             positions_BT = jnp.broadcast_to(jnp.arange(T, dtype=jnp.int32), (B, T))
             if cache is not None:
                 positions_BT = shard(cache.lengths_B, (None,))[:, None] + positions_BT
         at = Positions(
             shard(positions_BT.astype(jnp.int32), ("batch", "seq")),
             None if segments_BT is None else shard(segments_BT, ("batch", "seq")),
-            in_order,
+            order,
         )
         x_BTD = self.embed(tokens_BT, dtype=self.config.dtype)
         if tiles_NCHW is not None:

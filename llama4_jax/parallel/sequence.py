@@ -1,18 +1,18 @@
 """Attention among the tokens of rows that may be divided over devices.
 
-Chunk layers need none while every shard of a row holds whole chunks. In NoPE layers the keys and
-values travel around a ring, and partial results are merged by their log-sum-exps.
+Keys and values travel around a ring, as far as some query sees, and partial results are merged by
+their log-sum-exps. Chunk layers need no travel while every shard of a row holds whole chunks.
 """
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kernels_pallas.attention.api import chunked_attention, merge_attention
 from kernels_pallas.attention.visibility import NEGATIVE
+from llama4_jax.config.pattern import Visibility
 from llama4_jax.parallel.shard import per_shard
 
 QUERIES = ("batch", "seq", "q_heads", None)
@@ -20,12 +20,9 @@ KEYS = ("batch", "seq", "kv_heads", None)
 TOKENS = ("batch", "seq")
 
 
-@dataclasses.dataclass(frozen=True)
-class Visibility:
-    """Who sees whom in a layer: chunk size (None: all that is earlier), temperature (None: off)."""
-
-    chunk_size: int | None
-    temperature: tuple[int, float] | None
+Order = Literal["row", "segments", "any"]
+"""What is known of positions: 0, 1, 2, ... in every row; counting up by one along every segment,
+whose tokens stand together; or nothing."""
 
 
 class _Keys(NamedTuple):
@@ -37,13 +34,30 @@ class _Keys(NamedTuple):
     segments_BS: jax.Array | None
 
 
+def ring_hops(shards: int, tokens: int, chunk_size: int | None, order: Order) -> int:
+    """Return over how many shards before its own some query of a shard sees keys.
+
+    Args:
+        shards: of a row.
+        tokens: of a shard.
+        chunk_size: of the layer, or None.
+        order: what is known of positions.
+    """
+    if chunk_size is None or order == "any":
+        return shards - 1
+    if order == "row" and tokens % chunk_size == 0:
+        return 0
+    return min(shards - 1, -(-(chunk_size - 1) // tokens))
+
+
 def _around_ring(
     attend: Callable[[_Keys], tuple[jax.Array, jax.Array]],
     keys: _Keys,
     axes: tuple[str, ...],
+    hops: int,
     like: jax.Array,
 ) -> jax.Array:
-    """Attend to every shard's keys while they travel from device to device, one step at a time.
+    """Attend to own keys and those of so many shards before, while they travel, one hop at a time.
 
     No device ever holds more than two shards of them, and a step's transfer is under way while its
     keys are attended to. Shards that lie in the future of these queries cost their transfer alone.
@@ -63,7 +77,7 @@ def _around_ring(
 
     B, T, N, _ = like.shape
     nothing = jnp.zeros(like.shape, jnp.float32), jnp.full((B, T, N), NEGATIVE, jnp.float32)
-    (seen, keys), _ = jax.lax.scan(step, (nothing, keys), None, length=size - 1)
+    (seen, keys), _ = jax.lax.scan(step, (nothing, keys), None, length=hops)
     return merged(seen, keys)[0].astype(like.dtype)
 
 
@@ -74,7 +88,7 @@ def self_attention(
     *,
     positions_BT: jax.Array,
     segments_BT: jax.Array | None,
-    in_order: bool,
+    order: Order,
     sees: Visibility,
 ) -> jax.Array:
     """Attend among the tokens of whole rows.
@@ -83,8 +97,7 @@ def self_attention(
         q_BTNH, k_BTKH, v_BTKH: projections of the same tokens.
         positions_BT: int32 positions, -1 for padding.
         segments_BT: int32 segments of packed rows, or None.
-        in_order: promises that positions are 0, 1, 2, ... in every row, so that a shard of whole
-            chunks needs no other's keys in a chunk layer.
+        order: what is promised of positions; the more it is, the fewer keys travel.
         sees: the layer's visibility.
 
     Returns:
@@ -115,10 +128,11 @@ def self_attention(
             )
 
         own = _Keys(k, v, positions, segments)
-        is_alone = in_order and chunk is not None and q.shape[1] % chunk == 0
-        if is_alone or not divided["seq"]:  # no query sees a key of another shard
+        over = divided["seq"]
+        hops = ring_hops(jax.lax.axis_size(over), q.shape[1], chunk, order) if over else 0
+        if not hops:
             return attend(own, return_lse=False)
-        return _around_ring(lambda keys: attend(keys, return_lse=True), own, divided["seq"], q)
+        return _around_ring(lambda keys: attend(keys, return_lse=True), own, over, hops, q)
 
     arrays = [q_BTNH, k_BTKH, v_BTKH, positions_BT]
     axes = [QUERIES, KEYS, KEYS, TOKENS]

@@ -61,7 +61,7 @@ def test_scout_repeats_four_mixture_layers_and_maverick_alternates():
         assert pattern.num_groups == 12
         assert pattern.tail == ()
         assert tuple(kind.is_moe for kind in pattern.slots) == moe
-        assert tuple(kind.is_nope for kind in pattern.slots) == (False, False, False, True)
+        assert tuple(kind.has_rope for kind in pattern.slots) == (True, True, True, False)
 
 
 def test_every_layer_has_one_place_in_the_pattern():

@@ -1,8 +1,10 @@
-"""Attention of new tokens to a cache whose slots may be divided over devices.
+"""A contiguous cache: every row has its slots in one array, which may be divided over devices.
 
-Every shard attends to its own slots, and partial results are merged by their log-sum-exps. A cache
-is read where it lies: the kernel gets the arrays of all groups and, as a page table, this group's
-rows.
+Layers that see everything hold token p at slot p. Chunk layers hold one chunk, token p at slot
+p % chunk_size: they never need a token of an earlier chunk, so their cache starts over at every
+boundary, however long the text. Every shard attends to its own slots, and partial results are
+merged by their log-sum-exps. A cache is read where it lies: the kernel gets the arrays of all
+groups and, as a page table, this group's rows.
 """
 
 import dataclasses
@@ -12,8 +14,11 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention.api import chunked_attention, merge_attention
 from kernels_pallas.decode.api import MAX_QUERIES, decode_attention
-from llama4_jax.parallel.sequence import KEYS, QUERIES, TOKENS, Visibility
-from llama4_jax.parallel.shard import per_shard
+from llama4_jax.config.model import TextConfig
+from llama4_jax.config.pattern import Visibility
+from llama4_jax.parallel.axes import Axes
+from llama4_jax.parallel.sequence import KEYS, QUERIES, TOKENS
+from llama4_jax.parallel.shard import per_shard, shard
 
 
 def _gather(x: jax.Array, axes: tuple[str, ...]) -> jax.Array:
@@ -167,48 +172,69 @@ def _attend_chunk(divided: dict[str, tuple[str, ...]], call: _Call, sees: Visibi
     return out.astype(dtype), stored.keys_GBKSH, stored.values_GBKSH
 
 
-def cached_attention(
-    q_BTNH: jax.Array,
-    k_BTKH: jax.Array,
-    v_BTKH: jax.Array,
-    keys_GBKSH: jax.Array,
-    values_GBKSH: jax.Array,
-    *,
-    group: jax.Array,
-    lengths_B: jax.Array,
-    positions_BT: jax.Array,
-    sees: Visibility,
-    is_chunk_cache: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Append new tokens to one group's cache and attend to everything they see.
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ContiguousLayer:
+    """Keys and values of one layer slot over all groups; S is one chunk or the whole length."""
 
-    A chunk cache holds the tokens of the last chunk only, token p at slot p % chunk_size; crossing
-    a boundary starts over. Any other cache holds token p at slot p.
+    keys_GBKSH: jax.Array
+    values_GBKSH: jax.Array
 
-    Args:
-        q_BTNH, k_BTKH, v_BTKH: projections of the new tokens.
-        keys_GBKSH, values_GBKSH: caches of all groups of this slot.
-        group: int32 scalar, the group to use.
-        lengths_B: int32 tokens of each row before this call.
-        positions_BT: int32 positions of the new tokens, increasing from `lengths_B`; -1 is padding.
-        sees: the layer's visibility.
-        is_chunk_cache: whether the caches hold one chunk.
+    @staticmethod
+    def create(
+        config: TextConfig, sees: Visibility, *, groups: int, rows: int, max_length: int, dtype: str
+    ) -> "ContiguousLayer":
+        """Make the empty cache of a slot of `groups` layers that see this."""
+        chunk = sees.chunk_size
+        length = max_length if chunk is None else min(max_length, chunk)
+        shape = (groups, rows, config.num_kv_heads, length, config.head_dim)
+        axes = _axes(sees)
+        return ContiguousLayer(
+            shard(jnp.zeros(shape, dtype), axes), shard(jnp.zeros(shape, dtype), axes)
+        )
 
-    Returns:
-        (out_BTNH, keys_GBKSH, values_GBKSH) with the new tokens stored.
-    """
-    attend = _attend_chunk if is_chunk_cache else _attend_whole
-    cache_axes = (None, "batch", "kv_heads", None if is_chunk_cache else "kv_seq", None)
-    return per_shard(
-        lambda divided, *arrays: attend(divided, _Call(*arrays), sees),
-        q_BTNH,
-        k_BTKH,
-        v_BTKH,
-        keys_GBKSH,
-        values_GBKSH,
-        group,
-        lengths_B,
-        positions_BT,
-        axes=(QUERIES, KEYS, KEYS, cache_axes, cache_axes, (), ("batch",), TOKENS),
-        out=(QUERIES, cache_axes, cache_axes),
-    )
+    def attend(
+        self,
+        q_BTNH: jax.Array,
+        k_BTKH: jax.Array,
+        v_BTKH: jax.Array,
+        *,
+        group: jax.Array,
+        lengths_B: jax.Array,
+        positions_BT: jax.Array,
+        sees: Visibility,
+    ) -> tuple[jax.Array, "ContiguousLayer"]:
+        """Append new tokens to one group's cache and attend to everything they see.
+
+        Args:
+            q_BTNH, k_BTKH, v_BTKH: projections of the new tokens.
+            group: int32 scalar, the group to use.
+            lengths_B: int32 tokens of each row before this call.
+            positions_BT: int32 positions of the new tokens, increasing from `lengths_B`; -1 is
+                padding.
+            sees: what the layer sees.
+
+        Returns:
+            out_BTNH, and the cache with the new tokens stored.
+        """
+        attend = _attend_whole if sees.chunk_size is None else _attend_chunk
+        axes = _axes(sees)
+        out_BTNH, keys, values = per_shard(
+            lambda divided, *arrays: attend(divided, _Call(*arrays), sees),
+            q_BTNH,
+            k_BTKH,
+            v_BTKH,
+            self.keys_GBKSH,
+            self.values_GBKSH,
+            group,
+            lengths_B,
+            positions_BT,
+            axes=(QUERIES, KEYS, KEYS, axes, axes, (), ("batch",), TOKENS),
+            out=(QUERIES, axes, axes),
+        )
+        return out_BTNH, ContiguousLayer(keys, values)
+
+
+def _axes(sees: Visibility) -> Axes:
+    """Return the logical axes of a slot's arrays: a chunk is never divided."""
+    return (None, "batch", "kv_heads", "kv_seq" if sees.chunk_size is None else None, None)

@@ -16,8 +16,8 @@ from llama4_jax.config.families import every, scout
 from llama4_jax.config.model import ModelConfig
 from llama4_jax.config.runs import LossConfig, OptimizerConfig, RunConfig
 from llama4_jax.model import Cache, Llama4
-from llama4_jax.serve.sampling import Sampling, row_keys
-from llama4_jax.serve.steps import Decoding, choose_more, read_piece
+from llama4_jax.serve.sampling import Sampling, SamplingRows, row_keys
+from llama4_jax.serve.steps import DecodeState, RowRules, decode_steps, prefill_chunk
 
 GB = 1_000_000_000
 TARGETS = ("v5p", "h100")  # that the sizes below are chosen for
@@ -108,19 +108,18 @@ def _decode(program: Program, config: ModelConfig) -> jax.stages.Lowered:
         lambda: {
             "token_B": jnp.zeros(rows, jnp.int32),
             "finished_B": jnp.zeros(rows, bool),
-            "keys_B": row_keys(0, np.arange(rows, dtype=np.int32)),
-            "chosen": jnp.int32(0),
+            "sampled_B": jnp.zeros(rows, jnp.int32),
         }
     )
-    limit_B = parallel.abstract(lambda: jnp.zeros(rows, jnp.int32))
-    return choose_more.lower(
-        model,
-        Decoding(cache=cache, **row_state),
-        limit_B,
-        steps=8,
-        sampling=Sampling(),
-        stop_ids=config.eos_ids,
+    rules = parallel.abstract(
+        lambda: RowRules(
+            sampling=jax.tree.map(jnp.asarray, SamplingRows.of([Sampling()] * rows)),
+            keys_B=row_keys(np.zeros(rows), np.arange(rows)),
+            limit_B=jnp.zeros(rows, jnp.int32),
+            stop_ids_BS=jnp.zeros((rows, 8), jnp.int32),
+        )
     )
+    return decode_steps.lower(model, DecodeState(cache=cache, **row_state), rules, steps=8)
 
 
 def _prefill(program: Program, config: ModelConfig) -> jax.stages.Lowered:
@@ -129,7 +128,7 @@ def _prefill(program: Program, config: ModelConfig) -> jax.stages.Lowered:
     tokens_BT = _integers(rows, program.tokens)
     last_BD = parallel.abstract(lambda: jnp.zeros((rows, width), config.dtype))
     ends_B = parallel.abstract(lambda: jnp.zeros(rows, jnp.int32))
-    return read_piece.lower(model, cache, last_BD, tokens_BT, tokens_BT, ends_B)
+    return prefill_chunk.lower(model, cache, last_BD, tokens_BT, tokens_BT, ends_B)
 
 
 def _train(program: Program, config: ModelConfig) -> jax.stages.Lowered:

@@ -5,15 +5,15 @@ answers = generate(pretrained, [Request(prompt="def add(a, b):")], max_new_token
 scores = score(pretrained, [Request(prompt="print(1 + 1)")])
 """
 
+from llama4_jax.serve.batching import BatchingConfig
 from llama4_jax.serve.generate import Answer, NewToken, default_sampling, generate
-from llama4_jax.serve.limits import Limits
 from llama4_jax.serve.requests import Request
 from llama4_jax.serve.sampling import Sampling
 from llama4_jax.serve.score import Score, score
 
 __all__ = [
     "Answer",
-    "Limits",
+    "BatchingConfig",
     "NewToken",
     "Request",
     "Sampling",

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 
-from llama4_jax.serve.pieces import bucket
+from llama4_jax.serve.chunks import bucket
 
 
 def group(

@@ -1,4 +1,4 @@
-"""Continue prompts: prefill in pieces, decode several steps per dispatch, stream as tokens come."""
+"""Continue prompts: prefill in chunks, decode several steps per dispatch, stream as tokens come."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
@@ -10,11 +10,17 @@ import numpy as np
 
 from llama4_jax.checkpoint import Pretrained
 from llama4_jax.model import Cache
-from llama4_jax.serve.limits import Limits
-from llama4_jax.serve.pieces import cut
+from llama4_jax.serve.batching import BatchingConfig
+from llama4_jax.serve.chunks import bucket, split_prompts
 from llama4_jax.serve.requests import Prompt, Request, read_requests
-from llama4_jax.serve.sampling import Sampling, row_keys
-from llama4_jax.serve.steps import NO_TOKEN, choose_first, choose_more, read_piece
+from llama4_jax.serve.sampling import Sampling, SamplingRows, row_keys
+from llama4_jax.serve.steps import (
+    NO_TOKEN,
+    RowRules,
+    decode_steps,
+    prefill_chunk,
+    sample_first,
+)
 from llama4_jax.text import StreamDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -59,7 +65,7 @@ def generate(
     sampling: Sampling | None = None,
     on_token: Callable[[NewToken], None] | None = None,
     on_answer: Callable[[Answer], None] | None = None,
-    limits: Limits | None = None,
+    batching: BatchingConfig | None = None,
 ) -> list[Answer]:
     """Answer every request; their lengths may differ widely.
 
@@ -76,7 +82,7 @@ def generate(
         alternate.
       on_answer: called with every answer in the order of the requests, as soon as it and those
         before it are complete.
-      limits: how much is done at once.
+      batching: how much is done at once.
 
     Returns:
       One answer per request, in the order of the requests.
@@ -87,15 +93,15 @@ def generate(
     """
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1.")
-    limits = limits or Limits()
+    batching = batching or BatchingConfig()
     sampling = sampling or default_sampling(pretrained)
     prompts = read_requests(pretrained, requests)
     lengths = [_needed_length(pretrained, prompt, max_new_tokens) for prompt in prompts]
     transcripts = [_Transcript(pretrained, max_new_tokens) for _ in prompts]
     answers: list[Answer] = []
-    for batch in limits.batches(lengths):
+    for batch in batching.batches(lengths):
         rows = [prompts[index] for index in batch]
-        for row, token in _run_batch(pretrained, rows, max_new_tokens, sampling, limits):
+        for row, token in _run_batch(pretrained, rows, max_new_tokens, sampling, batching):
             text = transcripts[batch[row]].add(token)
             if on_token is not None:
                 on_token(NewToken(index=batch[row], token=token, text=text))
@@ -131,29 +137,21 @@ def _run_batch(
     prompts: Sequence[Prompt],
     max_new_tokens: int,
     sampling: Sampling,
-    limits: Limits,
+    batching: BatchingConfig,
 ) -> Iterator[tuple[int, int]]:
     """Yield (row, token) in the order the tokens come."""
-    model, stop_ids = pretrained.model, tuple(pretrained.generation.stop_ids)
-    cache, last_BD = _prefill(pretrained, prompts, max_new_tokens, limits)
-    limit_B = np.zeros(len(last_BD), np.int32)  # 0 in rows that only fill the batch up
-    limit_B[: len(prompts)] = max_new_tokens
-    number_B = np.zeros(len(last_BD), np.int32)
-    number_B[: len(prompts)] = [prompt.index for prompt in prompts]
-    keys_B = row_keys(sampling.seed, jnp.asarray(number_B))
-    rule = dataclasses.replace(sampling, seed=0)  # it is in the keys; another is no new program
-    decoding, new_BT = choose_first(
-        model, cache, last_BD, keys_B, limit_B, sampling=rule, stop_ids=stop_ids
-    )
+    model = pretrained.model
+    cache, last_BD = _prefill(pretrained, prompts, max_new_tokens, batching)
+    stop_ids = pretrained.generation.stop_ids
+    rules = _rules(prompts, len(last_BD), max_new_tokens, sampling, stop_ids)
+    state, new_BT = sample_first(model, cache, last_BD, rules)
     made = 0
     while True:
         made += new_BT.shape[1]
         # The next steps are under way on the device while these tokens are read here.
         ahead = None
         if made < max_new_tokens:
-            decoding, ahead = choose_more(
-                model, decoding, limit_B, steps=limits.steps, sampling=rule, stop_ids=stop_ids
-            )
+            state, ahead = decode_steps(model, state, rules, steps=batching.steps)
         tokens_TB = np.asarray(new_BT).T
         for tokens_B in tokens_TB:
             yield from (
@@ -164,24 +162,44 @@ def _run_batch(
         new_BT = ahead
 
 
+def _rules(
+    prompts: Sequence[Prompt],
+    num_rows: int,
+    max_new_tokens: int,
+    sampling: Sampling,
+    stop_ids: Sequence[int],
+) -> RowRules:
+    """Lay out what was asked of each row; rows beyond the prompts only fill the batch up."""
+    fill = num_rows - len(prompts)
+    numbers_B = np.asarray([*(prompt.index for prompt in prompts), *[0] * fill])
+    stop_ids_BS = np.full((num_rows, bucket(len(stop_ids), floor=8)), NO_TOKEN, np.int32)
+    stop_ids_BS[:, : len(stop_ids)] = stop_ids
+    return RowRules(
+        sampling=SamplingRows.of([sampling] * num_rows),
+        keys_B=row_keys(np.full(num_rows, sampling.seed, np.uint32), numbers_B),
+        limit_B=np.asarray([max_new_tokens] * len(prompts) + [0] * fill, np.int32),
+        stop_ids_BS=stop_ids_BS,
+    )
+
+
 def _prefill(
-    pretrained: Pretrained, prompts: Sequence[Prompt], max_new_tokens: int, limits: Limits
+    pretrained: Pretrained, prompts: Sequence[Prompt], max_new_tokens: int, batching: BatchingConfig
 ) -> tuple[Cache, jax.Array]:
     """Read the prompts; return the cache and the hidden state of each one's last token."""
     model, config = pretrained.model, pretrained.config
     rows = [prompt.row(config) for prompt in prompts]
-    cache = limits.make_cache(config, [len(row.tokens_T) + max_new_tokens for row in rows])
+    cache = batching.make_cache(config, [len(row.tokens_T) + max_new_tokens for row in rows])
     num_rows = cache.lengths_B.shape[0]
     last_BD = jnp.zeros((num_rows, config.text.embed_dim), config.dtype)
     lengths_B = np.zeros(num_rows, np.int32)
     lengths_B[: len(rows)] = [len(row.tokens_T) for row in rows]
-    for piece in cut(
-        rows, num_rows=num_rows, piece_length=limits.piece_length, pad_id=config.pad_id
+    for chunk in split_prompts(
+        rows, num_rows=num_rows, chunk_length=batching.prefill_length, pad_id=config.pad_id
     ):
-        place_B = lengths_B - 1 - piece.starts_B
-        ends_B = np.where(place_B < piece.lengths_B, place_B, -1)
-        cache, last_BD = read_piece(
-            model, cache, last_BD, piece.tokens_BT, piece.positions_BT, ends_B, piece.tiles_NCHW
+        place_B = lengths_B - 1 - chunk.starts_B
+        ends_B = np.where(place_B < chunk.lengths_B, place_B, -1)
+        cache, last_BD = prefill_chunk(
+            model, cache, last_BD, chunk.tokens_BT, chunk.positions_BT, ends_B, chunk.tiles_NCHW
         )
     return cache, last_BD
 

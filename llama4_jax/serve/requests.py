@@ -20,8 +20,8 @@ from llama4_jax.data import (
     preprocess,
     stack_tiles,
 )
+from llama4_jax.serve.chunks import Row
 from llama4_jax.serve.dialogue import dialogue_tokens, place_images
-from llama4_jax.serve.pieces import Row
 from llama4_jax.text import Message, Tokenizer, images_of
 
 ImageSource = str | pathlib.Path | bytes | Image.Image

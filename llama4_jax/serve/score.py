@@ -12,8 +12,8 @@ from llama4_jax import parallel
 from llama4_jax.checkpoint import Pretrained
 from llama4_jax.model import Cache, Llama4
 from llama4_jax.model.likelihood import token_logprobs
-from llama4_jax.serve.limits import Limits
-from llama4_jax.serve.pieces import cut
+from llama4_jax.serve.batching import BatchingConfig
+from llama4_jax.serve.chunks import split_prompts
 from llama4_jax.serve.requests import Prompt, Request, read_requests
 
 LOGITS = 1 << 26  # most logits of a batch that exist at once: 256 MiB in float32
@@ -40,11 +40,11 @@ def score(
     requests: Sequence[Request],
     *,
     on_score: Callable[[Score], None] | None = None,
-    limits: Limits | None = None,
+    batching: BatchingConfig | None = None,
 ) -> list[Score]:
     """Score every request; their lengths may differ widely.
 
-    Long texts are read in pieces through the cache and logits are made for a few tokens at a
+    Long texts are read in chunks through the cache and logits are made for a few tokens at a
     time, so memory grows with the cache only. Call it under the mesh that the model was loaded
     on (`parallel.use_mesh`), or under none.
 
@@ -53,7 +53,7 @@ def score(
       requests: what to score.
       on_score: called with every score in the order of the requests, as soon as it and those
         before it are complete.
-      limits: how much is done at once.
+      batching: how much is done at once.
 
     Returns:
       One score per request, in the order of the requests.
@@ -62,13 +62,13 @@ def score(
       ValueError: a request cannot be read or is longer than the model's positions. Nothing has
         been scored then.
     """
-    limits = limits or Limits()
+    batching = batching or BatchingConfig()
     prompts = read_requests(pretrained, requests)
     lengths = [_checked_length(pretrained, prompt) for prompt in prompts]
     found: dict[int, np.ndarray] = {}
     scores: list[Score] = []
-    for batch in limits.batches(lengths):
-        logprobs = _score_batch(pretrained, [prompts[index] for index in batch], limits)
+    for batch in batching.batches(lengths):
+        logprobs = _score_batch(pretrained, [prompts[index] for index in batch], batching)
         found.update(zip(batch, logprobs, strict=True))
         while len(scores) in found:
             values = found.pop(len(scores)).tolist()
@@ -90,39 +90,39 @@ def _checked_length(pretrained: Pretrained, prompt: Prompt) -> int:
 
 
 def _score_batch(
-    pretrained: Pretrained, prompts: Sequence[Prompt], limits: Limits
+    pretrained: Pretrained, prompts: Sequence[Prompt], batching: BatchingConfig
 ) -> list[np.ndarray]:
     """Return the float32 log probabilities of every prompt's tokens after the first."""
     model, config = pretrained.model, pretrained.config
-    cache = limits.make_cache(config, [len(prompt.tokens_T) for prompt in prompts])
+    cache = batching.make_cache(config, [len(prompt.tokens_T) for prompt in prompts])
     num_rows = cache.lengths_B.shape[0]
     rows = [prompt.row(config) for prompt in prompts]
     found = [np.zeros(len(row.tokens_T), np.float32) for row in rows]
-    for piece in cut(
-        rows, num_rows=num_rows, piece_length=limits.piece_length, pad_id=config.pad_id
+    for chunk in split_prompts(
+        rows, num_rows=num_rows, chunk_length=batching.prefill_length, pad_id=config.pad_id
     ):
-        targets_BT = np.zeros_like(piece.tokens_BT)
-        for index, (row, start) in enumerate(zip(rows, piece.starts_B, strict=False)):
-            next_T = row.tokens_T[start + 1 : start + 1 + piece.lengths_B[index]]
+        targets_BT = np.zeros_like(chunk.tokens_BT)
+        for index, (row, start) in enumerate(zip(rows, chunk.starts_B, strict=False)):
+            next_T = row.tokens_T[start + 1 : start + 1 + chunk.lengths_B[index]]
             targets_BT[index, : len(next_T)] = next_T
-        cache, logprobs_BT = score_piece(
+        cache, logprobs_BT = score_chunk(
             model,
             cache,
-            piece.tokens_BT,
-            piece.positions_BT,
+            chunk.tokens_BT,
+            chunk.positions_BT,
             targets_BT,
-            piece.tiles_NCHW,
-            chunks=_num_chunks(piece.tokens_BT.shape, config.text.vocab_size),
+            chunk.tiles_NCHW,
+            chunks=_num_chunks(chunk.tokens_BT.shape, config.text.vocab_size),
         )
         logprobs_BT = np.asarray(logprobs_BT)
-        for index, start in enumerate(piece.starts_B[: len(rows)]):
-            length = piece.lengths_B[index]
+        for index, start in enumerate(chunk.starts_B[: len(rows)]):
+            length = chunk.lengths_B[index]
             found[index][start : start + length] = logprobs_BT[index, :length]
     return [logprobs_T[:-1] for logprobs_T in found]
 
 
 def _num_chunks(shape: tuple[int, ...], vocab_size: int) -> int:
-    """Return into how many chunks of T the logits of a piece are divided, a power of two."""
+    """Return in how many chunks of T logits are made, a power of two."""
     chunks = 1
     while chunks < shape[1] and math.prod(shape) * vocab_size > LOGITS * chunks:
         chunks *= 2
@@ -130,7 +130,7 @@ def _num_chunks(shape: tuple[int, ...], vocab_size: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames=("chunks",), donate_argnames=("cache",))
-def score_piece(
+def score_chunk(
     model: Llama4,
     cache: Cache,
     tokens_BT,
@@ -140,7 +140,7 @@ def score_piece(
     *,
     chunks: int,
 ) -> tuple[Cache, jax.Array]:
-    """Append one piece of every text to the cache and score the token after each of its tokens.
+    """Append one chunk of every text to the cache and score the token after each of its tokens.
 
     Args:
       model: reads it.
@@ -148,7 +148,7 @@ def score_piece(
       tokens_BT: int32 [B, T].
       positions_BT: int32 [B, T], -1 at padding.
       targets_BT: int32 [B, T], the token after each.
-      tiles_NCHW: of the patch tokens in this piece.
+      tiles_NCHW: of the patch tokens in this chunk.
       chunks: of T, for which logits are made one after another; divides T.
 
     Returns:

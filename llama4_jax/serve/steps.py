@@ -1,43 +1,58 @@
-"""The compiled steps of generation: read a piece of the prompts, then choose token after token."""
+"""The compiled steps of generation: read a chunk of the prompts, then sample token after token."""
 
 import dataclasses
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from llama4_jax import parallel
 from llama4_jax.model import Cache, Llama4
-from llama4_jax.serve.sampling import Sampling, sample
+from llama4_jax.serve.sampling import Numbers, SamplingRows, sample
 
-NO_TOKEN = -1  # stands where a finished row chose nothing
+NO_TOKEN = -1  # stands where a finished row samples nothing, and pads lists of stop tokens
+
+
+class RowRules(NamedTuple):
+    """What the rows of a batch were asked: arrays, so that other numbers are no new program.
+
+    Attributes:
+      sampling: how each row draws.
+      keys_B: typed random keys [B], one for each row.
+      limit_B: int32 [B], most tokens to sample; 0 for a row that is padding.
+      stop_ids_BS: int32 [B, S], tokens that finish a row; NO_TOKEN where there are fewer.
+    """
+
+    sampling: SamplingRows
+    keys_B: jax.Array
+    limit_B: Numbers
+    stop_ids_BS: Numbers
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Decoding:
+class DecodeState:
     """A batch in the middle of generation.
 
     Attributes:
       cache: of everything the model has read.
-      token_B: int32 [B], chosen last and not read yet.
-      finished_B: bool [B]; a finished row reads and chooses nothing more.
-      keys_B: random keys [B], one for each row.
-      chosen: int32, tokens chosen so far by a row that is not finished.
+      token_B: int32 [B], sampled last and not read yet.
+      finished_B: bool [B]; a finished row reads and samples nothing more.
+      sampled_B: int32 [B], tokens sampled so far.
     """
 
     cache: Cache
     token_B: jax.Array
     finished_B: jax.Array
-    keys_B: jax.Array
-    chosen: jax.Array
+    sampled_B: jax.Array
 
 
 @functools.partial(jax.jit, donate_argnames=("cache", "last_BD"))
-def read_piece(
+def prefill_chunk(
     model: Llama4, cache: Cache, last_BD, tokens_BT, positions_BT, ends_B, tiles_NCHW=None
 ) -> tuple[Cache, jax.Array]:
-    """Append one piece of every prompt to the cache.
+    """Append one chunk of every prompt to the cache.
 
     Args:
       model: reads it.
@@ -45,8 +60,8 @@ def read_piece(
       last_BD: hidden state of each row's last token, where that was read before; donated.
       tokens_BT: int32 [B, T].
       positions_BT: int32 [B, T], -1 at padding.
-      ends_B: int32 [B], where in this piece the row's last token stands; -1 if not in it.
-      tiles_NCHW: of the patch tokens in this piece.
+      ends_B: int32 [B], where in this chunk the row's last token stands; -1 if not in it.
+      tiles_NCHW: of the patch tokens in this chunk.
 
     Returns:
       The cache and `last_BD`, both brought up to date.
@@ -60,77 +75,70 @@ def read_piece(
         return hidden.cache, jnp.where((ends_B >= 0)[:, None], found_BD, last_BD)
 
 
-@functools.partial(jax.jit, static_argnames=("sampling", "stop_ids"), donate_argnames=("cache",))
-def choose_first(
-    model: Llama4, cache: Cache, last_BD, keys_B, limit_B, *, sampling: Sampling, stop_ids
-) -> tuple[Decoding, jax.Array]:
-    """Choose the first token of every row.
+@functools.partial(jax.jit, donate_argnames=("cache",))
+def sample_first(
+    model: Llama4, cache: Cache, last_BD: jax.Array, rules: RowRules
+) -> tuple[DecodeState, jax.Array]:
+    """Sample the first token of every row.
 
     Args:
       model: turns hidden states into logits.
       cache: of the prompts; donated.
       last_BD: hidden state of each prompt's last token.
-      keys_B: random keys [B].
-      limit_B: int32 [B], most tokens to choose; 0 for a row that is padding.
-      sampling: how to choose.
-      stop_ids: tokens that finish a row.
+      rules: of the rows.
 
     Returns:
-      The state of the batch, and the chosen tokens as int32 [B, 1].
+      The state of the batch, and the tokens as int32 [B, 1].
     """
-    decoding = Decoding(
+    state = DecodeState(
         cache=cache,
-        token_B=jnp.zeros_like(limit_B),
-        finished_B=limit_B == 0,
-        keys_B=keys_B,
-        chosen=jnp.int32(0),
+        token_B=jnp.zeros_like(rules.limit_B),
+        finished_B=rules.limit_B == 0,
+        sampled_B=jnp.zeros_like(rules.limit_B),
     )
     logits_BV = model.unembed(last_BD[:, None])[:, 0]
-    decoding, new_B = _choose(decoding, logits_BV, limit_B, sampling, stop_ids)
-    return decoding, new_B[:, None]
+    state, new_B = _sample(state, logits_BV, rules)
+    return state, new_B[:, None]
 
 
-@functools.partial(
-    jax.jit, static_argnames=("steps", "sampling", "stop_ids"), donate_argnames=("decoding",)
-)
-def choose_more(
-    model: Llama4, decoding: Decoding, limit_B, *, steps: int, sampling: Sampling, stop_ids
-) -> tuple[Decoding, jax.Array]:
-    """Choose up to `steps` more tokens in every row, fewer once all rows are finished.
+@functools.partial(jax.jit, static_argnames=("steps",), donate_argnames=("state",))
+def decode_steps(
+    model: Llama4, state: DecodeState, rules: RowRules, *, steps: int
+) -> tuple[DecodeState, jax.Array]:
+    """Sample up to `steps` more tokens in every row, fewer once all rows are finished.
 
     Returns:
-      The state of the batch, and the chosen tokens as int32 [B, steps], NO_TOKEN after a row's
-      last.
+      The state of the batch, and the tokens as int32 [B, steps], NO_TOKEN after a row's last.
     """
 
     def is_unfinished(carry):
-        decoding, step, _ = carry
-        return (step < steps) & ~jnp.all(decoding.finished_B)
+        state, step, _ = carry
+        return (step < steps) & ~jnp.all(state.finished_B)
 
     def step_once(carry):
-        decoding, step, new_BT = carry
-        positions_B = jnp.where(decoding.finished_B, -1, decoding.cache.lengths_B)
-        output = model(
-            decoding.token_B[:, None], positions_BT=positions_B[:, None], cache=decoding.cache
-        )
-        decoding = dataclasses.replace(decoding, cache=output.cache)
-        decoding, new_B = _choose(decoding, output.logits_BTV[:, 0], limit_B, sampling, stop_ids)
-        return decoding, step + 1, jax.lax.dynamic_update_slice(new_BT, new_B[:, None], (0, step))
+        state, step, new_BT = carry
+        positions_B = jnp.where(state.finished_B, -1, state.cache.lengths_B)
+        output = model(state.token_B[:, None], positions_BT=positions_B[:, None], cache=state.cache)
+        state = dataclasses.replace(state, cache=output.cache)
+        state, new_B = _sample(state, output.logits_BTV[:, 0], rules)
+        return state, step + 1, jax.lax.dynamic_update_slice(new_BT, new_B[:, None], (0, step))
 
-    new_BT = jnp.full((decoding.token_B.shape[0], steps), NO_TOKEN, jnp.int32)
-    decoding, _, new_BT = jax.lax.while_loop(is_unfinished, step_once, (decoding, 0, new_BT))
-    return decoding, new_BT
+    new_BT = jnp.full((state.token_B.shape[0], steps), NO_TOKEN, jnp.int32)
+    state, _, new_BT = jax.lax.while_loop(is_unfinished, step_once, (state, 0, new_BT))
+    return state, new_BT
 
 
-def _choose(decoding: Decoding, logits_BV, limit_B, sampling: Sampling, stop_ids):
-    """Choose one token per row; return the state after it and the tokens, NO_TOKEN if finished."""
-    logits_BV = parallel.shard(logits_BV, (None, None))  # every device chooses for every row
-    keys_B = jax.vmap(jax.random.fold_in, in_axes=(0, None))(decoding.keys_B, decoding.chosen)
-    token_B = sample(logits_BV, keys_B, sampling)
-    chosen = decoding.chosen + 1
-    stops_B = jnp.isin(token_B, jnp.asarray(stop_ids, jnp.int32)) | (chosen >= limit_B)
-    new_B = jnp.where(decoding.finished_B, NO_TOKEN, token_B)
-    decoding = dataclasses.replace(
-        decoding, token_B=token_B, finished_B=decoding.finished_B | stops_B, chosen=chosen
+def _sample(
+    state: DecodeState, logits_BV: jax.Array, rules: RowRules
+) -> tuple[DecodeState, jax.Array]:
+    """Sample one token per row; return the state after it and the tokens, NO_TOKEN if finished."""
+    logits_BV = parallel.shard(logits_BV, (None, None))  # every device samples for every row
+    keys_B = jax.vmap(jax.random.fold_in)(rules.keys_B, state.sampled_B)
+    token_B = sample(logits_BV, keys_B, rules.sampling)
+    sampled_B = state.sampled_B + ~state.finished_B
+    stops_B = (token_B[:, None] == rules.stop_ids_BS).any(-1) | (sampled_B >= rules.limit_B)
+    new_B = jnp.where(state.finished_B, NO_TOKEN, token_B)
+    state = dataclasses.replace(
+        state, token_B=token_B, finished_B=state.finished_B | stops_B, sampled_B=sampled_B
     )
-    return decoding, new_B
+    return state, new_B

@@ -34,7 +34,7 @@ from bench_report import Comparison
 from experiments.benchmark.report import write_json
 from llama4_jax import from_pretrained
 from llama4_jax.checkpoint import GenerationDefaults, Pretrained
-from llama4_jax.serve import Limits, Request, Sampling, generate
+from llama4_jax.serve import BatchingConfig, Request, Sampling, generate
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -107,7 +107,8 @@ class Ours:
             requests,
             max_new_tokens=length,
             sampling=Sampling(temperature=0),
-            limits=Limits(piece_length=bench_case.LENGTH),  # at once, as transformers reads it
+            # At once, as transformers reads it.
+            batching=BatchingConfig(prefill_length=bench_case.LENGTH),
         )
         return answer.tokens
 

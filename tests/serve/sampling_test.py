@@ -5,7 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from llama4_jax.serve.sampling import Sampling, keep_top_p, row_keys, sample
+from llama4_jax.serve.sampling import (
+    Sampling,
+    SamplingRows,
+    keep_top_k,
+    keep_top_p,
+    row_keys,
+    sample,
+)
 
 PROBABILITIES = np.array([0.1, 0.4, 0.05, 0.3, 0.15], np.float32)
 DRAWS = 2000
@@ -13,8 +20,9 @@ DRAWS = 2000
 
 def draw_many(sampling, probabilities=PROBABILITIES, draws=DRAWS):
     logits_BV = jnp.tile(jnp.log(probabilities)[None], (draws, 1))
-    keys_B = row_keys(sampling.seed, jnp.arange(draws))
-    return np.asarray(jax.jit(sample, static_argnums=2)(logits_BV, keys_B, sampling))
+    keys_B = row_keys(np.full(draws, sampling.seed), np.arange(draws))
+    rows = SamplingRows.of([sampling] * draws)
+    return np.asarray(jax.jit(sample)(logits_BV, keys_B, rows))
 
 
 def test_temperature_zero_is_greedy_whatever_the_rest_says():
@@ -55,8 +63,9 @@ def test_top_p_keeps_tokens_while_the_probability_before_them_is_within_it(top_p
 
 
 def test_the_token_exactly_at_the_limit_stays():
-    ranked = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
-    np.testing.assert_array_equal(jnp.isfinite(keep_top_p(ranked, 0.5)), [[True, True, False]])
+    scores = jnp.log(jnp.array([[0.5, 0.25, 0.25]]))
+    kept = jnp.isfinite(keep_top_p(scores, np.array([0.5], np.float32)))
+    np.testing.assert_array_equal(kept, [[True, True, False]])
 
 
 def test_top_p_sees_the_distribution_after_temperature():
@@ -89,11 +98,44 @@ def test_the_seed_decides_the_draws():
 def test_a_row_draws_the_same_in_any_company():
     sampling = Sampling(temperature=1.0, top_p=0.95)
     logits_BV = jax.random.normal(jax.random.key(3), (6, 50))
-    keys_B = row_keys(0, jnp.arange(6))
-    together = sample(logits_BV, keys_B, sampling)
-    for row in range(6):
-        alone = sample(logits_BV[row : row + 1], keys_B[row : row + 1], sampling)
+    keys_B = row_keys(np.zeros(6), np.arange(6))
+    others = [Sampling(), Sampling(temperature=2.0, top_k=3), Sampling(temperature=0.3)]
+    together = sample(logits_BV, keys_B, SamplingRows.of([sampling] * 3 + others))
+    for row, own in enumerate([sampling] * 3 + others):
+        one = slice(row, row + 1)
+        alone = sample(logits_BV[one], keys_B[one], SamplingRows.of([own]))
         assert alone[0] == together[row]
+
+
+def by_sorting(scores_V, top_k, top_p):
+    """Return which scores stay, by the definition: in falling order, the lower id first."""
+    order = sorted(range(len(scores_V)), key=lambda i: (-scores_V[i], i))[: top_k or None]
+    weights = np.exp(scores_V[order].astype(np.float64))
+    before = (np.cumsum(weights) - weights) / weights.sum()
+    is_kept = np.zeros(len(scores_V), bool)
+    is_kept[[i for i, mass in zip(order, before, strict=True) if top_p == 1 or mass <= top_p]] = 1
+    return is_kept
+
+
+@pytest.mark.parametrize(
+    ("top_k", "top_p"),
+    [(0, 1.0), (1, 1.0), (7, 1.0), (0, 0.02), (0, 0.6), (0, 0.97), (9, 0.5), (999, 0.9)],
+)
+def test_thresholds_by_bisection_keep_what_sorting_keeps_among_equals_too(top_k, top_p):
+    rng = np.random.default_rng(0)
+    scores_BV = np.concatenate(
+        [
+            rng.normal(size=(3, 64)) * 3,
+            np.round(rng.normal(size=(3, 64)) * 2) / 2,  # many equals
+            np.full((1, 64), -0.5),
+            np.where(rng.random((1, 64)) < 0.5, 0.0, -0.0),
+        ]
+    ).astype(np.float32)
+    count = len(scores_BV)
+    kept = keep_top_k(jnp.asarray(scores_BV), np.full(count, top_k, np.int32))
+    kept = np.isfinite(keep_top_p(kept, np.full(count, top_p, np.float32)))
+    for scores_V, found in zip(scores_BV, kept, strict=True):
+        np.testing.assert_array_equal(found, by_sorting(scores_V + 0.0, top_k, top_p))
 
 
 @pytest.mark.parametrize(

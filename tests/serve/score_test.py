@@ -1,4 +1,4 @@
-"""Scores equal the log softmax of the full forward, whatever the pieces, the chunks, the mesh."""
+"""Scores equal the log softmax of the full forward, whatever the chunks, the mesh."""
 
 import importlib
 
@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from llama4_jax.data import preprocess, stack_tiles
-from llama4_jax.serve import Limits, Request, score
+from llama4_jax.serve import BatchingConfig, Request, score
 from tests.serve import tiny
 
-LENGTHS = (100, 1, 17, 2, 40)  # chunks hold 8 tokens, pieces 16
-SMALL = Limits(rows=8, piece_length=16)
+LENGTHS = (100, 1, 17, 2, 40)  # attention chunks hold 8 tokens, prefill chunks 16
+SMALL = BatchingConfig(rows=8, prefill_length=16)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def check(scores, requests):
 
 def test_logprobs_equal_the_full_forward_in_request_order(pretrained, requests):
     delivered = []
-    scores = score(pretrained, requests, limits=SMALL, on_score=delivered.append)
+    scores = score(pretrained, requests, batching=SMALL, on_score=delivered.append)
     check(scores, requests)
     assert delivered == scores
 
@@ -48,11 +48,11 @@ def test_logits_are_made_a_few_tokens_at_a_time(pretrained, requests, monkeypatc
     module = importlib.import_module("llama4_jax.serve.score")
     monkeypatch.setattr(module, "LOGITS", 8 * 2 * tiny.VOCAB)
     assert module._num_chunks((8, 16), tiny.VOCAB) == 8
-    check(score(pretrained, requests, limits=SMALL), requests)
+    check(score(pretrained, requests, batching=SMALL), requests)
 
 
 def test_a_text_begins_with_the_begin_of_text_token(pretrained):
-    (by_text,) = score(pretrained, [Request(prompt="ab")], limits=SMALL)
+    (by_text,) = score(pretrained, [Request(prompt="ab")], batching=SMALL)
     assert by_text.tokens == [tiny.BOS, *b"ab"]
     assert len(by_text.logprobs) == 2
 
@@ -61,7 +61,7 @@ def test_images_fill_the_patch_tokens_that_are_there(pretrained):
     pictures = [tiny.picture(0), tiny.picture(1, wide=True)]
     tokens = tiny.random_tokens(3, 14)
     tokens += [tiny.PATCH] * 4 + [5] + [tiny.PATCH] * 12 + [6, 7]
-    (one,) = score(pretrained, [Request(tokens=tokens, images=pictures)], limits=SMALL)
+    (one,) = score(pretrained, [Request(tokens=tokens, images=pictures)], batching=SMALL)
     vision = tiny.config().vision
     tiles = stack_tiles([preprocess(p, vision, 4) for p in pictures], vision)
     np.testing.assert_allclose(one.logprobs, expected_logprobs(tokens, tiles), atol=1e-4)

@@ -8,7 +8,7 @@ import jax
 from llama4_jax.config import ModelConfig
 from llama4_jax.model import Cache
 from llama4_jax.serve.batches import group
-from llama4_jax.serve.pieces import bucket
+from llama4_jax.serve.chunks import bucket
 
 # Compiled, so that each device of a mesh makes its own part and no other.
 _create_cache = jax.jit(
@@ -17,7 +17,7 @@ _create_cache = jax.jit(
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
+class BatchingConfig:
     """Sizes that trade memory for speed.
 
     Attributes:
@@ -26,24 +26,24 @@ class Limits:
       rows: most requests in a batch.
       cache_tokens: most tokens a batch's cache holds, all rows together; a longer request is
         served alone.
-      piece_length: tokens of each request read per step, a power of two.
+      prefill_length: tokens of each request read per step, a power of two.
       steps: tokens chosen per dispatch; text streams in lumps of as many tokens.
     """
 
     window: int = 256
     rows: int = 8
     cache_tokens: int = 1 << 17
-    piece_length: int = 512
+    prefill_length: int = 512
     steps: int = 8
 
     def __post_init__(self):
-        for name in ("window", "rows", "cache_tokens", "piece_length", "steps"):
+        for name in ("window", "rows", "cache_tokens", "prefill_length", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1.")
-        if self.piece_length & (self.piece_length - 1):
+        if self.prefill_length & (self.prefill_length - 1):
             raise ValueError(
-                f"piece_length ({self.piece_length}) must be a power of two; "
-                f"choose {bucket(self.piece_length)}."
+                f"prefill_length ({self.prefill_length}) must be a power of two; "
+                f"choose {bucket(self.prefill_length)}."
             )
 
     def batches(self, lengths: Sequence[int]) -> Iterator[list[int]]:

@@ -1,7 +1,7 @@
-"""Cut rows of very different lengths into pieces of few shapes, so that few programs compile.
+"""Split prompts of very different lengths into chunks of few shapes, so that few programs compile.
 
-Every step of prefill or scoring reads one piece of each row and appends it to the cache. Sizes
-are rounded up to powers of two, and a piece never ends inside an image tile, because the tile's
+Every step of prefill or scoring reads one chunk of each row and appends it to the cache. Sizes
+are rounded up to powers of two, and a chunk never ends inside an image tile, because the tile's
 features are written into its patch tokens as a whole.
 """
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-SHORTEST = 16  # tokens of the smallest piece
+SHORTEST = 16  # tokens of the smallest chunk
 
 
 def bucket(size: int, *, floor: int = 1) -> int:
@@ -41,7 +41,7 @@ _EMPTY = Row(
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
-class Piece:
+class PrefillChunk:
     """What one step reads: a stretch of every row, at the left of the arrays.
 
     Attributes:
@@ -60,40 +60,42 @@ class Piece:
     tiles_NCHW: np.ndarray | None
 
 
-def cut(rows: Sequence[Row], *, num_rows: int, piece_length: int, pad_id: int) -> Iterator[Piece]:
-    """Cut rows into pieces that together hold every token once and in order.
+def split_prompts(
+    rows: Sequence[Row], *, num_rows: int, chunk_length: int, pad_id: int
+) -> Iterator[PrefillChunk]:
+    """Split rows into chunks that together hold every token once and in order.
 
     Args:
       rows: at least one.
       num_rows: rows of the arrays; those beyond `rows` hold padding only.
-      piece_length: most tokens of a stretch, a power of two. A longer tile makes it longer.
+      chunk_length: most tokens of a stretch, a power of two. A longer tile makes it longer.
       pad_id: token at padding.
 
     Yields:
-      Pieces until all rows have ended; T is a power of two from SHORTEST to `piece_length`.
+      Chunks until all rows have ended; T is a power of two from SHORTEST to `chunk_length`.
     """
     rows = [*rows, *[_EMPTY] * (num_rows - len(rows))]
     longest_tile = max(
         (int(last - first) + 1 for row in rows for first, last in row.tile_spans_N2), default=1
     )
-    piece_length = bucket(longest_tile, floor=piece_length)
+    chunk_length = bucket(longest_tile, floor=chunk_length)
     starts = [0] * num_rows
     while any(start < len(row.tokens_T) for start, row in zip(starts, rows, strict=True)):
-        ends = [_end(row, start, piece_length) for start, row in zip(starts, rows, strict=True)]
-        yield _piece(rows, starts, ends, pad_id)
+        ends = [_end(row, start, chunk_length) for start, row in zip(starts, rows, strict=True)]
+        yield _chunk(rows, starts, ends, pad_id)
         starts = ends
 
 
-def _end(row: Row, start: int, piece_length: int) -> int:
+def _end(row: Row, start: int, chunk_length: int) -> int:
     """Return where the row's next stretch ends: before the tile that would not fit whole."""
-    end = min(start + piece_length, len(row.tokens_T))
+    end = min(start + chunk_length, len(row.tokens_T))
     for first, last in row.tile_spans_N2:
         if first < end <= last:
             return int(first)
     return end
 
 
-def _piece(rows: Sequence[Row], starts: list[int], ends: list[int], pad_id: int) -> Piece:
+def _chunk(rows: Sequence[Row], starts: list[int], ends: list[int], pad_id: int) -> PrefillChunk:
     starts_B, ends_B = np.asarray(starts, np.int32), np.asarray(ends, np.int32)
     lengths_B = ends_B - starts_B
     offsets_T = np.arange(bucket(int(lengths_B.max()), floor=SHORTEST), dtype=np.int32)
@@ -104,7 +106,7 @@ def _piece(rows: Sequence[Row], starts: list[int], ends: list[int], pad_id: int)
         firsts_N = row.tile_spans_N2[:, 0]
         tiles += list(row.tiles_NCHW[(start <= firsts_N) & (firsts_N < end)])
     within_BT = offsets_T < lengths_B[:, None]
-    return Piece(
+    return PrefillChunk(
         tokens_BT=tokens_BT,
         positions_BT=np.where(within_BT, starts_B[:, None] + offsets_T, -1).astype(np.int32),
         starts_B=starts_B,

@@ -23,6 +23,7 @@ from llama4_jax.checkpoint.weight_map import parameters
 from llama4_jax.checkpoint.writing import Progress, no_progress, write_checkpoint
 from llama4_jax.config import DType, ModelConfig, layer_pattern
 from llama4_jax.config.json_section import Section, load_json
+from llama4_jax.layers.param import leaf_name
 from llama4_jax.model import Llama4
 from llama4_jax.text import ChatTemplate, Tokenizer, load_chat_template, load_tokenizer
 
@@ -123,7 +124,7 @@ def _filler(source: Source, config: ModelConfig) -> Callable[..., jax.Array]:
     default = SingleDeviceSharding(jax.local_devices()[0])
 
     def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        slot = slots[_leaf_name(path)]
+        slot = slots[leaf_name(path)]
         sharding = leaf.sharding if parallel.has_mesh() else default
         return _place(source, slot, leaf, sharding)
 
@@ -162,11 +163,6 @@ def _read(source: Source, slot: _Slot, index: Index) -> np.ndarray:
     for row, name in zip(out, layers, strict=True):
         row[...] = source.read(name, inner)
     return out
-
-
-def _leaf_name(path: tuple[Any, ...]) -> str:
-    name = jax.tree_util.keystr(path, simple=True, separator=".")
-    return name.removesuffix(".value")
 
 
 def _slots(config: ModelConfig) -> dict[str, _Slot]:
@@ -215,7 +211,7 @@ class ModelSource:
     def __init__(self, model: Llama4) -> None:
         self.config = model.config
         leaves = jax.tree_util.tree_flatten_with_path(model)[0]
-        arrays = {_leaf_name(path): leaf for path, leaf in leaves}
+        arrays = {leaf_name(path): leaf for path, leaf in leaves}
         if not all(array.is_fully_addressable for array in arrays.values()):
             raise ValueError(
                 "part of the model lives in other processes; gather it before it is saved"

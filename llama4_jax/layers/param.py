@@ -6,6 +6,8 @@ the parameter and not its name.
 
 from typing import Any, Literal
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -16,6 +18,16 @@ from llama4_jax.parallel.shard import mesh_axes, shard, shard_weight
 Role = Literal["matrix", "router", "embedding", "norm", "bias", "adapter", "buffer"]
 
 _GATHERED = ("weight_embed", "expert_embed")  # divided at rest, whole in use
+
+
+def leaf_name(path: tuple[Any, ...]) -> str:
+    """Return the dotted name of an array of a module, as in "decoder.tail.0.attention.w_q_DNH".
+
+    Args:
+        path: key path of the array, as `jax.tree_util.tree_map_with_path` gives it. The key
+            "value", by which a parameter holds its array, is left out.
+    """
+    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def normal(

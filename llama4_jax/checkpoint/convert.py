@@ -6,13 +6,13 @@ import pathlib
 from collections.abc import Callable
 from typing import Literal
 
-from llama4_jax.checkpoint import hub, meta, store
+from llama4_jax.checkpoint import hf, meta, native
 from llama4_jax.checkpoint.layout import stored_tensors
 from llama4_jax.checkpoint.sink import Plan
 from llama4_jax.checkpoint.source import Source, np_dtype
 from llama4_jax.checkpoint.writing import Progress, check_target, no_progress, write_checkpoint
 from llama4_jax.config import DType, ModelConfig
-from llama4_jax.config.meta import to_params
+from llama4_jax.config.meta import to_meta
 
 Format = Literal["hf", "meta", "orbax"]
 FORMATS: tuple[Format, ...] = ("hf", "meta", "orbax")
@@ -41,16 +41,16 @@ def find_format(directory: pathlib.Path) -> Format:
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; give the directory of a checkpoint")
     tests: dict[Format, Callable[[pathlib.Path], bool]] = {
-        "orbax": store.is_store,
-        "hf": hub.is_hub,
+        "orbax": native.is_native,
+        "hf": hf.is_hf,
         "meta": meta.is_meta,
     }
     for kind, is_kind in tests.items():
         if is_kind(directory):
             return kind
     raise ValueError(
-        f"{directory} holds no checkpoint: none of {hub.CONFIG} with *.safetensors, {meta.CONFIG} "
-        f"with consolidated.*.pth, or {store.CONFIG} with params"
+        f"{directory} holds no checkpoint: none of {hf.CONFIG} with *.safetensors, {meta.CONFIG} "
+        f"with consolidated.*.pth, or {native.CONFIG} with params"
     )
 
 
@@ -61,8 +61,8 @@ def open_checkpoint(directory: pathlib.Path) -> Source:
       ValueError: it is not a whole, well-formed checkpoint; the message names what is wrong.
     """
     openers: dict[Format, Callable[[pathlib.Path], Source]] = {
-        "orbax": store.open_store,
-        "hf": hub.open_hub,
+        "orbax": native.open_native,
+        "hf": hf.open_hf,
         "meta": meta.open_meta,
     }
     return openers[find_format(directory)](directory)
@@ -78,10 +78,10 @@ def make_plan(
         raise ValueError(f"model_parallel ({model_parallel}) is for the meta layout, not for {to}")
     wanted = None if dtype is None else np_dtype(dtype)
     if to == "orbax":
-        return store.plan_store(source, wanted)
+        return native.plan_native(source, wanted)
     if to == "hf":
-        return hub.plan_hub(source, wanted)
-    to_params(source.config)  # what that cannot express must not pass for a question of ranks
+        return hf.plan_hf(source, wanted)
+    to_meta(source.config)  # what that cannot express must not pass for a question of ranks
     ranks = _default_ranks(source.config) if model_parallel is None else model_parallel
     return meta.plan_meta(source, wanted, ranks)
 

@@ -24,7 +24,7 @@ from llama4_jax.checkpoint.verify import check_tensors
 from llama4_jax.checkpoint.weight_map import Parameter, Place, parameters
 from llama4_jax.config import ModelConfig
 from llama4_jax.config.json_section import load_json
-from llama4_jax.config.meta import from_params, to_params
+from llama4_jax.config.meta import from_meta, to_meta
 
 CONFIG = "params.json"
 _PATTERN = "consolidated*.pth"
@@ -67,7 +67,7 @@ def open_meta(directory: pathlib.Path) -> FileSource:
     params = load_json(directory / CONFIG)
     table = ranks[0].get("tok_embeddings.weight")
     is_float32 = table is not None and table.dtype == np.float32
-    config = from_params(params, dtype="float32" if is_float32 else "bfloat16")
+    config = from_meta(params, dtype="float32" if is_float32 else "bfloat16")
     if table is not None and table.shape[0] * len(ranks) != config.text.vocab_size:
         raise ValueError(
             f"{directory} has {len(ranks)} consolidated.*.pth files, but each has "
@@ -206,7 +206,7 @@ def plan_meta(source: Source, dtype: np.dtype | None, num_ranks: int = 8) -> Pla
 
     num_bytes = sum(s.size * dtypes[key].itemsize for key, s in stored.items()) * num_ranks
     unit = Unit(name="consolidated", paths=paths, num_bytes=num_bytes, write=write)
-    params = json.dumps(to_params(source.config), indent=2) + "\n"
+    params = json.dumps(to_meta(source.config), indent=2) + "\n"
     return Plan(kind="meta", units=(unit,), texts={CONFIG: params})
 
 

@@ -53,7 +53,7 @@ class Section:
         return float(value)
 
     def flag(self, key: str, *, default: bool) -> bool:
-        """Return a switch; early hub configs spell true as a number, such as 4."""
+        """Return a switch; early Hugging Face configs spell true as a number, such as 4."""
         value = self.get(key, default)
         if not isinstance(value, bool | int):
             raise self.fail(key, "true or false")

@@ -53,7 +53,7 @@ class FFNRule:
         return width + -width % self.multiple_of
 
 
-def from_params(values: Mapping[str, Any], *, dtype: Any = "bfloat16") -> ModelConfig:
+def from_meta(values: Mapping[str, Any], *, dtype: Any = "bfloat16") -> ModelConfig:
     """Read the contents of a Meta `params.json`.
 
     What the format cannot say has these defaults, unless this package wrote the file: the token
@@ -73,8 +73,8 @@ def from_params(values: Mapping[str, Any], *, dtype: Any = "bfloat16") -> ModelC
     ids = _token_ids(extras, vocab_size)
     return ModelConfig(
         name=extras.get("name", "llama4"),
-        text=_text_from_params(params, extras, vocab_size),
-        vision=None if vision is None else _vision_from_params(vision),
+        text=_text_from_meta(params, extras, vocab_size),
+        vision=None if vision is None else _vision_from_meta(vision),
         bos_id=ids["bos_id"],
         eos_ids=tuple(ids["eos_ids"]),
         pad_id=ids["pad_id"],
@@ -95,7 +95,7 @@ def _token_ids(extras: Section, vocab_size: int) -> dict[str, Any]:
     return _RELEASED_IDS
 
 
-def _text_from_params(params: Section, extras: Section, vocab_size: int) -> TextConfig:
+def _text_from_meta(params: Section, extras: Section, vocab_size: int) -> TextConfig:
     embed_dim = params.integer("dim")
     num_layers = params.integer("n_layers")
     num_heads = params.integer("n_heads")
@@ -165,7 +165,7 @@ def _max_positions(scaling: RopeScaling | None, chunk_size: int | None) -> int:
     return 1_048_576 if scaling is None else 10_485_760
 
 
-def _vision_from_params(vision: Section) -> VisionConfig:
+def _vision_from_meta(vision: Section) -> VisionConfig:
     dim = vision.integer("dim")
     return VisionConfig(
         image_size=_side(vision, "image_size"),
@@ -188,7 +188,7 @@ def _side(vision: Section, key: str) -> int:
     return size.integer("height")
 
 
-def to_params(config: ModelConfig) -> dict[str, Any]:
+def to_meta(config: ModelConfig) -> dict[str, Any]:
     """Return the contents of a `params.json` that Meta's reader takes as the same model.
 
     Tied embeddings are unknown to Meta; its model then has the table twice.
@@ -221,7 +221,7 @@ def to_params(config: ModelConfig) -> dict[str, Any]:
         params["floor_scale"] = float(text.temperature.floor)
         params["attn_scale"] = text.temperature.coefficient
     if text.rope_scaling is not None:
-        params |= _scaling_to_params(text.rope_scaling)
+        params |= _scaling_to_meta(text.rope_scaling)
     if text.moe_layers:
         params["moe_args"] = {
             "num_experts": text.num_experts,
@@ -231,7 +231,7 @@ def to_params(config: ModelConfig) -> dict[str, Any]:
             "interleave_moe_layer_step": _find_interval(text.moe_layers, text, "moe_layers"),
         }
     if config.vision is not None:
-        params["vision_args"] = _vision_to_params(config.vision)
+        params["vision_args"] = _vision_to_meta(config.vision)
     params[EXTRAS_KEY] = _extras(config)
     return params
 
@@ -290,7 +290,7 @@ def _find_interval(layers: tuple[int, ...], text: TextConfig, name: str) -> int 
     return interval
 
 
-def _scaling_to_params(scaling: RopeScaling) -> dict[str, float]:
+def _scaling_to_meta(scaling: RopeScaling) -> dict[str, float]:
     fixed = (scaling.low_freq_factor, scaling.original_max_positions)
     if fixed != (1.0, 8192):
         raise ValueError(
@@ -303,7 +303,7 @@ def _scaling_to_params(scaling: RopeScaling) -> dict[str, float]:
     }
 
 
-def _vision_to_params(vision: VisionConfig) -> dict[str, Any]:
+def _vision_to_meta(vision: VisionConfig) -> dict[str, Any]:
     ratio = vision.mlp_dim / vision.embed_dim
     fixed = (vision.num_channels, vision.norm_eps, vision.rope_theta)
     if fixed != (3, 1e-5, 10_000.0) or int(vision.embed_dim * ratio) != vision.mlp_dim:

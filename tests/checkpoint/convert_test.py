@@ -12,7 +12,7 @@ import textwrap
 import numpy as np
 import pytest
 
-from llama4_jax.checkpoint import FORMATS, convert, hub, open_checkpoint, writing
+from llama4_jax.checkpoint import FORMATS, convert, hf, open_checkpoint, writing
 from llama4_jax.checkpoint.convert import make_plan
 from llama4_jax.checkpoint.writing import partial_directory, write_checkpoint
 from tests.checkpoint.tiny import (
@@ -147,12 +147,12 @@ class _Stop(Exception):
 def _stop_after(monkeypatch, num_bytes):
     """Make writing fail after so many bytes, and count what later runs write."""
     written = [0]
-    plan_hub = hub.plan_hub
+    plan_hf = hf.plan_hf
 
     def small_shards(source, dtype):
-        return plan_hub(source, dtype, shard_bytes=20_000)
+        return plan_hf(source, dtype, shard_bytes=20_000)
 
-    monkeypatch.setattr(hub, "plan_hub", small_shards)
+    monkeypatch.setattr(hf, "plan_hf", small_shards)
     monkeypatch.setattr(writing, "_WORTH_KEEPING_BYTES", 1000)
 
     class Progress:

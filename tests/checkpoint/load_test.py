@@ -162,8 +162,8 @@ def test_without_do_sample_the_default_is_greedy(tmp_path):
 
 
 def test_a_checkpoint_without_tokenizer_or_generation_config_loads(tmp_path):
-    write(TINY, tmp_path / "store", "orbax")
-    pretrained = from_pretrained(tmp_path / "store")
+    write(TINY, tmp_path / "native", "orbax")
+    pretrained = from_pretrained(tmp_path / "native")
     assert pretrained.tokenizer is None and pretrained.chat_template is None
     assert pretrained.generation.stop_ids == TINY.eos_ids
 

@@ -1,12 +1,12 @@
-"""Tests of config/hub.py and config/meta.py: both files to ModelConfig and back."""
+"""Tests of config/hf.py and config/meta.py: both files to ModelConfig and back."""
 
 import dataclasses
 
 import pytest
 
 from llama4_jax.config import FAMILIES, RopeScaling, nano, scout
-from llama4_jax.config.hub import from_hub, to_hub
-from llama4_jax.config.meta import FFNRule, from_params, to_params
+from llama4_jax.config.hf import from_hf, to_hf
+from llama4_jax.config.meta import FFNRule, from_meta, to_meta
 
 # The released Maverick's config.json leaves out what transformers' defaults say.
 MAVERICK = {
@@ -114,29 +114,29 @@ def _unnamed(config):
 
 @pytest.mark.parametrize("family", list(FAMILIES.values()))
 def test_every_family_survives_config_json_and_params_json(family):
-    assert from_hub(to_hub(family())) == family()
-    assert from_params(to_params(family())) == family()
+    assert from_hf(to_hf(family())) == family()
+    assert from_meta(to_meta(family())) == family()
 
 
 def test_the_released_maverick_config_is_the_family_maverick():
-    assert from_hub(MAVERICK) == _unnamed(FAMILIES["maverick"]())
+    assert from_hf(MAVERICK) == _unnamed(FAMILIES["maverick"]())
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_the_released_scout_params_are_the_family_scout(nested):
     params = {"model": SCOUT_PARAMS} if nested else SCOUT_PARAMS
-    assert from_params(params) == _unnamed(scout())
+    assert from_meta(params) == _unnamed(scout())
 
 
 def test_temperature_is_off_in_params_json_and_on_in_config_json_unless_said():
     params = {k: v for k, v in SCOUT_PARAMS.items() if k != "attn_temperature_tuning"}
-    assert from_params(params).text.temperature is None
-    assert from_hub(MAVERICK).text.temperature is not None
-    assert from_hub(_text(MAVERICK, attn_temperature_tuning=4)).text.temperature is not None
-    assert from_hub(_text(MAVERICK, attn_temperature_tuning=0)).text.temperature is None
+    assert from_meta(params).text.temperature is None
+    assert from_hf(MAVERICK).text.temperature is not None
+    assert from_hf(_text(MAVERICK, attn_temperature_tuning=4)).text.temperature is not None
+    assert from_hf(_text(MAVERICK, attn_temperature_tuning=0)).text.temperature is None
     tuned = _text(MAVERICK, floor_scale=4096.0, attn_scale=0.2)
-    assert from_hub(tuned).text.temperature.floor == 4096
-    assert from_hub(tuned).text.temperature.coefficient == 0.2
+    assert from_hf(tuned).text.temperature.floor == 4096
+    assert from_hf(tuned).text.temperature.coefficient == 0.2
 
 
 def test_both_spellings_of_rope_scaling_are_read():
@@ -149,38 +149,38 @@ def test_both_spellings_of_rope_scaling_are_read():
     expected = RopeScaling(factor=8.0, high_freq_factor=4.0)
     for key in ("rope_type", "type"):
         old = _text(MAVERICK, rope_theta=1e4, rope_scaling={**scaling, key: "llama3"})
-        assert from_hub(old).text.rope_scaling == expected
-        assert from_hub(old).text.rope_theta == 1e4
+        assert from_hf(old).text.rope_scaling == expected
+        assert from_hf(old).text.rope_theta == 1e4
     new = {**scaling, "rope_type": "llama3", "rope_theta": 1e6}
-    assert from_hub(_text(MAVERICK, rope_parameters=new)).text.rope_scaling == expected
-    assert from_hub(_text(MAVERICK, rope_parameters=new)).text.rope_theta == 1e6
+    assert from_hf(_text(MAVERICK, rope_parameters=new)).text.rope_scaling == expected
+    assert from_hf(_text(MAVERICK, rope_parameters=new)).text.rope_theta == 1e6
 
 
 def test_no_rope_layers_marks_rope_with_one_and_empty_means_every_fourth():
     every_third = [1, 1, 0] * 16
-    assert from_hub(_text(MAVERICK, no_rope_layers=every_third)).text.nope_layers[:2] == (2, 5)
-    assert from_hub(_text(MAVERICK, no_rope_layers=[1] * 48)).text.nope_layers == ()
-    assert from_hub(_text(MAVERICK, no_rope_layers=None)).text.nope_layers[:2] == (3, 7)
+    assert from_hf(_text(MAVERICK, no_rope_layers=every_third)).text.nope_layers[:2] == (2, 5)
+    assert from_hf(_text(MAVERICK, no_rope_layers=[1] * 48)).text.nope_layers == ()
+    assert from_hf(_text(MAVERICK, no_rope_layers=None)).text.nope_layers[:2] == (3, 7)
     with pytest.raises(ValueError, match=r"no_rope_layers .* each of 48 layers"):
-        from_hub(_text(MAVERICK, no_rope_layers=[1, 0]))
+        from_hf(_text(MAVERICK, no_rope_layers=[1, 0]))
 
 
 def test_moe_layers_list_wins_over_the_interval():
-    assert from_hub(_text(MAVERICK, moe_layers=[5, 2])).text.moe_layers == (2, 5)
-    assert from_hub(_text(MAVERICK, moe_layers=[])).text.moe_layers == ()
+    assert from_hf(_text(MAVERICK, moe_layers=[5, 2])).text.moe_layers == (2, 5)
+    assert from_hf(_text(MAVERICK, moe_layers=[])).text.moe_layers == ()
     dense = _text(MAVERICK, moe_layers=[], interleave_moe_layer_step=0)
-    assert from_hub(dense).text.moe_layers == ()
+    assert from_hf(dense).text.moe_layers == ()
     with pytest.raises(ValueError, match="interleave_moe_layer_step"):
-        from_hub(_text(MAVERICK, interleave_moe_layer_step=0))
+        from_hf(_text(MAVERICK, interleave_moe_layer_step=0))
 
 
 def test_a_guard_model_without_chunks_round_trips_through_both_files():
-    guard = from_hub(_text(MAVERICK, attention_chunk_size=None, moe_layers=[]))
+    guard = from_hf(_text(MAVERICK, attention_chunk_size=None, moe_layers=[]))
     assert guard.text.chunk_size is None
-    assert to_hub(guard)["text_config"]["attention_chunk_size"] == 1_048_576
-    assert set(to_hub(guard)["text_config"]["layer_types"]) == {"full_attention"}
-    assert from_hub(to_hub(guard)) == guard
-    assert from_params(to_params(guard)) == guard
+    assert to_hf(guard)["text_config"]["attention_chunk_size"] == 1_048_576
+    assert set(to_hf(guard)["text_config"]["layer_types"]) == {"full_attention"}
+    assert from_hf(to_hf(guard)) == guard
+    assert from_meta(to_meta(guard)) == guard
 
 
 def test_a_tied_text_only_model_is_flat_and_round_trips():
@@ -193,18 +193,18 @@ def test_a_tied_text_only_model_is_flat_and_round_trips():
         "eos_token_id": 200001,
         "dtype": "bfloat16",
     }
-    config = from_hub(flat)
+    config = from_hf(flat)
     assert config.text.tie_embeddings and config.vision is None and config.patch_id is None
     assert config.eos_ids == (200001,)
-    assert to_hub(config)["model_type"] == "llama4_text"
-    assert from_hub(to_hub(config)) == config
-    assert from_params(to_params(config)) == config
+    assert to_hf(config)["model_type"] == "llama4_text"
+    assert from_hf(to_hf(config)) == config
+    assert from_meta(to_meta(config)) == config
 
 
 def test_missing_pad_falls_back_to_the_end_token_and_float16_to_float32():
     values = _text(MAVERICK, pad_token_id=None, torch_dtype="float16")
-    assert from_hub(values).pad_id == 200001
-    assert from_hub(values).dtype == "float32"
+    assert from_hf(values).pad_id == 200001
+    assert from_hf(values).dtype == "float32"
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_missing_pad_falls_back_to_the_end_token_and_float16_to_float32():
 )
 def test_an_impossible_config_json_is_refused_by_key(values, message):
     with pytest.raises(ValueError, match=message):
-        from_hub(values)
+        from_hf(values)
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_an_impossible_config_json_is_refused_by_key(values, message):
 )
 def test_impossible_params_are_refused_by_key(changes, message):
     with pytest.raises(ValueError, match=message):
-        from_params({**SCOUT_PARAMS, **changes})
+        from_meta({**SCOUT_PARAMS, **changes})
 
 
 def test_widths_follow_metas_integer_arithmetic():
@@ -260,7 +260,7 @@ def test_widths_follow_metas_integer_arithmetic():
 def test_any_pair_of_widths_is_expressible_in_params_json(mlp_dim, expert_dim):
     text = dataclasses.replace(nano().text, mlp_dim=mlp_dim, expert_dim=expert_dim)
     config = dataclasses.replace(nano(), vision=None, text=text)
-    assert from_params(to_params(config)) == config
+    assert from_meta(to_meta(config)) == config
 
 
 @pytest.mark.parametrize("field", ["moe_layers", "nope_layers"])
@@ -268,5 +268,5 @@ def test_params_json_refuses_an_irregular_layer_pattern(field):
     text = dataclasses.replace(nano().text, **{field: (0, 3)})
     config = dataclasses.replace(nano(), text=text)
     with pytest.raises(ValueError, match=rf"{field} \(0, 3\) cannot be expressed"):
-        to_params(config)
-    assert from_hub(to_hub(config)) == config
+        to_meta(config)
+    assert from_hf(to_hf(config)) == config

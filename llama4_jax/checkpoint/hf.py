@@ -19,7 +19,7 @@ from llama4_jax.checkpoint.safetensors_file import read_header, write_file
 from llama4_jax.checkpoint.sink import Plan, Unit
 from llama4_jax.checkpoint.source import FileSource, Piece, Scale, Source, StoredTensor, widest
 from llama4_jax.checkpoint.verify import check_tensors
-from llama4_jax.config.hub import from_hub, to_hub
+from llama4_jax.config.hf import from_hf, to_hf
 from llama4_jax.config.json_section import load_json
 
 CONFIG = "config.json"
@@ -36,19 +36,19 @@ _IGNORED = (
 )
 
 
-def is_hub(directory: pathlib.Path) -> bool:
+def is_hf(directory: pathlib.Path) -> bool:
     """Return whether `directory` looks like a Hugging Face checkpoint."""
     return (directory / CONFIG).is_file() and any(directory.glob("*.safetensors*"))
 
 
-def open_hub(directory: pathlib.Path) -> FileSource:
+def open_hf(directory: pathlib.Path) -> FileSource:
     """Open a Hugging Face checkpoint; only headers are read.
 
     Raises:
       ValueError: the config is impossible, a file is truncated or absent, or tensors are missing,
         misnamed, misshapen or unexpected; every one is named with both shapes.
     """
-    config = from_hub(load_json(directory / CONFIG))
+    config = from_hf(load_json(directory / CONFIG))
     found = _read_headers(directory)
     wanted = stored_tensors(config, "hf")
     expected: dict[str, tuple[int, ...]] = {}
@@ -194,13 +194,13 @@ def _linear_scale(
     return Scale(tensor=found[scale_key], axes=axes[:1] + ("",) * (len(actual) - 1))
 
 
-def plan_hub(source: Source, dtype: np.dtype | None, shard_bytes: int = SHARD_BYTES) -> Plan:
+def plan_hf(source: Source, dtype: np.dtype | None, shard_bytes: int = SHARD_BYTES) -> Plan:
     """Plan the files of a Hugging Face checkpoint; nothing is read or written yet.
 
     Raises:
       ValueError: config.json cannot express the model.
     """
-    config_text = json.dumps(to_hub(source.config), indent=2) + "\n"
+    config_text = json.dumps(to_hf(source.config), indent=2) + "\n"
     shards: list[dict[str, Stored]] = [{}]
     filled = 0
     dtypes: dict[str, np.dtype] = {}

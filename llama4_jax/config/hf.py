@@ -22,7 +22,7 @@ from llama4_jax.config.model import (
 _DTYPES: dict[str, DType] = {"bfloat16": "bfloat16", "float32": "float32", "float16": "float32"}
 
 
-def from_hub(values: Mapping[str, Any]) -> ModelConfig:
+def from_hf(values: Mapping[str, Any]) -> ModelConfig:
     """Read the contents of a Hugging Face `config.json`.
 
     Understands `Llama4ForConditionalGeneration` (nested text_config and vision_config) and
@@ -51,8 +51,8 @@ def from_hub(values: Mapping[str, Any]) -> ModelConfig:
     pad_ids = _token_ids(text if "pad_token_id" in text else top, "pad_token_id", default=-1)
     return ModelConfig(
         name=extras.get("name", "llama4"),
-        text=_text_from_hub(text, top, extras),
-        vision=_vision_from_hub(top.section("vision_config")) if has_vision else None,
+        text=_text_from_hf(text, top, extras),
+        vision=_vision_from_hf(top.section("vision_config")) if has_vision else None,
         bos_id=(bos_ids or (0,))[0],
         eos_ids=eos_ids,
         pad_id=(pad_ids or eos_ids or (0,))[0],
@@ -77,7 +77,7 @@ def _token_ids(section: Section, key: str, default: int) -> tuple[int, ...]:
     return tuple(i for i in ids if i >= 0)
 
 
-def _text_from_hub(text: Section, top: Section, extras: Section) -> TextConfig:
+def _text_from_hf(text: Section, top: Section, extras: Section) -> TextConfig:
     _refuse(text, "hidden_act", allowed=("silu",))
     _refuse(text, "attention_bias", allowed=(False,))
     num_layers = text.integer("num_hidden_layers", 48)
@@ -89,7 +89,7 @@ def _text_from_hub(text: Section, top: Section, extras: Section) -> TextConfig:
     _check_layer_types(text, nope_layers, chunk_size)
     tuned = text.flag("attn_temperature_tuning", default=True)
     tied = text if "tie_word_embeddings" in text else top
-    rope_theta, rope_scaling = _rope_from_hub(text)
+    rope_theta, rope_scaling = _rope_from_hf(text)
     return TextConfig(
         vocab_size=text.integer("vocab_size", 202_048),
         embed_dim=embed_dim,
@@ -163,7 +163,7 @@ def _check_layer_types(text: Section, nope: tuple[int, ...], chunk_size: int | N
             )
 
 
-def _rope_from_hub(text: Section) -> tuple[float, RopeScaling | None]:
+def _rope_from_hf(text: Section) -> tuple[float, RopeScaling | None]:
     """Read theta and scaling from `rope_parameters` (5.x) or `rope_theta`, `rope_scaling` (4.x)."""
     rope = text.section("rope_parameters" if "rope_parameters" in text else "rope_scaling")
     theta = rope.number("rope_theta", text.number("rope_theta", 500_000.0))
@@ -180,7 +180,7 @@ def _rope_from_hub(text: Section) -> tuple[float, RopeScaling | None]:
     )
 
 
-def _vision_from_hub(vision: Section) -> VisionConfig:
+def _vision_from_hf(vision: Section) -> VisionConfig:
     _refuse(vision, "hidden_act", allowed=("gelu",))
     _refuse(vision, "multi_modal_projector_bias", allowed=(False,))
     _refuse(vision, "vision_feature_select_strategy", allowed=("default",))
@@ -220,7 +220,7 @@ def _side(vision: Section, key: str, default: int) -> int:
     return vision.integer(key, default)
 
 
-def to_hub(config: ModelConfig) -> dict[str, Any]:
+def to_hf(config: ModelConfig) -> dict[str, Any]:
     """Return the contents of a `config.json` that transformers loads as the same model.
 
     transformers cannot express an unchunked decoder (its mask builder requires a chunk size), so
@@ -230,7 +230,7 @@ def to_hub(config: ModelConfig) -> dict[str, Any]:
       ValueError: the format cannot express the model.
     """
     refuse_balance_bias(config.text, "config.json")
-    text = _text_to_hub(config)
+    text = _text_to_hf(config)
     extras = _extras(config)
     if config.vision is None:
         head = {"architectures": ["Llama4ForCausalLM"], "model_type": "llama4_text"}
@@ -242,7 +242,7 @@ def to_hub(config: ModelConfig) -> dict[str, Any]:
         "tie_word_embeddings": config.text.tie_embeddings,
         "dtype": config.dtype,
         "text_config": text,
-        "vision_config": _vision_to_hub(config.vision, config.dtype),
+        "vision_config": _vision_to_hf(config.vision, config.dtype),
         EXTRAS_KEY: extras,
     }
 
@@ -258,7 +258,7 @@ def _extras(config: ModelConfig) -> dict[str, Any]:
     return extras
 
 
-def _text_to_hub(config: ModelConfig) -> dict[str, Any]:
+def _text_to_hf(config: ModelConfig) -> dict[str, Any]:
     text = config.text
     temperature = text.temperature or Temperature()
     eos_ids = list(config.eos_ids)
@@ -284,7 +284,7 @@ def _text_to_hub(config: ModelConfig) -> dict[str, Any]:
         "rms_norm_eps": text.norm_eps,
         "max_position_embeddings": text.max_positions,
         "rope_theta": text.rope_theta,
-        "rope_scaling": _rope_scaling_to_hub(text.rope_scaling),
+        "rope_scaling": _rope_scaling_to_hf(text.rope_scaling),
         "attention_bias": False,
         "hidden_act": "silu",
         "tie_word_embeddings": text.tie_embeddings,
@@ -298,7 +298,7 @@ def _text_to_hub(config: ModelConfig) -> dict[str, Any]:
     return values
 
 
-def _rope_scaling_to_hub(scaling: RopeScaling | None) -> dict[str, Any] | None:
+def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
     return {
@@ -310,7 +310,7 @@ def _rope_scaling_to_hub(scaling: RopeScaling | None) -> dict[str, Any] | None:
     }
 
 
-def _vision_to_hub(vision: VisionConfig, dtype: DType) -> dict[str, Any]:
+def _vision_to_hf(vision: VisionConfig, dtype: DType) -> dict[str, Any]:
     shuffled = vision.embed_dim * vision.shuffle**2
     if vision.mlp_dim != shuffled:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""The native store: a directory of Orbax checkpoints, one per layer, beside our own config.
+"""Native checkpoints: a directory of Orbax checkpoints, one per layer, beside our own config.
 
     llama4_jax.json     the config, and which parameters each item holds with shape and dtype
     params/embed        one Orbax item per layer or part of the model, arrays by canonical name
@@ -39,8 +39,8 @@ _ITEM_BYTES = 256 << 20
 """Parameters of a layer share an item up to this size."""
 
 
-def is_store(directory: pathlib.Path) -> bool:
-    """Return whether `directory` looks like a native store."""
+def is_native(directory: pathlib.Path) -> bool:
+    """Return whether `directory` looks like a native checkpoint."""
     return (directory / CONFIG).is_file() and (directory / _PARAMS).is_dir()
 
 
@@ -75,8 +75,8 @@ def config_from_json(values: Mapping[str, Any], where: str) -> ModelConfig:
         raise ValueError(f"{where} holds a config of another version: {error}") from error
 
 
-class StoreSource:
-    """Parameters read slice by slice from a native store."""
+class NativeSource:
+    """Parameters read slice by slice from a native checkpoint."""
 
     def __init__(self, config: ModelConfig, arrays: Mapping[str, pathlib.Path]) -> None:
         self.config = config
@@ -98,8 +98,8 @@ class StoreSource:
             raise ValueError(f"{self._arrays[name]} is damaged: {error}") from error
 
 
-def open_store(directory: pathlib.Path) -> StoreSource:
-    """Open a native store; only its descriptions of arrays are read.
+def open_native(directory: pathlib.Path) -> NativeSource:
+    """Open a native checkpoint; only its descriptions of arrays are read.
 
     Raises:
       ValueError: the config is of another version, or arrays are missing, misshapen, unexpected or
@@ -126,7 +126,7 @@ def open_store(directory: pathlib.Path) -> StoreSource:
     check_tensors(str(directory), expected, found)
     for name, path in arrays.items():
         _check_chunks(name, path)
-    return StoreSource(config, arrays)
+    return NativeSource(config, arrays)
 
 
 def _zarr_metadata(path: pathlib.Path) -> dict[str, Any]:
@@ -146,8 +146,8 @@ def _check_chunks(name: str, path: pathlib.Path) -> None:
             )
 
 
-def plan_store(source: Source, dtype: np.dtype | None) -> Plan:
-    """Plan the items of a native store; nothing is read or written yet."""
+def plan_native(source: Source, dtype: np.dtype | None) -> Plan:
+    """Plan the items of a native checkpoint; nothing is read or written yet."""
     items = _group(source, dtype)
     described = {
         item: {

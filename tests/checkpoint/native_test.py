@@ -1,4 +1,4 @@
-"""Tests of checkpoint/store.py: the native layout."""
+"""Tests of checkpoint/native.py: the native layout."""
 
 import json
 import logging
@@ -7,8 +7,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from llama4_jax.checkpoint import store
-from llama4_jax.checkpoint.store import config_from_json, config_to_json, open_store
+from llama4_jax.checkpoint import native
+from llama4_jax.checkpoint.native import config_from_json, config_to_json, open_native
 from llama4_jax.config import FAMILIES
 from tests.checkpoint.tiny import BALANCED, DENSE_TIED, TINY, assert_holds, read_all, write
 
@@ -20,16 +20,16 @@ def test_a_config_survives_json(config):
 
 
 @pytest.mark.parametrize("config", [TINY, DENSE_TIED, BALANCED])
-def test_a_store_reads_back_bit_for_bit_without_a_word(tmp_path, config, caplog):
+def test_a_native_checkpoint_reads_back_bit_for_bit_without_a_word(tmp_path, config, caplog):
     with caplog.at_level(logging.WARNING):
-        source = write(config, tmp_path / "store", "orbax")
+        source = write(config, tmp_path / "native", "orbax")
     assert not caplog.records
-    assert_holds(tmp_path / "store", source)
+    assert_holds(tmp_path / "native", source)
 
 
 def test_balance_biases_stay_float32_whatever_precision_is_asked_for(tmp_path):
-    source = write(BALANCED, tmp_path / "store", "orbax", dtype="bfloat16")
-    opened = open_store(tmp_path / "store")
+    source = write(BALANCED, tmp_path / "native", "orbax", dtype="bfloat16")
+    opened = open_native(tmp_path / "native")
     bias = read_all(opened, "layers.3.ffn.bias_E")
     assert opened.dtype("layers.3.ffn.bias_E") == bias.dtype == np.float32
     np.testing.assert_array_equal(bias, source.arrays["layers.3.ffn.bias_E"])
@@ -43,8 +43,8 @@ def test_an_older_config_without_the_field_has_no_biases():
 
 
 def test_an_item_per_layer_is_an_orbax_checkpoint_of_its_own(tmp_path):
-    source = write(TINY, tmp_path / "store", "orbax")
-    layer = tmp_path / "store" / "params" / "layers.1"
+    source = write(TINY, tmp_path / "native", "orbax")
+    layer = tmp_path / "native" / "params" / "layers.1"
     values = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_ocdbt=False)).restore(layer)
     np.testing.assert_array_equal(
         values["layers.1.attention.w_q_DNH"], source.arrays["layers.1.attention.w_q_DNH"]
@@ -52,32 +52,32 @@ def test_an_item_per_layer_is_an_orbax_checkpoint_of_its_own(tmp_path):
 
 
 def test_large_parameters_are_items_of_their_own_and_cut_into_chunks(tmp_path, monkeypatch):
-    monkeypatch.setattr(store, "_ITEM_BYTES", 4000)
-    monkeypatch.setattr(store, "_CHUNK_BYTES", 1000)
-    source = write(TINY, tmp_path / "store", "orbax")
-    items = {path.name for path in (tmp_path / "store" / "params").iterdir()}
+    monkeypatch.setattr(native, "_ITEM_BYTES", 4000)
+    monkeypatch.setattr(native, "_CHUNK_BYTES", 1000)
+    source = write(TINY, tmp_path / "native", "orbax")
+    items = {path.name for path in (tmp_path / "native" / "params").iterdir()}
     assert {"layers.1", "layers.1.ffn.experts.w_gate_EDF"} <= items
-    chunks = tmp_path.glob("store/params/layers.1.ffn.experts.w_gate_EDF/*/*.*.*")
+    chunks = tmp_path.glob("native/params/layers.1.ffn.experts.w_gate_EDF/*/*.*.*")
     assert len(list(chunks)) > 3
-    assert_holds(tmp_path / "store", source)
+    assert_holds(tmp_path / "native", source)
 
 
 @pytest.fixture
 def broken(tmp_path):
-    write(TINY, tmp_path / "store", "orbax")
-    return tmp_path / "store"
+    write(TINY, tmp_path / "native", "orbax")
+    return tmp_path / "native"
 
 
 def test_a_missing_array_is_named(broken):
     (broken / "params/final_norm/final_norm.scale_D/.zarray").unlink()
     with pytest.raises(ValueError, match=r"final_norm.scale_D \(32,\) is missing"):
-        open_store(broken)
+        open_native(broken)
 
 
 def test_a_missing_chunk_is_named(broken):
     (broken / "params/final_norm/final_norm.scale_D/0").unlink()
     with pytest.raises(ValueError, match=r"chunk 0 of final_norm.scale_D is missing"):
-        open_store(broken)
+        open_native(broken)
 
 
 def test_another_version_is_refused(broken):
@@ -85,16 +85,16 @@ def test_another_version_is_refused(broken):
     contents = json.loads(path.read_text())
     path.write_text(json.dumps({**contents, "format": 99}))
     with pytest.raises(ValueError, match="format 99; this version reads format 1"):
-        open_store(broken)
+        open_native(broken)
     contents["config"]["text"]["a_field_of_the_future"] = 1
     path.write_text(json.dumps(contents))
     with pytest.raises(ValueError, match=r"another version.*a_field_of_the_future"):
-        open_store(broken)
+        open_native(broken)
 
 
 def test_a_truncated_chunk_is_named_when_it_is_read(broken):
     chunk = broken / "params/embed/embed.table_VD/0.0"
     chunk.write_bytes(chunk.read_bytes()[:-50])
-    source = open_store(broken)
+    source = open_native(broken)
     with pytest.raises(ValueError, match=r"embed.table_VD is damaged"):
         source.read("embed.table_VD", (slice(0, 64), slice(0, 32)))

@@ -1,4 +1,4 @@
-"""Tests of checkpoint/hub.py: what transformers wrote is read, what we write is well formed."""
+"""Tests of checkpoint/hf.py: what transformers wrote is read, what we write is well formed."""
 
 import json
 import shutil
@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from llama4_jax.checkpoint.convert import make_plan, open_checkpoint
-from llama4_jax.checkpoint.hub import open_hub, plan_hub
+from llama4_jax.checkpoint.hf import open_hf, plan_hf
 from llama4_jax.checkpoint.safetensors_file import read_header
 from llama4_jax.checkpoint.weight_map import parameters
 from llama4_jax.checkpoint.writing import write_checkpoint
@@ -37,7 +37,7 @@ def _rewrite(directory, change):
 
 
 def test_the_safetensors_package_reads_what_transformers_wrote_as_we_do():
-    source = open_hub(GOLDEN / "hf")
+    source = open_hf(GOLDEN / "hf")
     table = read_all(source, "embed.table_VD")
     experts = read_all(source, "layers.1.ffn.experts.w_up_EDF")
     for path in (GOLDEN / "hf").glob("*.safetensors"):
@@ -70,7 +70,7 @@ def test_a_query_matrix_is_stored_transposed_and_gate_before_up(tmp_path):
 @pytest.mark.parametrize("config", [TINY, DENSE_TIED])
 def test_shards_hold_what_the_index_says_and_read_back_bit_for_bit(tmp_path, config):
     source = MemorySource(config)
-    plan = plan_hub(source, None, shard_bytes=20_000)
+    plan = plan_hf(source, None, shard_bytes=20_000)
     write_checkpoint(plan, tmp_path / "hf", files={})
     index = json.loads((tmp_path / "hf" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "hf").glob("model-*.safetensors"))
@@ -144,7 +144,7 @@ def test_fused_fp8_experts_and_linears_with_scales_are_read(tmp_path):
             32, 16, 2
         ),
     }
-    opened = open_hub(tmp_path / "hf")
+    opened = open_hf(tmp_path / "hf")
     for name, value in expected.items():
         np.testing.assert_array_equal(read_all(opened, name), value.astype(ml_dtypes.bfloat16))
     untouched = "layers.3.ffn.experts.w_up_EDF"
@@ -163,7 +163,7 @@ def test_one_scale_for_a_whole_tensor_is_read(tmp_path):
     name = "layers.0.attention.w_o_NHD"
     value = source.arrays[name].astype(FP8).astype(np.float32) * 0.5
     np.testing.assert_array_equal(
-        read_all(open_hub(tmp_path / "hf"), name), value.astype(ml_dtypes.bfloat16)
+        read_all(open_hf(tmp_path / "hf"), name), value.astype(ml_dtypes.bfloat16)
     )
 
 
@@ -175,10 +175,10 @@ def test_mixed_precision_is_kept_tensor_by_tensor(tmp_path):
         tensors[router] = tensors[router].astype(np.float32)
 
     _rewrite(tmp_path / "hf", widen)
-    source = open_hub(tmp_path / "hf")
+    source = open_hf(tmp_path / "hf")
     assert source.dtype("layers.1.ffn.router_DE") == np.float32
     write_checkpoint(make_plan(source, "hf"), tmp_path / "again", files={})
-    assert_same(open_hub(tmp_path / "again"), source)
+    assert_same(open_hf(tmp_path / "again"), source)
 
 
 @pytest.fixture
@@ -193,7 +193,7 @@ NORM = "language_model.model.norm.weight"
 def test_a_missing_tensor_is_named_with_its_shape(broken):
     _rewrite(broken, lambda tensors: tensors.pop(NORM))
     with pytest.raises(ValueError, match=rf"{NORM} \(32,\) is missing"):
-        open_hub(broken)
+        open_hf(broken)
 
 
 def test_a_misnamed_tensor_is_found_by_its_shape(broken):
@@ -202,7 +202,7 @@ def test_a_misnamed_tensor_is_found_by_its_shape(broken):
 
     _rewrite(broken, rename)
     with pytest.raises(ValueError, match=rf"is it misnamed as {NORM}s \(32,\)"):
-        open_hub(broken)
+        open_hf(broken)
 
 
 def test_a_misshapen_tensor_is_named_with_both_shapes(broken):
@@ -211,13 +211,13 @@ def test_a_misshapen_tensor_is_named_with_both_shapes(broken):
 
     _rewrite(broken, cut)
     with pytest.raises(ValueError, match=rf"{NORM} has shape \(31,\), expected \(32,\)"):
-        open_hub(broken)
+        open_hf(broken)
 
 
 def test_a_tensor_too_many_is_named(broken):
     _rewrite(broken, lambda tensors: tensors.update(extra=np.zeros((2, 3), np.float32)))
     with pytest.raises(ValueError, match=r"extra \(2, 3\) is not part of this model"):
-        open_hub(broken)
+        open_hf(broken)
 
 
 @pytest.mark.parametrize("size", [5, 1000, -10])
@@ -226,7 +226,7 @@ def test_a_truncated_file_is_named_with_both_sizes(broken, size):
     data = path.read_bytes()
     path.write_bytes(data[:size])
     with pytest.raises(ValueError, match=r"model.safetensors is truncated.* the (whole )?file has"):
-        open_hub(broken)
+        open_hf(broken)
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_a_malformed_header_is_a_clear_error(tmp_path, header):
 def test_an_index_that_lies_is_refused(tmp_path):
     source = MemorySource(TINY)
     directory = tmp_path / "hf"
-    write_checkpoint(plan_hub(source, None, shard_bytes=40_000), directory, files={})
+    write_checkpoint(plan_hf(source, None, shard_bytes=40_000), directory, files={})
     index_path = directory / "model.safetensors.index.json"
     index = json.loads(index_path.read_text())
     first = sorted(set(index["weight_map"].values()))[0]
@@ -262,21 +262,21 @@ def test_an_index_that_lies_is_refused(tmp_path):
 
     rewritten(lambda m: m.update({NORM: "../secret.safetensors"}))
     with pytest.raises(ValueError, match="outside the checkpoint"):
-        open_hub(directory)
+        open_hf(directory)
     rewritten(lambda m: m.update({NORM: first}))
     with pytest.raises(ValueError, match=rf"{NORM} is in {first}, but it is in"):
-        open_hub(directory)
+        open_hf(directory)
     rewritten(lambda m: None)
     shutil.move(directory / first, directory / "elsewhere")
     with pytest.raises(ValueError, match=rf"{first} is missing"):
-        open_hub(directory)
+        open_hf(directory)
 
 
 def test_fp8_without_a_scale_is_refused(broken):
     key = "language_model.model.layers.0.self_attn.o_proj.weight"
     _rewrite(broken, lambda tensors: tensors.update({key: tensors[key].astype(FP8)}))
     with pytest.raises(ValueError, match=r"o_proj.weight_scale \(32, 1\) is missing"):
-        open_hub(broken)
+        open_hf(broken)
     experts = "language_model.model.layers.1.feed_forward.experts.down_proj"
 
     def swap(tensors):
@@ -285,7 +285,7 @@ def test_fp8_without_a_scale_is_refused(broken):
 
     _rewrite(broken, swap)
     with pytest.raises(ValueError, match=r"experts.down_proj is float8_e4m3fn .* without a scale"):
-        open_hub(broken)
+        open_hf(broken)
 
 
 def test_one_absent_unfused_expert_is_named(tmp_path):
@@ -293,4 +293,4 @@ def test_one_absent_unfused_expert_is_named(tmp_path):
     key = "language_model.model.layers.1.feed_forward.experts.2.up_proj.weight"
     _rewrite(tmp_path / "hf", lambda tensors: tensors.pop(key))
     with pytest.raises(ValueError, match=r"experts.2.up_proj.weight"):
-        open_hub(tmp_path / "hf")
+        open_hf(tmp_path / "hf")

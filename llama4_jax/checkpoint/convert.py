@@ -7,12 +7,15 @@ from collections.abc import Callable
 from typing import Literal
 
 from llama4_jax.checkpoint import hf, meta, native
-from llama4_jax.checkpoint.layout import stored_tensors
-from llama4_jax.checkpoint.sink import Plan
 from llama4_jax.checkpoint.source import Source, np_dtype
-from llama4_jax.checkpoint.writing import Progress, check_target, no_progress, write_checkpoint
+from llama4_jax.checkpoint.writer import (
+    Progress,
+    WritePlan,
+    check_target,
+    no_progress,
+    write_checkpoint,
+)
 from llama4_jax.config import DType, ModelConfig
-from llama4_jax.config.meta import to_meta
 
 Format = Literal["hf", "meta", "orbax"]
 FORMATS: tuple[Format, ...] = ("hf", "meta", "orbax")
@@ -32,6 +35,14 @@ _CARRIED = (
 )
 
 
+_READERS: dict[Format, tuple[Callable[[pathlib.Path], bool], Callable[[pathlib.Path], Source]]] = {
+    "orbax": (native.is_native, native.open_native),
+    "hf": (hf.is_hf, hf.open_hf),
+    "meta": (meta.is_meta, meta.open_meta),
+}
+"""How a layout is recognised, and opened."""
+
+
 def find_format(directory: pathlib.Path) -> Format:
     """Return the layout of the checkpoint in `directory`.
 
@@ -40,12 +51,7 @@ def find_format(directory: pathlib.Path) -> Format:
     """
     if not directory.is_dir():
         raise ValueError(f"{directory} is not a directory; give the directory of a checkpoint")
-    tests: dict[Format, Callable[[pathlib.Path], bool]] = {
-        "orbax": native.is_native,
-        "hf": hf.is_hf,
-        "meta": meta.is_meta,
-    }
-    for kind, is_kind in tests.items():
+    for kind, (is_kind, _) in _READERS.items():
         if is_kind(directory):
             return kind
     raise ValueError(
@@ -60,58 +66,8 @@ def open_checkpoint(directory: pathlib.Path) -> Source:
     Raises:
       ValueError: it is not a whole, well-formed checkpoint; the message names what is wrong.
     """
-    openers: dict[Format, Callable[[pathlib.Path], Source]] = {
-        "orbax": native.open_native,
-        "hf": hf.open_hf,
-        "meta": meta.open_meta,
-    }
-    return openers[find_format(directory)](directory)
-
-
-def make_plan(
-    source: Source, to: Format, *, dtype: DType | None = None, model_parallel: int | None = None
-) -> Plan:
-    """Plan the files of a checkpoint in layout `to`; see `convert` for the arguments."""
-    if to not in FORMATS:
-        raise ValueError(f"format {to!r} must be one of {', '.join(FORMATS)}")
-    if model_parallel is not None and to != "meta":
-        raise ValueError(f"model_parallel ({model_parallel}) is for the meta layout, not for {to}")
-    wanted = None if dtype is None else np_dtype(dtype)
-    if to == "orbax":
-        return native.plan_native(source, wanted)
-    if to == "hf":
-        return hf.plan_hf(source, wanted)
-    to_meta(source.config)  # what that cannot express must not pass for a question of ranks
-    ranks = _default_ranks(source.config) if model_parallel is None else model_parallel
-    return meta.plan_meta(source, wanted, ranks)
-
-
-def _default_ranks(config: ModelConfig) -> int:
-    """Return 8, as released checkpoints have, or the largest power of two that divides."""
-    for ranks in (8, 4, 2):
-        try:
-            stored_tensors(config, "meta", ranks=ranks)
-        except ValueError:
-            continue
-        return ranks
-    return 1
-
-
-def carried_files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
-    """Return the files that belong to a model in any layout: tokenizer, templates, licence."""
-    found = {p.name: p for pattern in _CARRIED for p in directory.glob(pattern) if p.is_file()}
-    return dict(sorted(found.items()))
-
-
-def generation_text(config: ModelConfig) -> str:
-    """Return a generation_config.json that says when to stop, for a model that came without one."""
-    eos_ids = list(config.eos_ids)
-    values = {
-        "bos_token_id": config.bos_id,
-        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids,
-        "pad_token_id": config.pad_id,
-    }
-    return json.dumps(values, indent=2) + "\n"
+    _, open_kind = _READERS[find_format(directory)]
+    return open_kind(directory)
 
 
 def convert(
@@ -146,26 +102,76 @@ def convert(
     check_target(target)
     if target.resolve().is_relative_to(source.resolve()):
         raise ValueError(f"target {target} lies inside source {source}; choose a directory outside")
-    opened = open_checkpoint(source)
-    opened.config = dataclasses.replace(opened.config, dtype=dtype or opened.config.dtype)
-    plan = make_plan(opened, to, dtype=dtype, model_parallel=model_parallel)
-    files = carried_files(source)
-    plan = with_generation(plan, opened.config, has_one=GENERATION in files)
-    write_checkpoint(
-        plan,
+    write_source(
+        open_checkpoint(source),
         target,
-        files=files,
+        to=to,
+        dtype=dtype,
+        model_parallel=model_parallel,
+        origin=source,
         fingerprint=[_fingerprint(source), dtype, model_parallel],
         progress=progress,
     )
 
 
-def with_generation(plan: Plan, config: ModelConfig, *, has_one: bool) -> Plan:
-    """Return the plan with a generation_config.json, if Hugging Face's layout would lack one."""
-    if plan.kind != "hf" or has_one:
-        return plan
-    texts = {GENERATION: generation_text(config), **plan.texts}
-    return Plan(kind=plan.kind, units=plan.units, texts=texts)
+def write_source(
+    source: Source,
+    target: pathlib.Path,
+    *,
+    to: Format,
+    dtype: DType | None,
+    model_parallel: int | None,
+    origin: pathlib.Path | None,
+    fingerprint: object = None,
+    progress: Progress,
+) -> None:
+    """Write parameters as a checkpoint in layout `to`, with the files that belong to the model.
+
+    Args:
+      source: the parameters; its config gets the dtype.
+      origin: directory to take the tokenizer's files from, or None.
+      fingerprint: what `write_checkpoint` recognises an interrupted conversion by.
+
+    The other arguments are those of `convert`.
+    """
+    source.config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
+    plan = make_plan(source, to, dtype=dtype, model_parallel=model_parallel)
+    files = {} if origin is None else _carried_files(origin)
+    if to == "hf" and GENERATION not in files:
+        texts = {GENERATION: _generation_text(source.config), **plan.texts}
+        plan = dataclasses.replace(plan, texts=texts)
+    write_checkpoint(plan, target, files=files, fingerprint=fingerprint, progress=progress)
+
+
+def make_plan(
+    source: Source, to: Format, *, dtype: DType | None = None, model_parallel: int | None = None
+) -> WritePlan:
+    """Plan the files of a checkpoint in layout `to`; see `convert` for the arguments."""
+    if to not in FORMATS:
+        raise ValueError(f"format {to!r} must be one of {', '.join(FORMATS)}")
+    if model_parallel is not None and to != "meta":
+        raise ValueError(f"model_parallel ({model_parallel}) is for the meta layout, not for {to}")
+    wanted = None if dtype is None else np_dtype(dtype)
+    if to == "meta":
+        return meta.plan_meta(source, wanted, model_parallel)
+    return hf.plan_hf(source, wanted) if to == "hf" else native.plan_native(source, wanted)
+
+
+def _carried_files(directory: pathlib.Path) -> dict[str, pathlib.Path]:
+    """Return the files that belong to a model in any layout: tokenizer, templates, licence."""
+    found = {p.name: p for pattern in _CARRIED for p in directory.glob(pattern) if p.is_file()}
+    return dict(sorted(found.items()))
+
+
+def _generation_text(config: ModelConfig) -> str:
+    """Return a generation_config.json that says when to stop, for a model that came without one."""
+    eos_ids = list(config.eos_ids)
+    values = {
+        "bos_token_id": config.bos_id,
+        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids,
+        "pad_token_id": config.pad_id,
+    }
+    return json.dumps(values, indent=2) + "\n"
 
 
 def _fingerprint(directory: pathlib.Path) -> list[list[str | int]]:

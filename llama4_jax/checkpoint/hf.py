@@ -16,9 +16,9 @@ import numpy as np
 
 from llama4_jax.checkpoint.layout import Member, Stored, blocks, stored_tensors
 from llama4_jax.checkpoint.safetensors_file import read_header, write_file
-from llama4_jax.checkpoint.sink import Plan, Unit
 from llama4_jax.checkpoint.source import FileSource, Piece, Scale, Source, StoredTensor, widest
 from llama4_jax.checkpoint.verify import check_tensors
+from llama4_jax.checkpoint.writer import WritePlan, WriteUnit
 from llama4_jax.config.hf import from_hf, to_hf
 from llama4_jax.config.json_section import load_json
 
@@ -194,8 +194,8 @@ def _linear_scale(
     return Scale(tensor=found[scale_key], axes=axes[:1] + ("",) * (len(actual) - 1))
 
 
-def plan_hf(source: Source, dtype: np.dtype | None, shard_bytes: int = SHARD_BYTES) -> Plan:
-    """Plan the files of a Hugging Face checkpoint; nothing is read or written yet.
+def plan_hf(source: Source, dtype: np.dtype | None, shard_bytes: int = SHARD_BYTES) -> WritePlan:
+    """WritePlan the files of a Hugging Face checkpoint; nothing is read or written yet.
 
     Raises:
       ValueError: config.json cannot express the model.
@@ -225,12 +225,12 @@ def plan_hf(source: Source, dtype: np.dtype | None, shard_bytes: int = SHARD_BYT
     units = [
         _shard_unit(source, name, shard, dtypes) for name, shard in zip(names, shards, strict=True)
     ]
-    return Plan(kind="hf", units=tuple(units), texts=texts)
+    return WritePlan(kind="hf", units=tuple(units), texts=texts)
 
 
 def _shard_unit(
     source: Source, name: str, shard: dict[str, Stored], dtypes: Mapping[str, np.dtype]
-) -> Unit:
+) -> WriteUnit:
     def write(directory: pathlib.Path, advance) -> None:
         def values(key: str, stored: Stored):
             for block in blocks(source, stored, dtypes[key]):
@@ -241,4 +241,4 @@ def _shard_unit(
         write_file(directory / name, tensors, (values(k, s) for k, s in shard.items()))
 
     num_bytes = sum(stored.size * dtypes[key].itemsize for key, stored in shard.items())
-    return Unit(name=name, paths=(name,), num_bytes=num_bytes, write=write)
+    return WriteUnit(name=name, paths=(name,), num_bytes=num_bytes, write=write)

@@ -10,17 +10,10 @@ import numpy as np
 from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from llama4_jax import parallel
-from llama4_jax.checkpoint.convert import (
-    GENERATION,
-    Format,
-    carried_files,
-    make_plan,
-    open_checkpoint,
-    with_generation,
-)
+from llama4_jax.checkpoint.convert import GENERATION, Format, open_checkpoint, write_source
 from llama4_jax.checkpoint.source import Index, Source
 from llama4_jax.checkpoint.weight_map import parameters
-from llama4_jax.checkpoint.writing import Progress, no_progress, write_checkpoint
+from llama4_jax.checkpoint.writer import Progress, no_progress
 from llama4_jax.config import DType, ModelConfig, layer_pattern
 from llama4_jax.config.json_section import Section, load_json
 from llama4_jax.layers.param import leaf_name
@@ -266,11 +259,12 @@ def save_pretrained(
       ValueError: the layout cannot express the model, the directory is in use or the disk full.
     """
     is_pretrained = isinstance(model, Pretrained)
-    source = ModelSource(model.model if is_pretrained else model)
-    if dtype is not None:
-        source.config = dataclasses.replace(source.config, dtype=dtype)
-    origin = model.directory if is_pretrained else None
-    files = {} if origin is None else carried_files(origin)
-    plan = make_plan(source, format, dtype=dtype, model_parallel=model_parallel)
-    plan = with_generation(plan, source.config, has_one=GENERATION in files)
-    write_checkpoint(plan, pathlib.Path(directory), files=files, progress=progress)
+    write_source(
+        ModelSource(model.model if is_pretrained else model),
+        pathlib.Path(directory),
+        to=format,
+        dtype=dtype,
+        model_parallel=model_parallel,
+        origin=model.directory if is_pretrained else None,
+        progress=progress,
+    )

@@ -17,11 +17,11 @@ from collections.abc import Mapping
 import numpy as np
 
 from llama4_jax.checkpoint.layout import Stored, blocks, rank_sizes, stored_tensors
-from llama4_jax.checkpoint.sink import Advance, Plan, Unit
 from llama4_jax.checkpoint.source import FileSource, Piece, Scale, Source, StoredTensor, widest
 from llama4_jax.checkpoint.torch_file import TensorFileWriter, read_tensors
 from llama4_jax.checkpoint.verify import check_tensors
 from llama4_jax.checkpoint.weight_map import Parameter, Place, parameters
+from llama4_jax.checkpoint.writer import Advance, WritePlan, WriteUnit
 from llama4_jax.config import ModelConfig
 from llama4_jax.config.json_section import load_json
 from llama4_jax.config.meta import from_meta, to_meta
@@ -190,13 +190,21 @@ def _scale(
     return Scale(tensor=scales[key], axes=axes)
 
 
-def plan_meta(source: Source, dtype: np.dtype | None, num_ranks: int = 8) -> Plan:
+def plan_meta(source: Source, dtype: np.dtype | None, num_ranks: int | None = None) -> WritePlan:
     """Plan the files of a Meta checkpoint; nothing is read or written yet.
+
+    Args:
+      source: the parameters.
+      dtype: precision to write, or None for each tensor's own.
+      num_ranks: number of files; by default 8, as released checkpoints have, or the largest power
+        of two that divides the model.
 
     Raises:
       ValueError: params.json cannot express the model, or a dimension does not divide over the
         ranks.
     """
+    params = json.dumps(to_meta(source.config), indent=2) + "\n"
+    num_ranks = _default_ranks(source.config) if num_ranks is None else num_ranks
     stored = stored_tensors(source.config, "meta", ranks=num_ranks)
     dtypes = {key: dtype or _stored_dtype(source, s) for key, s in stored.items()}
     paths = tuple(f"consolidated.{rank:02d}.pth" for rank in range(num_ranks))
@@ -205,9 +213,16 @@ def plan_meta(source: Source, dtype: np.dtype | None, num_ranks: int = 8) -> Pla
         _write(source, stored, dtypes, [directory / path for path in paths], advance)
 
     num_bytes = sum(s.size * dtypes[key].itemsize for key, s in stored.items()) * num_ranks
-    unit = Unit(name="consolidated", paths=paths, num_bytes=num_bytes, write=write)
-    params = json.dumps(to_meta(source.config), indent=2) + "\n"
-    return Plan(kind="meta", units=(unit,), texts={CONFIG: params})
+    unit = WriteUnit(name="consolidated", paths=paths, num_bytes=num_bytes, write=write)
+    return WritePlan(kind="meta", units=(unit,), texts={CONFIG: params})
+
+
+def _default_ranks(config: ModelConfig) -> int:
+    for ranks in (8, 4, 2):
+        with contextlib.suppress(ValueError):
+            stored_tensors(config, "meta", ranks=ranks)
+            return ranks
+    return 1
 
 
 def _stored_dtype(source: Source, stored: Stored) -> np.dtype:

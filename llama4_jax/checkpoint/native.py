@@ -24,10 +24,10 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from llama4_jax.checkpoint.sink import Advance, Plan, Unit
 from llama4_jax.checkpoint.source import Index, Source, np_dtype
 from llama4_jax.checkpoint.verify import check_tensors
 from llama4_jax.checkpoint.weight_map import Parameter, parameters
+from llama4_jax.checkpoint.writer import Advance, WritePlan, WriteUnit
 from llama4_jax.config import ModelConfig, RopeScaling, Temperature, TextConfig, VisionConfig
 from llama4_jax.config.json_section import load_json
 
@@ -146,8 +146,8 @@ def _check_chunks(name: str, path: pathlib.Path) -> None:
             )
 
 
-def plan_native(source: Source, dtype: np.dtype | None) -> Plan:
-    """Plan the items of a native checkpoint; nothing is read or written yet."""
+def plan_native(source: Source, dtype: np.dtype | None) -> WritePlan:
+    """WritePlan the items of a native checkpoint; nothing is read or written yet."""
     items = _group(source, dtype)
     described = {
         item: {
@@ -163,7 +163,7 @@ def plan_native(source: Source, dtype: np.dtype | None) -> Plan:
     }
     units = [_unit(source, item, members, dtype) for item, members in items.items()]
     text = json.dumps(contents, indent=1) + "\n"
-    return Plan(kind="orbax", units=tuple(units), texts={CONFIG: text})
+    return WritePlan(kind="orbax", units=tuple(units), texts={CONFIG: text})
 
 
 def _stored_dtype(source: Source, parameter: Parameter, dtype: np.dtype | None) -> np.dtype:
@@ -187,7 +187,7 @@ def _group(source: Source, dtype: np.dtype | None) -> dict[str, list[Parameter]]
     return items
 
 
-def _unit(source: Source, item: str, members: list[Parameter], dtype: np.dtype | None) -> Unit:
+def _unit(source: Source, item: str, members: list[Parameter], dtype: np.dtype | None) -> WriteUnit:
     path = f"{_PARAMS}/{item}"
 
     def write(directory: pathlib.Path, advance: Advance) -> None:
@@ -201,7 +201,7 @@ def _unit(source: Source, item: str, members: list[Parameter], dtype: np.dtype |
         advance(sum(value.nbytes for value in values.values()))
 
     num_bytes = sum(p.size * _stored_dtype(source, p, dtype).itemsize for p in members)
-    return Unit(name=path, paths=(path,), num_bytes=num_bytes, write=write)
+    return WriteUnit(name=path, paths=(path,), num_bytes=num_bytes, write=write)
 
 
 def _save(path: pathlib.Path, values: Mapping[str, np.ndarray]) -> None:

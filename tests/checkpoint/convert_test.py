@@ -1,4 +1,4 @@
-"""Tests of checkpoint/convert.py and writing.py: any layout to any other, whatever happens."""
+"""Tests of checkpoint/convert.py and writer.py: any layout to any other, whatever happens."""
 
 import itertools
 import json
@@ -12,9 +12,9 @@ import textwrap
 import numpy as np
 import pytest
 
-from llama4_jax.checkpoint import FORMATS, convert, hf, open_checkpoint, writing
+from llama4_jax.checkpoint import FORMATS, convert, hf, open_checkpoint, writer
 from llama4_jax.checkpoint.convert import make_plan
-from llama4_jax.checkpoint.writing import partial_directory, write_checkpoint
+from llama4_jax.checkpoint.writer import partial_directory, write_checkpoint
 from tests.checkpoint.tiny import (
     DENSE_TIED,
     GOLDEN,
@@ -153,7 +153,7 @@ def _stop_after(monkeypatch, num_bytes):
         return plan_hf(source, dtype, shard_bytes=20_000)
 
     monkeypatch.setattr(hf, "plan_hf", small_shards)
-    monkeypatch.setattr(writing, "_WORTH_KEEPING_BYTES", 1000)
+    monkeypatch.setattr(writer, "_WORTH_KEEPING_BYTES", 1000)
 
     class Progress:
         def __init__(self, total):
@@ -180,14 +180,14 @@ def test_an_interrupted_conversion_goes_on_after_the_last_finished_file(tmp_path
     partial = partial_directory(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (partial / "config.json").exists()
-    done = json.loads((partial / writing.JOURNAL).read_text())["done"]
+    done = json.loads((partial / writer.JOURNAL).read_text())["done"]
     assert len(done) > 2
     times = {name: (partial / name).stat().st_mtime_ns for name in done}
     convert(GOLDEN / "meta", tmp_path / "out", to="hf")
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in done} == times
     assert_same(open_checkpoint(tmp_path / "out"), open_checkpoint(GOLDEN / "hf"))
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    assert not (tmp_path / "out" / writing.JOURNAL).exists()
+    assert not (tmp_path / "out" / writer.JOURNAL).exists()
 
 
 def test_another_conversion_to_the_same_place_starts_afresh(tmp_path, monkeypatch):
@@ -211,14 +211,14 @@ def test_a_save_from_memory_never_resumes(tmp_path, monkeypatch):
 
 def test_two_conversions_to_one_target_do_not_mix(tmp_path):
     busy = pytest.raises(ValueError, match="is being written by another process")
-    with writing._locked(partial_directory(tmp_path / "out")), busy:
+    with writer._locked(partial_directory(tmp_path / "out")), busy:
         convert(GOLDEN / "hf", tmp_path / "out", to="hf")
     convert(GOLDEN / "hf", tmp_path / "out", to="hf")
 
 
 KILLED = """
     import pathlib, sys, time
-    from llama4_jax.checkpoint import convert, sink
+    from llama4_jax.checkpoint import convert
 
     class Slow:
         def __init__(self, total): pass

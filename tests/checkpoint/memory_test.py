@@ -15,7 +15,7 @@ from llama4_jax.checkpoint.convert import make_plan
 from llama4_jax.checkpoint.layout import stored_tensors
 from llama4_jax.checkpoint.source import np_dtype
 from llama4_jax.checkpoint.weight_map import parameters
-from llama4_jax.checkpoint.writing import write_checkpoint
+from llama4_jax.checkpoint.writer import write_checkpoint
 from tests.checkpoint.tiny import TINY
 
 ROOT = pathlib.Path(__file__).parents[2]

@@ -9,7 +9,7 @@ import pytest
 from llama4_jax.checkpoint.convert import make_plan, open_checkpoint
 from llama4_jax.checkpoint.meta import open_meta
 from llama4_jax.checkpoint.torch_file import TensorFileWriter, read_tensors
-from llama4_jax.checkpoint.writing import write_checkpoint
+from llama4_jax.checkpoint.writer import write_checkpoint
 from tests.checkpoint.tiny import (
     DENSE_TIED,
     GOLDEN,

@@ -9,7 +9,7 @@ import numpy as np
 from llama4_jax.checkpoint.convert import make_plan, open_checkpoint
 from llama4_jax.checkpoint.source import np_dtype
 from llama4_jax.checkpoint.weight_map import Parameter, parameters
-from llama4_jax.checkpoint.writing import write_checkpoint
+from llama4_jax.checkpoint.writer import write_checkpoint
 from llama4_jax.config import ModelConfig, RopeScaling, Temperature, TextConfig, VisionConfig
 
 GOLDEN = pathlib.Path(__file__).parents[1] / "golden" / "checkpoints"

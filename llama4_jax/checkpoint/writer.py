@@ -1,11 +1,12 @@
-"""Carry out a plan: units first, into a directory beside the target, which is renamed at the end.
+"""The atomic writer of checkpoints: a plan's units go beside the target, which appears complete.
 
-Until the rename there is no target; what an interrupted run leaves is `<target>.partial`, without a
-config and with a journal of the large units that are finished. The same conversion run again leaves
-those out, any other starts afresh.
+Until the last rename there is no target; what an interrupted run leaves is `<target>.partial`,
+without a config and with a journal of the large units that are finished. The same conversion run
+again leaves those out, any other starts afresh.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import hashlib
 import json
@@ -15,15 +16,46 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 
-from llama4_jax.checkpoint.sink import Advance, Plan
-
 JOURNAL = "conversion.json"
+
+Advance = Callable[[int], object]
+"""Called with the number of bytes that have just been written."""
 Progress = Callable[[int], AbstractContextManager[Advance]]
 """Given the bytes to write, enters a context that is told of every few bytes written."""
 
 _SLACK_BYTES = 64 << 20
 _WORTH_KEEPING_BYTES = 64 << 20
 """A finished unit of this size is kept for a resumed run; a smaller one is sooner written again."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WriteUnit:
+    """A part of a checkpoint that is written in one go; if interrupted, it is written again.
+
+    Attributes:
+      name: unique in its plan and the same whenever the plan is made again.
+      paths: files or directories that it makes, relative to the checkpoint.
+      num_bytes: of its values.
+      write: makes them inside the given directory.
+    """
+
+    name: str
+    paths: tuple[str, ...]
+    num_bytes: int
+    write: Callable[[pathlib.Path, Advance], None]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WritePlan:
+    """A whole checkpoint to be written: the units, and text files that are written last."""
+
+    kind: str
+    units: tuple[WriteUnit, ...]
+    texts: Mapping[str, str]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(unit.num_bytes for unit in self.units)
 
 
 @contextlib.contextmanager
@@ -43,14 +75,13 @@ def check_target(target: pathlib.Path) -> None:
     Raises:
       ValueError: names the target and what to do.
     """
-    if target.is_dir() and not any(target.iterdir()):
-        return
-    if target.exists() or target.is_symlink():
+    is_empty = target.is_dir() and not any(target.iterdir())
+    if not is_empty and (target.exists() or target.is_symlink()):
         raise ValueError(f"{target} already exists; name a new directory or remove it first")
 
 
 def write_checkpoint(
-    plan: Plan,
+    plan: WritePlan,
     target: pathlib.Path,
     *,
     files: Mapping[str, pathlib.Path],
@@ -74,18 +105,15 @@ def write_checkpoint(
     check_target(target)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = partial_directory(target)
-    identity = hashlib.sha256(
-        json.dumps([fingerprint, plan.kind, [[u.name, u.num_bytes] for u in plan.units]]).encode()
-    ).hexdigest()
     with _locked(partial):
-        done = _read_journal(partial, identity, resumable=fingerprint is not None)
-        _check_space(plan, done, target)
-        if not done and partial.exists():
+        journal = _Journal(partial, plan, fingerprint)
+        _check_space(plan, journal, target)
+        if not journal.done and partial.exists():
             shutil.rmtree(partial)
         partial.mkdir(exist_ok=True)
-        _write_journal(partial, identity, done)
+        journal.save()
         try:
-            _write_units(plan, partial, identity, done, progress)
+            _write_units(plan, partial, journal, progress)
         except (KeyboardInterrupt, OSError) as error:
             error.add_note(f"what is done so far is kept in {partial}; run it again to go on")
             raise
@@ -98,21 +126,46 @@ def write_checkpoint(
         os.rename(partial, target)
 
 
+class _Journal:
+    """The large units that an interrupted run of the same work has finished.
+
+    Raises:
+      ValueError: the partial directory is somebody else's.
+    """
+
+    def __init__(self, partial: pathlib.Path, plan: WritePlan, fingerprint: object) -> None:
+        work = [fingerprint, plan.kind, [[u.name, u.num_bytes] for u in plan.units]]
+        self._identity = hashlib.sha256(json.dumps(work).encode()).hexdigest()
+        self._path = partial / JOURNAL
+        if partial.exists() and not self._path.is_file():
+            raise ValueError(
+                f"{partial} is in the way and was not left by a conversion; remove it first"
+            )
+        self.done: list[str] = []
+        if partial.exists() and fingerprint is not None:
+            with contextlib.suppress(json.JSONDecodeError):
+                found = json.loads(self._path.read_text())
+                self.done = list(found["done"]) if found["identity"] == self._identity else []
+
+    def save(self) -> None:
+        _write_text(self._path, json.dumps({"identity": self._identity, "done": self.done}))
+
+
 def _write_units(
-    plan: Plan, partial: pathlib.Path, identity: str, done: list[str], progress: Progress
+    plan: WritePlan, partial: pathlib.Path, journal: _Journal, progress: Progress
 ) -> None:
     """Write the units that are not done yet; note large ones, once safe on disk, in the journal."""
     with progress(plan.num_bytes) as advance:
         for unit in plan.units:
-            if unit.name in done:
+            if unit.name in journal.done:
                 advance(unit.num_bytes)
                 continue
             unit.write(partial, advance)
             if unit.num_bytes >= _WORTH_KEEPING_BYTES:
                 for path in unit.paths:
                     _sync(partial / path)
-                done.append(unit.name)
-                _write_journal(partial, identity, done)
+                journal.done.append(unit.name)
+                journal.save()
 
 
 @contextlib.contextmanager
@@ -130,32 +183,9 @@ def _locked(partial: pathlib.Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _read_journal(partial: pathlib.Path, identity: str, *, resumable: bool) -> list[str]:
-    """Return the units that an interrupted run of the same work finished, if it is to go on.
-
-    Raises:
-      ValueError: the partial directory is somebody else's.
-    """
-    if not partial.exists():
-        return []
-    try:
-        journal = json.loads((partial / JOURNAL).read_text())
-    except FileNotFoundError as error:
-        raise ValueError(
-            f"{partial} is in the way and was not left by a conversion; remove it first"
-        ) from error
-    except json.JSONDecodeError:
-        return []
-    return list(journal["done"]) if resumable and journal["identity"] == identity else []
-
-
-def _write_journal(partial: pathlib.Path, identity: str, done: list[str]) -> None:
-    _write_text(partial / JOURNAL, json.dumps({"identity": identity, "done": done}))
-
-
-def _check_space(plan: Plan, done: list[str], target: pathlib.Path) -> None:
-    needed = sum(unit.num_bytes for unit in plan.units if unit.name not in done) + _SLACK_BYTES
-    free = shutil.disk_usage(target.parent).free
+def _check_space(plan: WritePlan, journal: _Journal, target: pathlib.Path) -> None:
+    missing = sum(unit.num_bytes for unit in plan.units if unit.name not in journal.done)
+    needed, free = missing + _SLACK_BYTES, shutil.disk_usage(target.parent).free
     if needed > free:
         raise ValueError(
             f"{target.parent} has {free / 1e9:.1f} GB free and the checkpoint needs "

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from llama4_jax.checkpoint import hf, meta, native
-from llama4_jax.checkpoint.source import Source, np_dtype
+from llama4_jax.checkpoint.parameters import Source, np_dtype
 from llama4_jax.checkpoint.writer import (
     Progress,
     WritePlan,

@@ -6,19 +6,28 @@ from what is there. Written: plain weights in the layout of `Llama4ForConditiona
 `Llama4ForCausalLM`, in shards.
 """
 
-import fnmatch
+import dataclasses
 import json
 import math
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator
 
 import numpy as np
 
-from llama4_jax.checkpoint.layout import Member, Stored, blocks, stored_tensors
+from llama4_jax.checkpoint.file_tensors import FileTensor, FileTensors
+from llama4_jax.checkpoint.layout import (
+    FileSource,
+    LayoutTensor,
+    NewTensor,
+    Part,
+    Scale,
+    TensorSlice,
+    layout_tensors,
+    new_tensors,
+)
+from llama4_jax.checkpoint.parameters import Source
 from llama4_jax.checkpoint.safetensors_file import read_header, write_file
-from llama4_jax.checkpoint.source import FileSource, Piece, Scale, Source, StoredTensor, widest
-from llama4_jax.checkpoint.verify import check_tensors
-from llama4_jax.checkpoint.writer import WritePlan, WriteUnit
+from llama4_jax.checkpoint.writer import Advance, WritePlan, WriteUnit
 from llama4_jax.config.hf import from_hf, to_hf
 from llama4_jax.config.json_section import load_json
 
@@ -49,21 +58,17 @@ def open_hf(directory: pathlib.Path) -> FileSource:
         misnamed, misshapen or unexpected; every one is named with both shapes.
     """
     config = from_hf(load_json(directory / CONFIG))
-    found = _read_headers(directory)
-    wanted = stored_tensors(config, "hf")
-    expected: dict[str, tuple[int, ...]] = {}
-    pieces: dict[str, tuple[Piece, ...]] = {}
-    for stored in wanted.values():
-        for member in stored.members:
-            made = _pieces(stored, member, found, expected)
-            pieces[member.parameter.name] = made
-    ignored = {key for key in found if _is_ignored(key, expected, tied=config.text.tie_embeddings)}
-    shapes = {key: tensor.shape for key, tensor in found.items() if key not in ignored}
-    check_tensors(str(directory), expected, shapes)
-    return FileSource(config, pieces)
+    files = FileTensors(str(directory), _read_headers(directory))
+    slices = {
+        part.parameter.name: _find(tensor, part, files)
+        for tensor in layout_tensors(config, "hf").values()
+        for part in tensor.parts
+    }
+    files.check((*_IGNORED, "*lm_head.weight") if config.text.tie_embeddings else _IGNORED)
+    return FileSource(config, slices)
 
 
-def _read_headers(directory: pathlib.Path) -> dict[str, StoredTensor]:
+def _read_headers(directory: pathlib.Path) -> dict[str, FileTensor]:
     index_path = directory / _INDEX
     if not index_path.is_file():
         files = sorted(directory.glob("*.safetensors"))
@@ -73,7 +78,7 @@ def _read_headers(directory: pathlib.Path) -> dict[str, StoredTensor]:
         if not isinstance(index, dict):
             raise ValueError(f"{index_path} has no weight_map")
         files = [_inside(directory, name, index_path) for name in sorted(set(index.values()))]
-    found: dict[str, StoredTensor] = {}
+    found: dict[str, FileTensor] = {}
     for path in files:
         if not path.is_file():
             raise ValueError(f"{path} is missing; {_INDEX} says that it holds part of the model")
@@ -94,151 +99,91 @@ def _inside(directory: pathlib.Path, name: object, index_path: pathlib.Path) -> 
     return directory / name
 
 
-def _is_ignored(key: str, expected: Mapping[str, object], *, tied: bool) -> bool:
-    if tied and key.endswith("lm_head.weight"):
-        return True
-    return key not in expected and any(fnmatch.fnmatch(key, pattern) for pattern in _IGNORED)
+def _find(tensor: LayoutTensor, part: Part, files: FileTensors) -> tuple[TensorSlice, ...]:
+    """Find a parameter in the files: in the layout's tensor, or in one for each expert."""
+    if tensor.key not in files and ".experts." in tensor.key:
+        role = next(r for r in ("gate", "up", "down") if f".w_{r}_" in part.parameter.name)
+        experts = tensor.key.rpartition(".")[0]
+        keys = [f"{experts}.{j}.{role}_proj.weight" for j in range(part.sizes["E"])]
+        if any(key in files for key in keys):
+            return tuple(_experts(keys, part, files))
+    found = files.need(tensor.key, tensor.shape)
+    scale = _scale(tensor, part, files)
+    if found is None:
+        return ()
+    if scale is None and found.is_quantised:
+        raise ValueError(f"{tensor.key} is {found.dtype} in {found.path} without a scale")
+    return (TensorSlice(tensor=found, part=part, scale=scale),)
 
 
-def _pieces(
-    stored: Stored,
-    member: Member,
-    found: Mapping[str, StoredTensor],
-    expected: dict[str, tuple[int, ...]],
-) -> tuple[Piece, ...]:
-    """Find a parameter in the files, and add what it needs to `expected`."""
-    if stored.key in found or ".experts." not in stored.key:
-        return (_whole(stored, member, found, expected),)
-    by_expert = _unfused(stored.key, member)
-    if not any(key in found for key in by_expert):
-        return (_whole(stored, member, found, expected),)
-    pieces = []
-    sizes = {**member.sizes, "E": 1}
-    for expert, key in enumerate(by_expert):
-        axes = tuple(reversed(member.place.axes[1:]))
-        shape = tuple(member.sizes[axis] for axis in axes)
-        expected[key] = shape
-        if key not in found:
-            continue
-        scale = _linear_scale(key, axes, shape, found, expected)
-        pieces.append(
-            Piece(tensor=found[key], axes=axes, sizes=sizes, starts={"E": expert}, scale=scale)
-        )
-    return tuple(pieces)
+def _experts(keys: list[str], part: Part, files: FileTensors) -> Iterator[TensorSlice]:
+    """Yield a slice for each expert whose matrix is a tensor of its own, [outputs, inputs]."""
+    axes = tuple(reversed(part.axes[1:]))
+    one = dataclasses.replace(part, axes=axes, sizes={**part.sizes, "E": 1}, start=0)
+    for expert, key in enumerate(keys):
+        if found := files.need(key, one.shape):
+            scale = _linear_scale(key, one, files)
+            yield TensorSlice(tensor=found, part=one, starts={"E": expert}, scale=scale)
 
 
-def _unfused(key: str, member: Member) -> list[str]:
-    """Return the per-expert names: ...experts.3.gate_proj.weight and so on."""
-    role = next(r for r in ("gate", "up", "down") if f".w_{r}_" in member.parameter.name)
-    experts = key.rpartition(".")[0]
-    return [f"{experts}.{j}.{role}_proj.weight" for j in range(member.sizes["E"])]
-
-
-def _whole(
-    stored: Stored,
-    member: Member,
-    found: Mapping[str, StoredTensor],
-    expected: dict[str, tuple[int, ...]],
-) -> Piece:
-    """Return the parameter as part of the one tensor that the layout says."""
-    expected[stored.key] = stored.shape
-    axes, fuse = member.place.axes, member.place.fuse
-    absent = StoredTensor(
-        path=pathlib.Path(), offset=0, shape=stored.shape, dtype=np.dtype(np.float32)
-    )
-    tensor = found.get(stored.key, absent)
-    fused_key = stored.key + "_scale"
-    if stored.key.endswith(".weight"):
-        scale = _linear_scale(stored.key, axes, stored.shape, found, expected)
-    elif fused_key in found and len(axes) == 3:
-        kept, shape = _fused_scale_layout(stored, fuse is not None, found[fused_key].shape)
-        expected[fused_key] = shape
-        scale = Scale(tensor=found[fused_key], axes=kept, fuse=fuse, start=member.start)
-    else:
-        scale = None
-    if scale is None and tensor.dtype.itemsize == 1:
-        raise ValueError(f"{stored.key} is {tensor.dtype} in {tensor.path} without a scale")
-    return Piece(
-        tensor=tensor, axes=axes, sizes=member.sizes, fuse=fuse, start=member.start, scale=scale
-    )
-
-
-def _fused_scale_layout(
-    stored: Stored, is_gate_up: bool, actual: tuple[int, ...]
-) -> tuple[tuple[str, ...], tuple[int, ...]]:
-    """Return letters and shape of the scale of fused experts: one factor per output channel."""
-    num_experts, _, num_outputs = stored.shape
-    if is_gate_up:
-        return ("E", "", "F"), (num_experts, 1, num_outputs)
-    if actual == (num_experts, 1, num_outputs):
-        return ("E", "", "D"), actual
-    return ("E", "D", ""), (num_experts, num_outputs, 1)
-
-
-def _linear_scale(
-    key: str,
-    axes: tuple[str, ...],
-    shape: tuple[int, ...],
-    found: Mapping[str, StoredTensor],
-    expected: dict[str, tuple[int, ...]],
-) -> Scale | None:
-    """Return `X.weight_scale` of `X.weight`: one factor per output row, or one for the tensor."""
-    scale_key = key + "_scale"
-    if scale_key not in found:
-        if key in found and found[key].dtype.itemsize == 1:
-            raise ValueError(f"{key} is {found[key].dtype}; {scale_key} {(shape[0], 1)} is missing")
+def _scale(tensor: LayoutTensor, part: Part, files: FileTensors) -> Scale | None:
+    """Return the scale of a linear layer, or of fused experts: one factor per output channel."""
+    if tensor.key.endswith(".weight"):
+        return _linear_scale(tensor.key, part, files)
+    found = files.get(tensor.key + "_scale")
+    if found is None or len(tensor.shape) != 3:
         return None
-    actual = found[scale_key].shape
-    shared = math.prod(actual) == 1
-    expected[scale_key] = actual if shared or actual == shape[:1] else (shape[0], 1)
-    return Scale(tensor=found[scale_key], axes=axes[:1] + ("",) * (len(actual) - 1))
+    num_experts, _, num_outputs = tensor.shape
+    axes, shape = ("E", "", part.axes[2]), (num_experts, 1, num_outputs)
+    if len(tensor.parts) == 1 and found.shape != shape:  # down_proj has it either way round
+        axes, shape = ("E", part.axes[2], ""), (num_experts, num_outputs, 1)
+    files.need(tensor.key + "_scale", shape)
+    return Scale(tensor=found, axes=axes)
+
+
+def _linear_scale(key: str, part: Part, files: FileTensors) -> Scale | None:
+    """Return `X.weight_scale` of `X.weight`: one factor per output row, or one for the tensor."""
+    weight, scale, rows = files.get(key), files.get(key + "_scale"), part.shape[:1]
+    if scale is None:
+        if weight is not None and weight.is_quantised:
+            raise ValueError(f"{key} is {weight.dtype}; {key}_scale {(*rows, 1)} is missing")
+        return None
+    is_free = math.prod(scale.shape) == 1 or scale.shape == rows
+    files.need(key + "_scale", scale.shape if is_free else (*rows, 1))
+    return Scale(tensor=scale, axes=part.axes[:1] + ("",) * (len(scale.shape) - 1))
 
 
 def plan_hf(source: Source, dtype: np.dtype | None, shard_bytes: int = SHARD_BYTES) -> WritePlan:
-    """WritePlan the files of a Hugging Face checkpoint; nothing is read or written yet.
+    """Plan the files of a Hugging Face checkpoint; nothing is read or written yet.
 
     Raises:
       ValueError: config.json cannot express the model.
     """
-    config_text = json.dumps(to_hf(source.config), indent=2) + "\n"
-    shards: list[dict[str, Stored]] = [{}]
-    filled = 0
-    dtypes: dict[str, np.dtype] = {}
-    total = 0
-    for key, stored in stored_tensors(source.config, "hf").items():
-        dtypes[key] = dtype or widest(source.dtype(m.parameter.name) for m in stored.members)
-        num_bytes = stored.size * dtypes[key].itemsize
-        if shards[-1] and filled + num_bytes > shard_bytes:
+    texts = {CONFIG: json.dumps(to_hf(source.config), indent=2) + "\n"}
+    tensors = new_tensors(source, "hf", dtype)
+    shards, filled, total = [dict[str, NewTensor]()], 0, 0
+    for key, tensor in tensors.items():
+        if filled and filled + tensor.num_bytes > shard_bytes:
             shards.append({})
             filled = 0
-        shards[-1][key] = stored
-        filled += num_bytes
-        total += num_bytes
+        shards[-1][key] = tensor
+        filled += tensor.num_bytes
+        total += tensor.num_bytes
     names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    texts = {CONFIG: config_text}
     if len(shards) == 1:
         names = ["model.safetensors"]
     else:
         index = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
         values = {"metadata": {"total_size": total}, "weight_map": index}
         texts[_INDEX] = json.dumps(values, indent=2) + "\n"
-    units = [
-        _shard_unit(source, name, shard, dtypes) for name, shard in zip(names, shards, strict=True)
-    ]
-    return WritePlan(kind="hf", units=tuple(units), texts=texts)
+    units = tuple(_shard_unit(*pair) for pair in zip(names, shards, strict=True))
+    return WritePlan(kind="hf", units=units, texts=texts)
 
 
-def _shard_unit(
-    source: Source, name: str, shard: dict[str, Stored], dtypes: Mapping[str, np.dtype]
-) -> WriteUnit:
-    def write(directory: pathlib.Path, advance) -> None:
-        def values(key: str, stored: Stored):
-            for block in blocks(source, stored, dtypes[key]):
-                yield block
-                advance(block.nbytes)
+def _shard_unit(name: str, shard: dict[str, NewTensor]) -> WriteUnit:
+    def write(directory: pathlib.Path, advance: Advance) -> None:
+        headers = {key: tensor.header for key, tensor in shard.items()}
+        write_file(directory / name, headers, (t.blocks(advance) for t in shard.values()))
 
-        tensors = {key: (stored.shape, dtypes[key]) for key, stored in shard.items()}
-        write_file(directory / name, tensors, (values(k, s) for k, s in shard.items()))
-
-    num_bytes = sum(stored.size * dtypes[key].itemsize for key, stored in shard.items())
+    num_bytes = sum(tensor.num_bytes for tensor in shard.values())
     return WriteUnit(name=name, paths=(name,), num_bytes=num_bytes, write=write)

@@ -11,10 +11,9 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from llama4_jax import parallel
 from llama4_jax.checkpoint.convert import GENERATION, Format, open_checkpoint, write_source
-from llama4_jax.checkpoint.source import Index, Source
-from llama4_jax.checkpoint.weight_map import parameters
+from llama4_jax.checkpoint.parameters import Index, Leaf, Source, model_leaves, overlap
 from llama4_jax.checkpoint.writer import Progress, no_progress
-from llama4_jax.config import DType, ModelConfig, layer_pattern
+from llama4_jax.config import DType, ModelConfig
 from llama4_jax.config.json_section import Section, load_json
 from llama4_jax.layers.param import leaf_name
 from llama4_jax.model import Llama4
@@ -58,14 +57,6 @@ class Pretrained:
     generation: GenerationDefaults = GenerationDefaults()
     directory: pathlib.Path | None = None
     rules: parallel.Rules = parallel.PRESETS["single"]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Slot:
-    """The parameters that an array holds: one per index of its leading axis, or just one."""
-
-    names: tuple[str, ...]
-    is_stacked: bool
 
 
 def from_pretrained(
@@ -113,20 +104,17 @@ def from_pretrained(
 
 
 def _filler(source: Source, config: ModelConfig) -> Callable[..., jax.Array]:
-    slots = _slots(config)
+    leaves = model_leaves(config)
     default = SingleDeviceSharding(jax.local_devices()[0])
 
-    def fill(path: tuple[Any, ...], leaf: jax.ShapeDtypeStruct) -> jax.Array:
-        slot = slots[leaf_name(path)]
-        sharding = leaf.sharding if parallel.has_mesh() else default
-        return _place(source, slot, leaf, sharding)
+    def fill(path: tuple[Any, ...], array: jax.ShapeDtypeStruct) -> jax.Array:
+        sharding = array.sharding if parallel.has_mesh() else default
+        return _place(source, leaves[leaf_name(path)], array.dtype, sharding)
 
     return fill
 
 
-def _place(
-    source: Source, slot: _Slot, leaf: jax.ShapeDtypeStruct, sharding: Sharding
-) -> jax.Array:
+def _place(source: Source, leaf: Leaf, dtype: np.dtype, sharding: Sharding) -> jax.Array:
     """Read each different shard once and put it on the devices that hold it."""
     devices_of: dict[tuple, list[jax.Device]] = {}
     indices: dict[tuple, Index] = {}
@@ -138,7 +126,7 @@ def _place(
         indices[key] = full
     shards: dict[jax.Device, jax.Array] = {}
     for key, devices in devices_of.items():
-        value = _read(source, slot, indices[key]).astype(leaf.dtype, copy=False)
+        value = _read(source, leaf, indices[key]).astype(dtype, copy=False)
         for device in devices:
             shards[device] = jax.device_put(value, device)
         # Wait, so that the host's copy is gone before the next shard is read.
@@ -147,37 +135,15 @@ def _place(
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, ordered)
 
 
-def _read(source: Source, slot: _Slot, index: Index) -> np.ndarray:
-    if not slot.is_stacked:
-        return np.ascontiguousarray(source.read(slot.names[0], index))
-    layers, inner = slot.names[index[0]], index[1:]
+def _read(source: Source, leaf: Leaf, index: Index) -> np.ndarray:
+    if not leaf.is_stacked:
+        return np.ascontiguousarray(source.read(leaf.names[0], index))
+    layers, inner = leaf.names[index[0]], index[1:]
     shape = [part.stop - part.start for part in inner]
     out = np.empty([len(layers), *shape], source.dtype(layers[0]))
     for row, name in zip(out, layers, strict=True):
         row[...] = source.read(name, inner)
     return out
-
-
-def _slots(config: ModelConfig) -> dict[str, _Slot]:
-    """Return, for the name of each array of the model, the parameters it holds."""
-    pattern = layer_pattern(config.text)
-    found: dict[str, list[str]] = {}
-    stacked: set[str] = set()
-    for name, parameter in parameters(config).items():
-        stem, is_layer, rest = parameter.weight.name.partition(".{}.")
-        if not is_layer:
-            leaf = name
-        elif stem == "vision.layers":
-            leaf = f"{stem}.{rest}"
-            stacked.add(leaf)
-        else:
-            assert parameter.layer is not None
-            place, group = pattern.name(parameter.layer)
-            leaf = f"decoder.{place}.{rest}"
-            if group is not None:
-                stacked.add(leaf)
-        found.setdefault(leaf, []).append(name)
-    return {leaf: _Slot(tuple(names), leaf in stacked) for leaf, names in found.items()}
 
 
 def _read_generation(directory: pathlib.Path, config: ModelConfig) -> GenerationDefaults:
@@ -203,16 +169,16 @@ class ModelSource:
 
     def __init__(self, model: Llama4) -> None:
         self.config = model.config
-        leaves = jax.tree_util.tree_flatten_with_path(model)[0]
-        arrays = {leaf_name(path): leaf for path, leaf in leaves}
+        found = jax.tree_util.tree_flatten_with_path(model)[0]
+        arrays = {leaf_name(path): leaf for path, leaf in found}
         if not all(array.is_fully_addressable for array in arrays.values()):
             raise ValueError(
                 "part of the model lives in other processes; gather it before it is saved"
             )
         self._places: dict[str, tuple[jax.Array, int | None]] = {}
-        for leaf, slot in _slots(model.config).items():
-            for row, name in enumerate(slot.names):
-                self._places[name] = (arrays[leaf], row if slot.is_stacked else None)
+        for leaf_key, leaf in model_leaves(model.config).items():
+            for row, name in enumerate(leaf.names):
+                self._places[name] = (arrays[leaf_key], row if leaf.is_stacked else None)
 
     def dtype(self, name: str) -> np.dtype:
         return np.dtype(self._places[name][0].dtype)
@@ -222,17 +188,12 @@ class ModelSource:
         array, row = self._places[name]
         wanted = index if row is None else (slice(row, row + 1), *index)
         out = np.empty([part.stop - part.start for part in wanted], array.dtype)
-        for piece in array.addressable_shards:
-            begin = [part.start or 0 for part in piece.index]
-            held = zip(wanted, begin, piece.data.shape, strict=True)
-            spans = [(max(w.start, b), min(w.stop, b + n)) for w, b, n in held]
-            if any(low >= high for low, high in spans) or piece.replica_id:
-                continue
-            inside = tuple(slice(lo - b, hi - b) for (lo, hi), b in zip(spans, begin, strict=True))
-            target = tuple(
-                slice(lo - w.start, hi - w.start) for (lo, hi), w in zip(spans, wanted, strict=True)
-            )
-            out[target] = np.asarray(piece.data)[inside]
+        for shard in array.addressable_shards:
+            starts = [part.start or 0 for part in shard.index]
+            common = overlap(wanted, starts, shard.data.shape)
+            if common is not None and not shard.replica_id:
+                inside, target = common
+                out[target] = np.asarray(shard.data)[inside]
         return out if row is None else out[0]
 
 

@@ -6,21 +6,25 @@ have a scale per rank, so each part is dequantised with its own before it is joi
 """
 
 import contextlib
-import fnmatch
-import functools
+import dataclasses
 import json
-import math
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
-from llama4_jax.checkpoint.layout import Stored, blocks, rank_sizes, stored_tensors
-from llama4_jax.checkpoint.source import FileSource, Piece, Scale, Source, StoredTensor, widest
+from llama4_jax.checkpoint.file_tensors import FileTensor, FileTensors, check_tensors
+from llama4_jax.checkpoint.layout import (
+    FileSource,
+    Part,
+    Scale,
+    TensorSlice,
+    layout_tensors,
+    new_tensors,
+)
+from llama4_jax.checkpoint.parameters import Index, Source
 from llama4_jax.checkpoint.torch_file import TensorFileWriter, read_tensors
-from llama4_jax.checkpoint.verify import check_tensors
-from llama4_jax.checkpoint.weight_map import Parameter, Place, parameters
 from llama4_jax.checkpoint.writer import Advance, WritePlan, WriteUnit
 from llama4_jax.config import ModelConfig
 from llama4_jax.config.json_section import load_json
@@ -46,9 +50,6 @@ _SCALE_NAMES = {
 }
 """Name of an expert matrix in fp8_scales_N.pt, and the letters of its scale."""
 
-Shapes = dict[str, tuple[int, ...]]
-Rank = Mapping[str, StoredTensor]
-
 
 def is_meta(directory: pathlib.Path) -> bool:
     """Return whether `directory` looks like a Meta checkpoint."""
@@ -63,32 +64,18 @@ def open_meta(directory: pathlib.Path) -> FileSource:
         or tensors are missing, misnamed, misshapen or unexpected; each is named with both shapes.
     """
     paths = _rank_files(directory)
-    ranks = [_kept(read_tensors(path)) for path in paths]
-    params = load_json(directory / CONFIG)
-    table = ranks[0].get("tok_embeddings.weight")
-    is_float32 = table is not None and table.dtype == np.float32
-    config = from_meta(params, dtype="float32" if is_float32 else "bfloat16")
-    if table is not None and table.shape[0] * len(ranks) != config.text.vocab_size:
-        raise ValueError(
-            f"{directory} has {len(ranks)} consolidated.*.pth files, but each has "
-            f"{table.shape[0]} rows of {config.text.vocab_size} tokens, which takes "
-            f"{config.text.vocab_size // table.shape[0]} files"
-        )
-    scales = [_read_scales(directory, rank) for rank in range(len(ranks))]
-    expected: list[Shapes] = [{} for _ in ranks]
-    pieces = {
-        parameter.name: _pieces(config, parameter, ranks, scales, expected)
-        for parameter in parameters(config).values()
-    }
-    for path, rank, shapes in zip(paths, ranks, expected, strict=True):
-        found = {key: tensor.shape for key, tensor in rank.items()}
-        if config.text.tie_embeddings:
-            found.pop("output.weight", None)
-        check_tensors(str(path), shapes, found)
-    for name, made in pieces.items():
-        if any(p.tensor.dtype.itemsize == 1 and p.scale is None for p in made):
-            raise ValueError(f"{directory}: {name} is FP8 and has no scale in fp8_scales_*.pt")
-    return FileSource(config, pieces)
+    ranks = [FileTensors(str(path), read_tensors(path)) for path in paths]
+    config = _read_config(directory, ranks)
+    scale_paths = [directory / f"fp8_scales_{rank}.pt" for rank in range(len(ranks))]
+    scales = [read_tensors(path) if path.is_file() else {} for path in scale_paths]
+    slices = {}
+    for tensor in layout_tensors(config, "meta", ranks=len(ranks), present=ranks[0]).values():
+        found = [rank.need(tensor.key, tensor.shape) for rank in ranks]
+        for part in tensor.parts:
+            slices[part.parameter.name] = tuple(_slices(part, found, scales))
+    for rank in ranks:
+        rank.check((*_IGNORED, "output.weight") if config.text.tie_embeddings else _IGNORED)
+    return FileSource(config, slices)
 
 
 def _rank_files(directory: pathlib.Path) -> list[pathlib.Path]:
@@ -103,89 +90,40 @@ def _rank_files(directory: pathlib.Path) -> list[pathlib.Path]:
     return paths
 
 
-def _kept(tensors: Rank) -> Rank:
-    return {
-        key: tensor
-        for key, tensor in tensors.items()
-        if not any(fnmatch.fnmatch(key, pattern) for pattern in _IGNORED)
-    }
-
-
-def _read_scales(directory: pathlib.Path, rank: int) -> Rank:
-    path = directory / f"fp8_scales_{rank}.pt"
-    return read_tensors(path) if path.is_file() else {}
-
-
-def _pieces(
-    config: ModelConfig,
-    parameter: Parameter,
-    ranks: list[Rank],
-    scales: list[Rank],
-    expected: list[Shapes],
-) -> tuple[Piece, ...]:
-    """Find a parameter in every rank's file, and add what it needs to `expected`."""
-    place = _choose_place(parameter, ranks[0])
-    pieces = []
-    for number, (rank, scale_rank) in enumerate(zip(ranks, scales, strict=True)):
-        sizes = rank_sizes(parameter, place, len(ranks))
-        key, start, shape = _slot(config, parameter, place, len(ranks))
-        expected[number][key] = shape
-        if key not in rank or (place.shard is None and number > 0):
-            continue
-        starts = {} if place.shard is None else {place.shard: number * sizes[place.shard]}
-        pieces.append(
-            Piece(
-                tensor=rank[key],
-                axes=place.axes,
-                sizes=sizes,
-                starts=starts,
-                fuse=place.fuse,
-                start=start,
-                scale=_scale(parameter, rank[key], sizes, scale_rank),
-            )
+def _read_config(directory: pathlib.Path, ranks: list[FileTensors]) -> ModelConfig:
+    """Read params.json, and compare the size of the token table with the number of files."""
+    table = ranks[0].get("tok_embeddings.weight")
+    is_float32 = table is not None and table.dtype == np.float32
+    params = load_json(directory / CONFIG)
+    config = from_meta(params, dtype="float32" if is_float32 else "bfloat16")
+    if table is not None and table.shape[0] * len(ranks) != config.text.vocab_size:
+        raise ValueError(
+            f"{directory} has {len(ranks)} consolidated.*.pth files, but each has "
+            f"{table.shape[0]} rows of {config.text.vocab_size} tokens, which takes "
+            f"{config.text.vocab_size // table.shape[0]} files"
         )
-    return tuple(pieces)
+    return config
 
 
-def _choose_place(parameter: Parameter, rank: Rank) -> Place:
-    """Return where a file stores the parameter: under its raw key or an alternate that it has."""
-    raw = parameter.weight.place("meta")
-    places = (raw, *parameter.weight.others)
-    return next((p for p in places if parameter.key(p) in rank), raw)
+def _slices(
+    part: Part, found: Sequence[FileTensor | None], scales: Sequence[Mapping[str, FileTensor]]
+) -> Iterator[TensorSlice]:
+    """Yield what each rank has of a parameter: its share, or the first rank's where all have it."""
+    for rank, tensor in enumerate(found[:1] if part.shard is None else found):
+        if tensor is not None:
+            starts = {} if part.shard is None else {part.shard: rank * part.sizes[part.shard]}
+            scale = _scale(part, tensor, scales[rank]) if tensor.is_quantised else None
+            yield TensorSlice(tensor=tensor, part=part, starts=starts, scale=scale)
 
 
-def _slot(
-    config: ModelConfig, parameter: Parameter, place: Place, num_ranks: int
-) -> tuple[str, int, tuple[int, ...]]:
-    """Return stored key, start along the fused axis, and shape of the whole stored tensor."""
-    if place != parameter.weight.meta:
-        sizes = rank_sizes(parameter, place, num_ranks)
-        shape = tuple(math.prod(sizes[x] for x in axis) for axis in place.axes)
-        return parameter.key(place), 0, shape
-    stored = _stored(config, num_ranks)[parameter.key(place)]
-    start = next(m.start for m in stored.members if m.parameter.name == parameter.name)
-    return stored.key, start, stored.shape
-
-
-@functools.lru_cache(maxsize=2)
-def _stored(config: ModelConfig, num_ranks: int) -> dict[str, Stored]:
-    return stored_tensors(config, "meta", ranks=num_ranks)
-
-
-def _scale(
-    parameter: Parameter, tensor: StoredTensor, sizes: Mapping[str, int], scales: Rank
-) -> Scale | None:
+def _scale(part: Part, tensor: FileTensor, scales: Mapping[str, FileTensor]) -> Scale:
     """Return the FP8 scale of an expert matrix: one factor per expert and output channel."""
-    if tensor.dtype.itemsize != 1:
-        return None
-    found = _SCALE_NAMES.get(parameter.name.rpartition(".")[2])
-    if found is None:
-        return None
-    name, axes = found
-    key = f"layers.{parameter.layer}.feed_forward.experts.{name}"
+    name = part.parameter.name
+    short, axes = _SCALE_NAMES.get(name.rpartition(".")[2], ("", ()))
+    key = f"layers.{part.parameter.layer}.feed_forward.experts.{short}"
     if key not in scales:
-        return None
-    shape = tuple(sizes[x] for x in axes)
+        raise ValueError(f"{tensor.path}: {name} is FP8 and has no scale in fp8_scales_*.pt")
+    shape = tuple(part.sizes[x] for x in axes)
     check_tensors(str(scales[key].path), {key: shape}, {key: scales[key].shape})
     return Scale(tensor=scales[key], axes=axes)
 
@@ -204,52 +142,45 @@ def plan_meta(source: Source, dtype: np.dtype | None, num_ranks: int | None = No
         ranks.
     """
     params = json.dumps(to_meta(source.config), indent=2) + "\n"
+    source = _Untied(source) if source.config.text.tie_embeddings else source
     num_ranks = _default_ranks(source.config) if num_ranks is None else num_ranks
-    stored = stored_tensors(source.config, "meta", ranks=num_ranks)
-    dtypes = {key: dtype or _stored_dtype(source, s) for key, s in stored.items()}
+    tensors = new_tensors(source, "meta", dtype, ranks=num_ranks)
     paths = tuple(f"consolidated.{rank:02d}.pth" for rank in range(num_ranks))
 
     def write(directory: pathlib.Path, advance: Advance) -> None:
-        _write(source, stored, dtypes, [directory / path for path in paths], advance)
+        """Write all ranks side by side, so that every part of a tensor is read while warm."""
+        headers = {key: tensor.header for key, tensor in tensors.items()}
+        with contextlib.ExitStack() as stack:
+            files = [stack.enter_context(TensorFileWriter(directory / p, headers)) for p in paths]
+            for tensor in tensors.values():
+                for rank, file in enumerate(files):
+                    file.write(tensor.blocks(advance, rank=rank))
 
-    num_bytes = sum(s.size * dtypes[key].itemsize for key, s in stored.items()) * num_ranks
+    num_bytes = sum(tensor.num_bytes for tensor in tensors.values()) * num_ranks
     unit = WriteUnit(name="consolidated", paths=paths, num_bytes=num_bytes, write=write)
     return WritePlan(kind="meta", units=(unit,), texts={CONFIG: params})
+
+
+class _Untied:
+    """A model with tied embeddings as Meta's layout has it: with the table twice."""
+
+    def __init__(self, source: Source) -> None:
+        text = dataclasses.replace(source.config.text, tie_embeddings=False)
+        self.config = dataclasses.replace(source.config, text=text)
+        self._source = source
+
+    def dtype(self, name: str) -> np.dtype:
+        return self._source.dtype("embed.table_VD" if name == "head.w_DV" else name)
+
+    def read(self, name: str, index: Index) -> np.ndarray:
+        if name == "head.w_DV":
+            return self._source.read("embed.table_VD", index[::-1]).T
+        return self._source.read(name, index)
 
 
 def _default_ranks(config: ModelConfig) -> int:
     for ranks in (8, 4, 2):
         with contextlib.suppress(ValueError):
-            stored_tensors(config, "meta", ranks=ranks)
+            layout_tensors(config, "meta", ranks=ranks)
             return ranks
     return 1
-
-
-def _stored_dtype(source: Source, stored: Stored) -> np.dtype:
-    tied = source.config.text.tie_embeddings
-    names = (m.parameter.name for m in stored.members)
-    return widest(
-        source.dtype("embed.table_VD" if tied and name == "head.w_DV" else name) for name in names
-    )
-
-
-def _write(
-    source: Source,
-    stored: Mapping[str, Stored],
-    dtypes: Mapping[str, np.dtype],
-    paths: list[pathlib.Path],
-    advance: Advance,
-) -> None:
-    """Write all ranks side by side, so that every part of a source tensor is read while warm."""
-    tensors = {key: (s.shape, dtypes[key]) for key, s in stored.items()}
-
-    def values(key: str, tensor: Stored, rank: int):
-        for block in blocks(source, tensor, dtypes[key], rank=rank):
-            yield block
-            advance(block.nbytes)
-
-    with contextlib.ExitStack() as stack:
-        files = [stack.enter_context(TensorFileWriter(path, tensors)) for path in paths]
-        for key, tensor in stored.items():
-            for rank, file in enumerate(files):
-                file.write(values(key, tensor, rank))

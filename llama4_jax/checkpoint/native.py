@@ -24,9 +24,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
-from llama4_jax.checkpoint.source import Index, Source, np_dtype
-from llama4_jax.checkpoint.verify import check_tensors
-from llama4_jax.checkpoint.weight_map import Parameter, parameters
+from llama4_jax.checkpoint.file_tensors import check_tensors
+from llama4_jax.checkpoint.parameters import Index, Parameter, Source, np_dtype, parameters
 from llama4_jax.checkpoint.writer import Advance, WritePlan, WriteUnit
 from llama4_jax.config import ModelConfig, RopeScaling, Temperature, TextConfig, VisionConfig
 from llama4_jax.config.json_section import load_json
@@ -78,24 +77,26 @@ def config_from_json(values: Mapping[str, Any], where: str) -> ModelConfig:
 class NativeSource:
     """Parameters read slice by slice from a native checkpoint."""
 
-    def __init__(self, config: ModelConfig, arrays: Mapping[str, pathlib.Path]) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        paths: Mapping[str, pathlib.Path],
+        dtypes: Mapping[str, np.dtype],
+    ) -> None:
         self.config = config
-        self._arrays = arrays
-        self._dtypes: dict[str, np.dtype] = {}
+        self._paths = paths
+        self._dtypes = dtypes
 
     def dtype(self, name: str) -> np.dtype:
-        if name not in self._dtypes:
-            self._dtypes[name] = np_dtype(_zarr_metadata(self._arrays[name])["dtype"].strip("<|"))
         return self._dtypes[name]
 
     def read(self, name: str, index: Index) -> np.ndarray:
-        kvstore = {"driver": "file", "path": str(self._arrays[name])}
-        spec = {"driver": "zarr", "kvstore": kvstore}
+        spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(self._paths[name])}}
         try:
             array = tensorstore.open(spec, open=True, read=True).result()
             return np.asarray(array[index].read().result())
         except ValueError as error:
-            raise ValueError(f"{self._arrays[name]} is damaged: {error}") from error
+            raise ValueError(f"{self._paths[name]} is damaged: {error}") from error
 
 
 def open_native(directory: pathlib.Path) -> NativeSource:
@@ -112,48 +113,43 @@ def open_native(directory: pathlib.Path) -> NativeSource:
             f"format {_FORMAT}"
         )
     config = config_from_json(contents["config"], str(directory / CONFIG))
-    arrays = {
-        name: directory / _PARAMS / item / name
-        for item, names in contents["items"].items()
-        for name in names
-    }
-    found = {
-        name: tuple(_zarr_metadata(path)["shape"])
-        for name, path in arrays.items()
+    items = contents["items"].items()
+    paths = {name: directory / _PARAMS / item / name for item, names in items for name in names}
+    headers = {
+        name: load_json(path / ".zarray")
+        for name, path in paths.items()
         if (path / ".zarray").is_file()
     }
     expected = {name: parameter.shape for name, parameter in parameters(config).items()}
+    found = {name: tuple(header["shape"]) for name, header in headers.items()}
     check_tensors(str(directory), expected, found)
-    for name, path in arrays.items():
-        _check_chunks(name, path)
-    return NativeSource(config, arrays)
+    for name, header in headers.items():
+        _check_chunks(paths[name], header)
+    dtypes = {name: np_dtype(header["dtype"].strip("<|")) for name, header in headers.items()}
+    return NativeSource(config, paths, dtypes)
 
 
-def _zarr_metadata(path: pathlib.Path) -> dict[str, Any]:
-    return load_json(path / ".zarray")
-
-
-def _check_chunks(name: str, path: pathlib.Path) -> None:
+def _check_chunks(path: pathlib.Path, header: Mapping[str, Any]) -> None:
     """Refuse an array with an absent chunk, which zarr would read as if it were zeros."""
-    metadata = _zarr_metadata(path)
-    pairs = zip(metadata["shape"], metadata["chunks"], strict=True)
+    pairs = zip(header["shape"], header["chunks"], strict=True)
     counts = [range(math.ceil(size / chunk)) for size, chunk in pairs]
     for position in itertools.product(*counts):
         chunk = path / ".".join(map(str, position))
         if not chunk.is_file():
             raise ValueError(
-                f"{path.parent} is incomplete: chunk {chunk.name} of {name} is missing"
+                f"{path.parent} is incomplete: chunk {chunk.name} of {path.name} is missing"
             )
 
 
 def plan_native(source: Source, dtype: np.dtype | None) -> WritePlan:
-    """WritePlan the items of a native checkpoint; nothing is read or written yet."""
-    items = _group(source, dtype)
+    """Plan the items of a native checkpoint; nothing is read or written yet."""
+    dtypes = {
+        name: source.dtype(name) if dtype is None or parameter.keeps_dtype else dtype
+        for name, parameter in parameters(source.config).items()
+    }
+    items = _group(source.config, dtypes)
     described = {
-        item: {
-            p.name: {"shape": list(p.shape), "dtype": _stored_dtype(source, p, dtype).name}
-            for p in members
-        }
+        item: {p.name: {"shape": list(p.shape), "dtype": dtypes[p.name].name} for p in members}
         for item, members in items.items()
     }
     contents = {
@@ -161,25 +157,19 @@ def plan_native(source: Source, dtype: np.dtype | None) -> WritePlan:
         "config": config_to_json(source.config),
         "items": described,
     }
-    units = [_unit(source, item, members, dtype) for item, members in items.items()]
+    units = [_unit(source, item, members, dtypes) for item, members in items.items()]
     text = json.dumps(contents, indent=1) + "\n"
     return WritePlan(kind="orbax", units=tuple(units), texts={CONFIG: text})
 
 
-def _stored_dtype(source: Source, parameter: Parameter, dtype: np.dtype | None) -> np.dtype:
-    """Return the dtype to store: the one asked for, unless the parameter keeps its own."""
-    own = dtype is None or parameter.weight.keeps_dtype
-    return source.dtype(parameter.name) if own else dtype
-
-
-def _group(source: Source, dtype: np.dtype | None) -> dict[str, list[Parameter]]:
+def _group(config: ModelConfig, dtypes: Mapping[str, np.dtype]) -> dict[str, list[Parameter]]:
     """Return the parameters of each item: a layer's, save those that are items of their own."""
     items: dict[str, list[Parameter]] = {}
     filled: dict[str, int] = {}
-    for parameter in parameters(source.config).values():
-        stem, is_layer, _ = parameter.weight.name.partition(".{}")
+    for parameter in parameters(config).values():
+        stem, is_layer, _ = parameter.template.partition(".{}")
         group = f"{stem}.{parameter.layer}" if is_layer else stem.partition(".")[0]
-        num_bytes = parameter.size * _stored_dtype(source, parameter, dtype).itemsize
+        num_bytes = parameter.size * dtypes[parameter.name].itemsize
         if filled.get(group, 0) + num_bytes > _ITEM_BYTES:
             group = parameter.name
         filled[group] = filled.get(group, 0) + num_bytes
@@ -187,7 +177,9 @@ def _group(source: Source, dtype: np.dtype | None) -> dict[str, list[Parameter]]
     return items
 
 
-def _unit(source: Source, item: str, members: list[Parameter], dtype: np.dtype | None) -> WriteUnit:
+def _unit(
+    source: Source, item: str, members: list[Parameter], dtypes: Mapping[str, np.dtype]
+) -> WriteUnit:
     path = f"{_PARAMS}/{item}"
 
     def write(directory: pathlib.Path, advance: Advance) -> None:
@@ -195,12 +187,12 @@ def _unit(source: Source, item: str, members: list[Parameter], dtype: np.dtype |
         values = {}
         for parameter in members:
             value = source.read(parameter.name, tuple(slice(0, n) for n in parameter.shape))
-            wanted = _stored_dtype(source, parameter, dtype)
-            values[parameter.name] = np.ascontiguousarray(value.astype(wanted, copy=False))
+            value = value.astype(dtypes[parameter.name], copy=False)
+            values[parameter.name] = np.ascontiguousarray(value)
         _save(directory / path, values)
         advance(sum(value.nbytes for value in values.values()))
 
-    num_bytes = sum(p.size * _stored_dtype(source, p, dtype).itemsize for p in members)
+    num_bytes = sum(p.size * dtypes[p.name].itemsize for p in members)
     return WriteUnit(name=path, paths=(path,), num_bytes=num_bytes, write=write)
 
 

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
-from llama4_jax.checkpoint.source import StoredTensor
+from llama4_jax.checkpoint.file_tensors import FileTensor
 
 _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -24,7 +24,7 @@ _DTYPES = {
 }
 
 
-def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
+def read_header(path: pathlib.Path) -> dict[str, FileTensor]:
     """Return the tensors of a safetensors file without reading their values.
 
     Raises:
@@ -48,7 +48,7 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     offset = path.stat().st_size - sum(sizes)
     tensors = {}
     for (name, (dtype, shape)), size in zip(entries.items(), sizes, strict=True):
-        tensors[name] = StoredTensor(path=path, offset=offset, shape=shape, dtype=_DTYPES[dtype])
+        tensors[name] = FileTensor(path=path, offset=offset, shape=shape, dtype=_DTYPES[dtype])
         offset += size
     return tensors
 

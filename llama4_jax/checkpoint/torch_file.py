@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
-from llama4_jax.checkpoint.source import StoredTensor
+from llama4_jax.checkpoint.file_tensors import FileTensor
 
 _STORAGES = {
     "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
@@ -149,7 +149,7 @@ def _check_opcodes(data: bytes, path: pathlib.Path) -> None:
             strings.append(arg)
 
 
-def read_tensors(path: pathlib.Path) -> dict[str, StoredTensor]:
+def read_tensors(path: pathlib.Path) -> dict[str, FileTensor]:
     """Return where the tensors of a file written by `torch.save` lie; their values are not read.
 
     Entries that are not tensors (io.BytesIO, numbers, None) are left out, and so are empty tensors.
@@ -211,7 +211,7 @@ class _Offsets:
         self._file, self._path, self._members = file, path, members
         self._size = path.stat().st_size
 
-    def locate(self, name: str, tensor: _Tensor) -> StoredTensor:
+    def locate(self, name: str, tensor: _Tensor) -> FileTensor:
         member = self._members.get(f"data/{tensor.storage.key}")
         if member is None or member.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"{self._path}: the storage of {name} is absent or compressed")
@@ -225,7 +225,7 @@ class _Offsets:
                 f"{self._path}: {name} {tensor.shape} needs {end} bytes of its storage, which has "
                 f"{member.file_size}"
             )
-        return StoredTensor(
+        return FileTensor(
             path=self._path,
             offset=start + tensor.offset * tensor.dtype.itemsize,
             shape=tensor.shape,

@@ -12,6 +12,7 @@ from llama4_jax.parallel.shard import (
     shard,
     shard_weight,
     take,
+    unsharded_shapes,
     use_mesh,
 )
 
@@ -31,5 +32,6 @@ __all__ = [
     "shard",
     "shard_weight",
     "take",
+    "unsharded_shapes",
     "use_mesh",
 ]

@@ -55,6 +55,12 @@ def abstract(build: Callable[..., Any], *args: Any) -> Any:
     return jax.tree.map(concrete, shapes)
 
 
+def unsharded_shapes(build: Callable[..., Any], *args: Any) -> Any:
+    """Return the shapes of `build(*args)` on one device, whatever mesh is active."""
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return jax.eval_shape(build, *args)
+
+
 def mesh_axes(logical: str | None, dim: int | None = None) -> tuple[str, ...]:
     """Return the active mesh axes that divide a logical axis, as many as divide `dim` evenly."""
     sizes = _sizes()

@@ -10,8 +10,8 @@ import safetensors.numpy
 
 from llama4_jax.checkpoint.convert import make_plan, open_checkpoint
 from llama4_jax.checkpoint.hf import open_hf, plan_hf
+from llama4_jax.checkpoint.parameters import parameters
 from llama4_jax.checkpoint.safetensors_file import read_header
-from llama4_jax.checkpoint.weight_map import parameters
 from llama4_jax.checkpoint.writer import write_checkpoint
 from tests.checkpoint.tiny import (
     DENSE_TIED,

@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 
 from llama4_jax.checkpoint.convert import make_plan
-from llama4_jax.checkpoint.layout import stored_tensors
-from llama4_jax.checkpoint.source import np_dtype
-from llama4_jax.checkpoint.weight_map import parameters
+from llama4_jax.checkpoint.layout import layout_tensors
+from llama4_jax.checkpoint.parameters import np_dtype, parameters
 from llama4_jax.checkpoint.writer import write_checkpoint
 from tests.checkpoint.tiny import TINY
 
@@ -73,7 +72,7 @@ def _measure(source, target, to):
 
 def _sizes(config):
     """Return the bytes of the largest stored tensor and of all of them."""
-    sizes = [2 * s.size for s in stored_tensors(config, "hf").values()]
+    sizes = [2 * s.size for s in layout_tensors(config, "hf").values()]
     assert sum(sizes) == 2 * sum(p.size for p in parameters(config).values())
     return max(sizes), sum(sizes)
 

@@ -7,8 +7,7 @@ import zlib
 import numpy as np
 
 from llama4_jax.checkpoint.convert import make_plan, open_checkpoint
-from llama4_jax.checkpoint.source import np_dtype
-from llama4_jax.checkpoint.weight_map import Parameter, parameters
+from llama4_jax.checkpoint.parameters import Parameter, np_dtype, parameters
 from llama4_jax.checkpoint.writer import write_checkpoint
 from llama4_jax.config import ModelConfig, RopeScaling, Temperature, TextConfig, VisionConfig
 
@@ -78,7 +77,7 @@ class MemorySource:
 
     def _draw(self, parameter: Parameter) -> np.ndarray:
         random = np.random.default_rng(zlib.crc32(parameter.name.encode()))
-        dtype = np.float32 if parameter.weight.keeps_dtype else self._dtype
+        dtype = np.float32 if parameter.keeps_dtype else self._dtype
         return random.standard_normal(parameter.shape, np.float32).astype(dtype)
 
     def dtype(self, name: str) -> np.dtype:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh, Sharding, SingleDeviceSharding
 
 from llama4_jax import parallel
 from llama4_jax.checkpoint.convert import GENERATION, Format, open_checkpoint, write_source
+from llama4_jax.checkpoint.file_tensors import check_tensors
 from llama4_jax.checkpoint.parameters import Index, Leaf, Source, model_leaves, overlap
 from llama4_jax.checkpoint.writer import Progress, no_progress
 from llama4_jax.config import DType, ModelConfig
@@ -165,7 +166,12 @@ def _read_generation(directory: pathlib.Path, config: ModelConfig) -> Generation
 
 
 class ModelSource:
-    """The parameters of a model in memory, for the writers."""
+    """The parameters of a model in memory, for the writers.
+
+    Raises:
+      ValueError: the model is not the one that its config describes, so that a checkpoint would
+        lack part of it, or part of it lives in other processes.
+    """
 
     def __init__(self, model: Llama4) -> None:
         self.config = model.config
@@ -175,8 +181,17 @@ class ModelSource:
             raise ValueError(
                 "part of the model lives in other processes; gather it before it is saved"
             )
+        leaves = model_leaves(model.config)
+        for name in arrays.keys() - leaves.keys():
+            raise ValueError(
+                f"{name} {arrays[name].shape} is an array of the model for which no layout has a "
+                "place, since a model of this config has none by that name; merge it into the "
+                "weight that it adds to, or remove it from the model and save it on its own"
+            )
+        shapes = {name: array.shape for name, array in arrays.items()}
+        check_tensors("the model", {name: leaf.shape for name, leaf in leaves.items()}, shapes)
         self._places: dict[str, tuple[jax.Array, int | None]] = {}
-        for leaf_key, leaf in model_leaves(model.config).items():
+        for leaf_key, leaf in leaves.items():
             for row, name in enumerate(leaf.names):
                 self._places[name] = (arrays[leaf_key], row if leaf.is_stacked else None)
 
@@ -217,7 +232,8 @@ def save_pretrained(
       progress: told of the bytes written.
 
     Raises:
-      ValueError: the layout cannot express the model, the directory is in use or the disk full.
+      ValueError: the layout cannot express the model or has no place for one of its arrays, the
+        directory is in use or the disk full.
     """
     is_pretrained = isinstance(model, Pretrained)
     write_source(

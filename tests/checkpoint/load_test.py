@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from llama4_jax import parallel
 from llama4_jax.checkpoint import (
@@ -79,6 +80,36 @@ def test_foreign_layouts_refuse_balance_biases_before_anything_is_written(tmp_pa
     with pytest.raises(ValueError, match=message):
         save_pretrained(from_pretrained(tmp_path / "orbax"), tmp_path / "out", format=layout)
     assert [path.name for path in tmp_path.iterdir()] == ["orbax"]
+
+
+def _fresh(config):
+    """A model to be changed: what `build` returns is everybody's."""
+    return jax.tree.map(lambda array: array, build(config))
+
+
+@pytest.mark.parametrize("layout", ["hf", "meta", "orbax"])
+def test_an_array_that_no_layout_has_a_place_for_is_refused_and_not_dropped(tmp_path, layout):
+    model = _fresh(TINY)
+    model.decoder.groups.slots[0].attention.adapter_DR = nnx.Param(jnp.zeros((1, 32, 4)))
+    message = (
+        r"decoder.groups.slots.0.attention.adapter_DR \(1, 32, 4\) .* no layout has a place.*"
+        r"merge it into the weight that it adds to, or remove it"
+    )
+    with pytest.raises(ValueError, match=message):
+        save_pretrained(model, tmp_path / "out", format=layout)
+    with pytest.raises(ValueError, match=message):
+        ModelSource(model)
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_model_that_is_not_what_its_config_says_is_refused(tmp_path):
+    model = _fresh(TINY)
+    model.embed.table_VD = nnx.Param(jnp.zeros((65, 32)))
+    with pytest.raises(ValueError, match=r"table_VD has shape \(65, 32\), expected \(64, 32\)"):
+        save_pretrained(model, tmp_path / "out")
+    del model.final_norm
+    with pytest.raises(ValueError, match=r"final_norm.scale_D \(32,\) is missing"):
+        save_pretrained(model, tmp_path / "out")
 
 
 @pytest.mark.parametrize("description", MESHES)

@@ -17,8 +17,8 @@ from absl import flags
 
 from experiments import flags as shared
 from experiments.terminal import show
-from llama4_jax import parallel
-from llama4_jax.checkpoint import convert, from_pretrained
+from llama4_jax.checkpoint import convert
+from llama4_jax.pretrained import from_pretrained
 from llama4_jax.serve import Request, Sampling, generate
 from llama4_jax.text import Image, Message
 
@@ -72,10 +72,8 @@ def main(values: flags.FlagValues) -> None:
         checks.append(check(f'{picture.name}: "{QUESTION}" "{said}"', said == name))
 
     print(f"\n3. The same on a mesh of 8 virtual devices, {MESH}")
-    mesh, rules = parallel.make_mesh(MESH), parallel.PRESETS["tensor"]
-    with parallel.use_mesh(mesh, rules):
-        spread = from_pretrained(folder, mesh=mesh, rules=rules, dtype="float32")
-        again = generate(spread, [*code, *digits], sampling=GREEDY, max_new_tokens=64)
+    spread = from_pretrained(folder, mesh=MESH, dtype="float32")
+    again = generate(spread, [*code, *digits], sampling=GREEDY, max_new_tokens=64)
     alone = [found.tokens for found in [*written, *read]]
     same = [found.tokens[: len(old)] for found, old in zip(again, alone, strict=True)] == alone
     checks.append(check(f"all {sum(map(len, alone))} tokens are the same", same))

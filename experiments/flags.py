@@ -4,11 +4,10 @@ Each command defines its flags on a FlagValues it is given and checks them all b
 anything, so that a mistake costs a second and not a checkpoint's loading time.
 """
 
-import contextlib
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,7 +17,7 @@ from experiments.jsonl import check_writable, read_lines
 from experiments.launch import FlagError as FlagError
 from experiments.launch import launch as launch
 from llama4_jax import parallel
-from llama4_jax.checkpoint import Pretrained, from_pretrained
+from llama4_jax.pretrained import Pretrained, from_pretrained
 from llama4_jax.serve import Request, Sampling
 from llama4_jax.serve.dialogue import place_images
 from llama4_jax.text import images_of
@@ -177,18 +176,14 @@ def check_images(images: Sequence[Any]) -> None:
             raise FlagError(f"there is no image file {image}.")
 
 
-@contextlib.contextmanager
-def loaded_model(values: flags.FlagValues) -> Iterator[Pretrained]:
-    """Load the checkpoint where and as the flags say; its mesh is active inside the block.
+def load_model(values: flags.FlagValues) -> Pretrained:
+    """Load the checkpoint where and as the flags say.
 
     Raises:
       FlagError: the mesh cannot be read, or its sizes do not multiply to the number of devices.
       ValueError: the checkpoint cannot be used.
     """
-    mesh = make_mesh(values)
-    pretrained = from_pretrained(values.checkpoint, mesh=mesh, dtype=values.dtype)
-    with parallel.use_mesh(mesh, pretrained.rules):
-        yield pretrained
+    return from_pretrained(values.checkpoint, mesh=make_mesh(values), dtype=values.dtype)
 
 
 def make_mesh(values: flags.FlagValues) -> jax.sharding.Mesh | None:

@@ -46,25 +46,23 @@ def main(values: flags.FlagValues) -> None:
     """Check the flags, load the checkpoint, answer."""
     requests = check_flags(values)
     chosen = shared.check_sampling(values)
-    with shared.loaded_model(values) as pretrained:
-        sampling = dataclasses.replace(default_sampling(pretrained), **chosen)
-        settings = {"sampling": sampling, "max_new_tokens": values.max_new_tokens}
-        if values.chat:
-            talk(pretrained, values.image, **settings)
-            return
-        if values.prompt is not None:
-            settings["on_token"] = show
-        if values.output is not None:
-            with LineWriter(values.output) as lines:
-                generate(
-                    pretrained, requests, on_answer=lambda a: lines.write(to_line(a)), **settings
-                )
-        elif values.prompt is not None:
-            generate(pretrained, requests, **settings)
-        else:
-            generate(pretrained, requests, on_answer=lambda a: print_line(to_line(a)), **settings)
-        if values.prompt is not None:
-            print()
+    pretrained = shared.load_model(values)
+    sampling = dataclasses.replace(default_sampling(pretrained), **chosen)
+    settings = {"sampling": sampling, "max_new_tokens": values.max_new_tokens}
+    if values.chat:
+        talk(pretrained, values.image, **settings)
+        return
+    if values.prompt is not None:
+        settings["on_token"] = show
+    if values.output is not None:
+        with LineWriter(values.output) as lines:
+            generate(pretrained, requests, on_answer=lambda a: lines.write(to_line(a)), **settings)
+    elif values.prompt is not None:
+        generate(pretrained, requests, **settings)
+    else:
+        generate(pretrained, requests, on_answer=lambda a: print_line(to_line(a)), **settings)
+    if values.prompt is not None:
+        print()
 
 
 def check_flags(values: flags.FlagValues) -> list[Request]:

@@ -19,9 +19,10 @@ from experiments.flags import FlagError, launch, make_mesh
 from experiments.recipes import RECIPES, Recipe, with_balance_bias
 from experiments.terminal import ConsoleWriter
 from llama4_jax import train
-from llama4_jax.checkpoint import Format, Pretrained, save_pretrained
+from llama4_jax.checkpoint import Format
 from llama4_jax.data import pipelines
 from llama4_jax.model import Llama4
+from llama4_jax.pretrained import Pretrained, save_pretrained
 from llama4_jax.text import load_tokenizer
 
 TOKENIZER = pathlib.Path(__file__).resolve().parents[1] / "nano"
@@ -40,8 +41,7 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_float(
         "balance_bias_rate", None,
         "By how much a step moves the bias that evens out the load of experts, such as 0.001; 0 is "
-        "no bias. Default: the recipe's.",
-        lower_bound=0.0, flag_values=values,
+        "no bias. Default: the recipe's.", lower_bound=0.0, flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string(
         "mesh", None,

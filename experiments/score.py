@@ -35,12 +35,12 @@ def main(values: flags.FlagValues) -> None:
     requests = shared.read_requests(values.input, FIELDS)
     if load_tokenizer(folder) is None and any(r.tokens is None for r in requests):
         raise shared.FlagError(f'{folder} has no tokenizer; give lines of "tokens", not "text".')
-    with shared.loaded_model(values) as pretrained:
-        if values.output is None:
-            score(pretrained, requests, on_score=lambda s: print_line(dataclasses.asdict(s)))
-            return
-        with LineWriter(values.output) as lines:
-            score(pretrained, requests, on_score=lambda s: lines.write(dataclasses.asdict(s)))
+    pretrained = shared.load_model(values)
+    if values.output is None:
+        score(pretrained, requests, on_score=lambda s: print_line(dataclasses.asdict(s)))
+        return
+    with LineWriter(values.output) as lines:
+        score(pretrained, requests, on_score=lambda s: lines.write(dataclasses.asdict(s)))
 
 
 if __name__ == "__main__":

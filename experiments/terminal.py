@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from llama4_jax.checkpoint import Pretrained
+from llama4_jax.pretrained import Pretrained
 from llama4_jax.serve import NewToken, Request, Sampling, generate
 from llama4_jax.text import Image, Message
 from llama4_jax.train.writers import Metrics

@@ -7,15 +7,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llama4_jax.checkpoint import Pretrained, from_pretrained, save_pretrained
     from llama4_jax.config import behemoth_preview, maverick, nano, scout
     from llama4_jax.model import Cache, Llama4
+    from llama4_jax.pretrained import Pretrained, from_pretrained, save_pretrained
     from llama4_jax.serve import Request, Sampling, generate, score
 
 _HOMES = {
-    "Pretrained": "checkpoint",
-    "from_pretrained": "checkpoint",
-    "save_pretrained": "checkpoint",
+    "Pretrained": "pretrained",
+    "from_pretrained": "pretrained",
+    "save_pretrained": "pretrained",
     "behemoth_preview": "config",
     "maverick": "config",
     "nano": "config",

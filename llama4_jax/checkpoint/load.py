@@ -1,107 +1,35 @@
-"""Models from checkpoints and back: every parameter goes straight into its shards."""
+"""Models read into their shards, and read back for the writers."""
 
-import dataclasses
-import pathlib
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, Sharding, SingleDeviceSharding
+from jax.sharding import Sharding, SingleDeviceSharding
 
 from llama4_jax import parallel
-from llama4_jax.checkpoint.convert import GENERATION, Format, open_checkpoint, write_source
 from llama4_jax.checkpoint.file_tensors import check_tensors
 from llama4_jax.checkpoint.parameters import Index, Leaf, Source, model_leaves, overlap
-from llama4_jax.checkpoint.writer import Progress, no_progress
-from llama4_jax.config import DType, ModelConfig
-from llama4_jax.config.json_section import Section, load_json
+from llama4_jax.config import ModelConfig
 from llama4_jax.layers.param import leaf_name
 from llama4_jax.model import Llama4
-from llama4_jax.text import ChatTemplate, Tokenizer, load_chat_template, load_tokenizer
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationDefaults:
-    """How a checkpoint wants to be sampled, when the caller does not say.
-
-    Attributes:
-      temperature: 0 is greedy.
-      top_p: 1 keeps every token.
-      top_k: None keeps every token.
-      stop_ids: tokens that end an answer.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    stop_ids: tuple[int, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Pretrained:
-    """A model with what belongs to it.
-
-    Attributes:
-      model: parameters on their devices; `model.config` is `config`.
-      tokenizer: None if the checkpoint has none: the model then takes and gives token ids.
-      chat_template: the checkpoint's own, or None.
-      generation: how to sample by default.
-      directory: where it was loaded from, or None.
-      rules: how the model lies on its mesh, if it lies on one.
-    """
-
-    model: Llama4
-    config: ModelConfig
-    tokenizer: Tokenizer | None = None
-    chat_template: ChatTemplate | None = None
-    generation: GenerationDefaults = GenerationDefaults()
-    directory: pathlib.Path | None = None
-    rules: parallel.Rules = parallel.PRESETS["single"]
-
-
-def from_pretrained(
-    directory: str | pathlib.Path,
-    *,
-    mesh: Mesh | None = None,
-    rules: parallel.Rules | None = None,
-    dtype: DType | None = None,
-) -> Pretrained:
-    """Load a checkpoint of any layout onto one device or a mesh.
+def load_model(source: Source, config: ModelConfig) -> Llama4:
+    """Read a model into the shards of the active mesh, or onto one device if there is none.
 
     Each device's part of each parameter is read from the files on its own, so the host never holds
     more than the largest shard.
 
     Args:
-      directory: a Hugging Face, Meta or native checkpoint; the layout is recognised.
-      mesh: where to lay the model out; None is the default device. Run the model inside
-        `parallel.use_mesh(mesh, pretrained.rules)`.
-      rules: which mesh axes divide which logical axes; by default `parallel.serving_rules`.
-      dtype: of parameters and activations; by default the checkpoint's own.
+      source: the parameters.
+      config: of the model, with the dtype to hold it in.
 
     Raises:
-      ValueError: the checkpoint is damaged or incomplete, or a weight does not divide over the
-        mesh.
+      ValueError: a file is damaged, or a weight does not divide over the mesh.
     """
-    directory = pathlib.Path(directory)
-    source = open_checkpoint(directory)
-    config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
-    if rules is None:
-        sizes = {} if mesh is None else dict(mesh.shape)
-        rules = parallel.serving_rules(sizes, num_kv_heads=config.text.num_kv_heads)
-    with parallel.use_mesh(mesh, rules):
-        skeleton = parallel.abstract(lambda: Llama4(config, key=jax.random.key(0)))
-        fill = _filler(source, config)
-        model = jax.tree_util.tree_map_with_path(fill, skeleton)
-    return Pretrained(
-        model=model,
-        config=config,
-        tokenizer=load_tokenizer(directory),
-        chat_template=load_chat_template(directory),
-        generation=_read_generation(directory, config),
-        directory=directory,
-        rules=rules,
-    )
+    skeleton = parallel.abstract(lambda: Llama4(config, key=jax.random.key(0)))
+    return jax.tree_util.tree_map_with_path(_filler(source, config), skeleton)
 
 
 def _filler(source: Source, config: ModelConfig) -> Callable[..., jax.Array]:
@@ -145,24 +73,6 @@ def _read(source: Source, leaf: Leaf, index: Index) -> np.ndarray:
     for row, name in zip(out, layers, strict=True):
         row[...] = source.read(name, inner)
     return out
-
-
-def _read_generation(directory: pathlib.Path, config: ModelConfig) -> GenerationDefaults:
-    """Read generation_config.json; without `do_sample` its temperature does not apply."""
-    path = directory / GENERATION
-    if not path.is_file():
-        return GenerationDefaults(stop_ids=config.eos_ids)
-    values = Section(load_json(path), str(path))
-    stop = values.get("eos_token_id", list(config.eos_ids))
-    stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
-    if not values.flag("do_sample", default=False):
-        return GenerationDefaults(stop_ids=stop_ids)
-    return GenerationDefaults(
-        temperature=values.number("temperature", 1.0),
-        top_p=values.number("top_p", 1.0),
-        top_k=values.integer("top_k", None) or None,
-        stop_ids=stop_ids,
-    )
 
 
 class ModelSource:
@@ -210,38 +120,3 @@ class ModelSource:
                 inside, target = common
                 out[target] = np.asarray(shard.data)[inside]
         return out if row is None else out[0]
-
-
-def save_pretrained(
-    model: Pretrained | Llama4,
-    directory: str | pathlib.Path,
-    *,
-    format: Format = "hf",
-    dtype: DType | None = None,
-    model_parallel: int | None = None,
-    progress: Progress = no_progress,
-) -> None:
-    """Write a model as a checkpoint that `from_pretrained` and the layout's own readers load.
-
-    Args:
-      model: a model, or what `from_pretrained` returned, whose tokenizer files are then copied.
-      directory: does not exist yet or is empty; it appears only when it is complete.
-      format: "hf", "meta" or "orbax".
-      dtype: precision to write; None keeps the model's.
-      model_parallel: number of files of a Meta checkpoint.
-      progress: told of the bytes written.
-
-    Raises:
-      ValueError: the layout cannot express the model or has no place for one of its arrays, the
-        directory is in use or the disk full.
-    """
-    is_pretrained = isinstance(model, Pretrained)
-    write_source(
-        ModelSource(model.model if is_pretrained else model),
-        pathlib.Path(directory),
-        to=format,
-        dtype=dtype,
-        model_parallel=model_parallel,
-        origin=model.directory if is_pretrained else None,
-        progress=progress,
-    )

@@ -20,7 +20,7 @@ from flax import nnx
 from llama4_jax import parallel
 from llama4_jax.checkpoint.weight_map import file_order
 from llama4_jax.config import ModelConfig, layer_pattern
-from llama4_jax.layers.param import Untrained, leaf_name
+from llama4_jax.layers.param import Buffer, leaf_name
 from llama4_jax.model import Llama4
 
 Index = tuple[slice, ...]
@@ -114,7 +114,7 @@ def model_leaves(config: ModelConfig) -> Mapping[str, Leaf]:
             shape=variable.get_value().shape,
             names=tuple(names),
             is_stacked=found is not None and not found[1].startswith("decoder.tail"),
-            keeps_dtype=isinstance(variable, Untrained),
+            keeps_dtype=isinstance(variable, Buffer),
         )
     return leaves
 

@@ -6,8 +6,6 @@ the parameter and not its name.
 
 from typing import Any, Literal
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -84,15 +82,6 @@ def is_parameter(node: Any) -> bool:
 def role_of(parameter: nnx.Variable) -> Role:
     """Return what a parameter is for."""
     return parameter.get_metadata("role")
-
-
-def leaf_name(path: tuple[Any, ...]) -> str:
-    """Return the dotted name of a parameter, such as "decoder.groups.slots.0.ffn.router_DE".
-
-    Args:
-        path: of the parameter or of its array, as `jax.tree_util` gives it.
-    """
-    return jax.tree_util.keystr(path, simple=True, separator=".").removesuffix(".value")
 
 
 def in_use(axes: Axes) -> Axes:

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from llama4_jax.checkpoint import Pretrained
+from llama4_jax.pretrained import Pretrained
 from llama4_jax.text import Image, Message, message_from_dict, render
 
 

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from llama4_jax.checkpoint import Pretrained
 from llama4_jax.model import Cache
+from llama4_jax.pretrained import Pretrained
 from llama4_jax.serve.batching import BatchingConfig
 from llama4_jax.serve.chunks import bucket, split_prompts
 from llama4_jax.serve.requests import Prompt, Request, read_requests
@@ -69,8 +69,7 @@ def generate(
 ) -> list[Answer]:
     """Answer every request; their lengths may differ widely.
 
-    Call it under the mesh that the model was loaded on (`parallel.use_mesh`), or under none. An
-    answer does not depend on the other requests, except that a sampled one depends on its place
+    An answer does not depend on the other requests, except that a sampled one depends on its place
     in the list and that batches of another size round differently.
 
     Args:
@@ -99,16 +98,17 @@ def generate(
     lengths = [_needed_length(pretrained, prompt, max_new_tokens) for prompt in prompts]
     transcripts = [_Transcript(pretrained, max_new_tokens) for _ in prompts]
     answers: list[Answer] = []
-    for batch in batching.batches(lengths):
-        rows = [prompts[index] for index in batch]
-        for row, token in _run_batch(pretrained, rows, max_new_tokens, sampling, batching):
-            text = transcripts[batch[row]].add(token)
-            if on_token is not None:
-                on_token(NewToken(index=batch[row], token=token, text=text))
-        while len(answers) < len(prompts) and transcripts[len(answers)].is_complete:
-            answers.append(transcripts[len(answers)].answer())
-            if on_answer is not None:
-                on_answer(answers[-1])
+    with pretrained.on_mesh():
+        for batch in batching.batches(lengths):
+            rows = [prompts[index] for index in batch]
+            for row, token in _run_batch(pretrained, rows, max_new_tokens, sampling, batching):
+                text = transcripts[batch[row]].add(token)
+                if on_token is not None:
+                    on_token(NewToken(index=batch[row], token=token, text=text))
+            while len(answers) < len(prompts) and transcripts[len(answers)].is_complete:
+                answers.append(transcripts[len(answers)].answer())
+                if on_answer is not None:
+                    on_answer(answers[-1])
     return answers
 
 

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from llama4_jax.checkpoint import Pretrained
 from llama4_jax.config import ModelConfig, VisionConfig
 from llama4_jax.data import (
     Canvas,
@@ -20,6 +19,7 @@ from llama4_jax.data import (
     preprocess,
     stack_tiles,
 )
+from llama4_jax.pretrained import Pretrained
 from llama4_jax.serve.chunks import Row
 from llama4_jax.serve.dialogue import dialogue_tokens, place_images
 from llama4_jax.text import Message, Tokenizer, images_of

@@ -9,9 +9,9 @@ import jax
 import numpy as np
 
 from llama4_jax import parallel
-from llama4_jax.checkpoint import Pretrained
 from llama4_jax.model import Cache, Llama4
 from llama4_jax.model.likelihood import token_logprobs
+from llama4_jax.pretrained import Pretrained
 from llama4_jax.serve.batching import BatchingConfig
 from llama4_jax.serve.chunks import split_prompts
 from llama4_jax.serve.requests import Prompt, Request, read_requests
@@ -45,8 +45,7 @@ def score(
     """Score every request; their lengths may differ widely.
 
     Long texts are read in chunks through the cache and logits are made for a few tokens at a
-    time, so memory grows with the cache only. Call it under the mesh that the model was loaded
-    on (`parallel.use_mesh`), or under none.
+    time, so memory grows with the cache only.
 
     Args:
       pretrained: the model, and its tokenizer if it has one.
@@ -68,7 +67,8 @@ def score(
     found: dict[int, np.ndarray] = {}
     scores: list[Score] = []
     for batch in batching.batches(lengths):
-        logprobs = _score_batch(pretrained, [prompts[index] for index in batch], batching)
+        with pretrained.on_mesh():
+            logprobs = _score_batch(pretrained, [prompts[index] for index in batch], batching)
         found.update(zip(batch, logprobs, strict=True))
         while len(scores) in found:
             values = found.pop(len(scores)).tolist()

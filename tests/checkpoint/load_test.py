@@ -10,16 +10,11 @@ import pytest
 from flax import nnx
 
 from llama4_jax import parallel
-from llama4_jax.checkpoint import (
-    convert,
-    from_pretrained,
-    load,
-    open_checkpoint,
-    save_pretrained,
-)
+from llama4_jax.checkpoint import convert, load, open_checkpoint
 from llama4_jax.checkpoint.load import ModelSource
 from llama4_jax.config import layer_pattern
 from llama4_jax.model import Llama4
+from llama4_jax.pretrained import from_pretrained, save_pretrained
 from tests.checkpoint.tiny import BALANCED, DENSE_TIED, TINY, assert_holds, assert_same, write
 from tests.tiny import build, scout_like
 

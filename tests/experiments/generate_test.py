@@ -12,8 +12,7 @@ from absl import flags
 from experiments import flags as shared
 from experiments import generate as command
 from experiments import terminal
-from llama4_jax import parallel
-from llama4_jax.checkpoint import from_pretrained
+from llama4_jax.pretrained import from_pretrained
 from llama4_jax.serve import Answer, NewToken, Request, Sampling, generate
 from llama4_jax.text import Image
 from tests.serve import tiny
@@ -136,7 +135,7 @@ class Called(Exception):
 
 def settings_of(monkeypatch, folder, *arguments):
     def record(pretrained, requests, **settings):
-        raise Called({"pretrained": pretrained, "has_mesh": parallel.has_mesh(), **settings})
+        raise Called({"pretrained": pretrained, **settings})
 
     monkeypatch.setattr(command, "generate", record)
     with pytest.raises(Called) as called:
@@ -176,11 +175,11 @@ def test_max_new_tokens_and_dtype_and_mesh_reach_the_model(monkeypatch, folder):
     settings = settings_of(monkeypatch, folder, "--max_new_tokens=3")
     assert settings["max_new_tokens"] == 3
     assert settings["pretrained"].config.dtype == "float32"
-    assert not settings["has_mesh"]
+    assert settings["pretrained"].mesh is None
     settings = settings_of(monkeypatch, folder, "--dtype=bfloat16", "--mesh=data:4,tensor:2")
     assert settings["pretrained"].config.dtype == "bfloat16"
     assert settings["pretrained"].model.embed.table_VD[...].dtype == "bfloat16"
-    assert settings["has_mesh"]
+    assert settings["pretrained"].mesh is not None
     assert len(settings["pretrained"].model.embed.table_VD[...].sharding.device_set) == 8
 
 

@@ -13,8 +13,8 @@ from experiments import pretrain
 from experiments.flags import FlagError
 from experiments.recipes import RECIPES
 from llama4_jax import parallel
-from llama4_jax.checkpoint import from_pretrained
 from llama4_jax.model import Llama4
+from llama4_jax.pretrained import from_pretrained
 
 
 def values_of(*arguments):

@@ -7,8 +7,7 @@ from absl import flags
 
 from experiments import flags as shared
 from experiments import score as command
-from llama4_jax import parallel
-from llama4_jax.checkpoint import from_pretrained
+from llama4_jax.pretrained import from_pretrained
 from llama4_jax.serve import Request, score
 from tests.serve import tiny
 
@@ -68,7 +67,7 @@ def test_without_an_output_scores_are_printed(folder, capsys):
 def test_dtype_and_mesh_reach_the_model(folder, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        command, "score", lambda p, *_, **__: seen.append((p.config.dtype, parallel.has_mesh()))
+        command, "score", lambda p, *_, **__: seen.append((p.config.dtype, p.mesh is not None))
     )
     run(folder, [{"tokens": [7]}])
     run(folder, [{"tokens": [7]}], "--dtype=bfloat16", "--mesh=expert:4,tensor:2")

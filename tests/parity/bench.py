@@ -33,7 +33,7 @@ from bench_report import Comparison
 
 from experiments.benchmark.report import write_json
 from llama4_jax import from_pretrained
-from llama4_jax.checkpoint import GenerationDefaults, Pretrained
+from llama4_jax.pretrained import GenerationDefaults, Pretrained
 from llama4_jax.serve import BatchingConfig, Request, Sampling, generate
 
 HERE = pathlib.Path(__file__).parent

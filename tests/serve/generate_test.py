@@ -2,14 +2,10 @@
 
 import dataclasses
 
-import jax
-import numpy as np
 import pytest
 
-from llama4_jax import parallel
-from llama4_jax.checkpoint import GenerationDefaults
 from llama4_jax.data import preprocess, stack_tiles
-from llama4_jax.model import Llama4
+from llama4_jax.pretrained import GenerationDefaults, from_pretrained, save_pretrained
 from llama4_jax.serve import BatchingConfig, Request, Sampling, generate, steps
 from llama4_jax.serve.requests import read_requests
 from tests.serve import tiny
@@ -200,15 +196,11 @@ def test_no_requests_have_no_answers(pretrained):
     assert generate(pretrained, []) == []
 
 
-def test_a_mesh_gives_the_same_tokens(pretrained, requests, answers):
-    mesh = parallel.make_mesh("data:2,expert:2,tensor:2")
-    with parallel.use_mesh(mesh, parallel.PRESETS["tensor"]):
-        build = lambda: Llama4(tiny.config(), key=jax.random.key(0))  # noqa: E731
-        layouts = parallel.abstract(build)
-        spread = jax.tree.map(
-            lambda x, to: jax.device_put(np.asarray(x), to.sharding), tiny.model(), layouts
-        )
-        on_mesh = dataclasses.replace(pretrained, model=spread)
-        # One shape of chunks suffices here, and compiling for eight devices is slow.
-        batching = dataclasses.replace(SMALL, prefill_length=64)
-        assert generate(on_mesh, requests, max_new_tokens=NEW, batching=batching) == answers
+def test_a_mesh_gives_the_same_tokens_with_nothing_around_the_call(
+    pretrained, requests, answers, tmp_path
+):
+    save_pretrained(pretrained, tmp_path / "saved")
+    spread = from_pretrained(tmp_path / "saved", mesh="data:2,expert:2,tensor:2")
+    # One shape of chunks suffices here, and compiling for eight devices is slow.
+    batching = dataclasses.replace(SMALL, prefill_length=64)
+    assert generate(spread, requests, max_new_tokens=NEW, batching=batching) == answers

@@ -9,9 +9,9 @@ import numpy as np
 import tokenizers
 from PIL import Image
 
-from llama4_jax.checkpoint import GenerationDefaults, Pretrained, save_pretrained
 from llama4_jax.config import ModelConfig, Temperature, TextConfig, VisionConfig
 from llama4_jax.model import Llama4
+from llama4_jax.pretrained import GenerationDefaults, Pretrained, save_pretrained
 from llama4_jax.text import load_tokenizer
 from llama4_jax.text.hf_tokenizer import bytes_by_character
 from llama4_jax.text.special_tokens import llama4_special_tokens

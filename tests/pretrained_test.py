@@ -1,0 +1,57 @@
+"""What `from_pretrained` returns remembers its mesh and needs nothing around the calls it makes."""
+
+import jax
+import numpy as np
+import pytest
+
+import llama4_jax
+from llama4_jax import Request, from_pretrained, save_pretrained, score
+from tests.serve import tiny
+
+MESH = "expert:4,tensor:2"
+REQUESTS = [Request(tokens=tiny.random_tokens(n, n)) for n in (5, 19)]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tiny.write_checkpoint(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def spread(folder):
+    return from_pretrained(folder, mesh=MESH)
+
+
+def test_a_mesh_is_given_in_words_and_remembered(spread):
+    assert dict(spread.mesh.shape) == {"expert": 4, "tensor": 2}
+    assert not all(x.sharding.is_fully_replicated for x in jax.tree.leaves(spread.model))
+
+
+def test_scoring_needs_no_mesh_around_it(folder, spread):
+    alone, together = (score(model, REQUESTS) for model in (from_pretrained(folder), spread))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_allclose(one.logprobs, other.logprobs, atol=1e-4)
+
+
+def test_a_model_on_a_mesh_is_saved_as_it_was_loaded(spread, folder, tmp_path):
+    save_pretrained(spread, tmp_path / "saved")
+    name = "model.safetensors"
+    assert (tmp_path / "saved" / name).read_bytes() == (folder / name).read_bytes()
+    assert (tmp_path / "saved" / "tokenizer.json").exists()
+
+
+def test_a_pretrained_model_shows_itself_in_a_line(spread):
+    text = repr(spread)
+    count = sum(x.size for x in jax.tree.leaves(spread.model))
+    assert len(text) < 200 and "\n" not in text
+    assert f"tiny: {count:,} parameters" in text and f"mesh {MESH}" in text
+    assert "with tokenizer" in text and "float32" in text
+
+
+def test_a_mesh_that_cannot_be_says_why(folder):
+    with pytest.raises(ValueError, match="needs 16 devices but there are 8"):
+        from_pretrained(folder, mesh="expert:16")
+
+
+def test_the_names_of_the_package_lead_to_one_object():
+    assert {name for name in llama4_jax.__all__ if not hasattr(llama4_jax, name)} == set()

@@ -45,7 +45,7 @@ class Pretrained:
       chat_template: the checkpoint's own, or None.
       generation: how to sample by default.
       directory: where it was loaded from, or None.
-      mesh: the devices that the model is divided over, or None for one.
+      mesh: the devices that the model is sharded over, or None for one.
       rules: how it lies on the mesh.
     """
 

@@ -1,4 +1,4 @@
-"""A contiguous cache: every row has its slots in one array, which may be divided over devices.
+"""A contiguous cache: every row has its slots in one array, which may be sharded.
 
 Layers that see everything hold token p at slot p. Chunk layers hold one chunk, token p at slot
 p % chunk_size: they never need a token of an earlier chunk, so their cache starts over at every
@@ -124,9 +124,9 @@ class _Call:
 _Result = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def _attend_whole(divided: dict[str, tuple[str, ...]], call: _Call, sees: Visibility) -> _Result:
-    """Attend with a cache that holds token p at slot p, and whose slots may be divided."""
-    T, over, slots_over = call.q_BTNH.shape[1], divided["seq"], divided["kv_seq"]
+def _attend_whole(sharded: dict[str, tuple[str, ...]], call: _Call, sees: Visibility) -> _Result:
+    """Attend with a cache that holds token p at slot p, and whose slots may be sharded."""
+    T, over, slots_over = call.q_BTNH.shape[1], sharded["seq"], sharded["kv_seq"]
     q, k, v = (_gather(x, over) for x in (call.q_BTNH, call.k_BTKH, call.v_BTKH))
     positions = _gather(call.positions_BT, over)
     S = call.keys_GBKSH.shape[3]
@@ -139,9 +139,9 @@ def _attend_whole(divided: dict[str, tuple[str, ...]], call: _Call, sees: Visibi
     return _own(out, over, T), call.keys_GBKSH, call.values_GBKSH
 
 
-def _attend_chunk(divided: dict[str, tuple[str, ...]], call: _Call, sees: Visibility) -> _Result:
+def _attend_chunk(sharded: dict[str, tuple[str, ...]], call: _Call, sees: Visibility) -> _Result:
     """Attend with a cache of one chunk, which holds token p at slot p % chunk_size."""
-    chunk, over, dtype = sees.chunk_size, divided["seq"], call.q_BTNH.dtype
+    chunk, over, dtype = sees.chunk_size, sharded["seq"], call.q_BTNH.dtype
     assert chunk is not None
     k, v = _gather(call.k_BTKH, over), _gather(call.v_BTKH, over)
     positions = _gather(call.positions_BT, over)
@@ -220,7 +220,7 @@ class ContiguousLayer:
         attend = _attend_whole if sees.chunk_size is None else _attend_chunk
         axes = _axes(sees)
         out_BTNH, keys, values = per_shard(
-            lambda divided, *arrays: attend(divided, _Call(*arrays), sees),
+            lambda sharded, *arrays: attend(sharded, _Call(*arrays), sees),
             q_BTNH,
             k_BTKH,
             v_BTKH,
@@ -236,5 +236,5 @@ class ContiguousLayer:
 
 
 def _axes(sees: Visibility) -> Axes:
-    """Return the logical axes of a slot's arrays: a chunk is never divided."""
+    """Return the logical axes of a slot's arrays: a chunk is never sharded."""
     return (None, "batch", "kv_heads", "kv_seq" if sees.chunk_size is None else None, None)

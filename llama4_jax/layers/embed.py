@@ -52,7 +52,7 @@ class Projector(nnx.Module):
         return project("BPD,DE->BPE", features_BPD, self.w_DE, out=("tiles", None, "embed"))
 
 
-def fuse(
+def insert_image_features(
     x_BTD: jax.Array, features_BPD: jax.Array, tokens_BT: jax.Array, patch_id: int
 ) -> jax.Array:
     """Put image features, in order, where the tokens are image patches; elsewhere keep the text.
@@ -67,7 +67,7 @@ def fuse(
     Returns:
         x_BTD with patch rows replaced.
     """
-    with jax.named_scope("fuse"):
+    with jax.named_scope("insert_image_features"):
         is_patch_BT = shard(tokens_BT == patch_id, (None, None))
         rank_BT = (jnp.cumsum(is_patch_BT.reshape(-1)) - 1).reshape(tokens_BT.shape)
         features_RD = shard(features_BPD, (None, None, None)).reshape(-1, x_BTD.shape[-1])

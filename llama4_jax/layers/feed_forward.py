@@ -54,7 +54,7 @@ def route(
     """Choose the largest logits, the lowest index on ties; a gate is the sigmoid of its logit.
 
     Gates are not normalised over the choices. The sigmoid is taken in float32. A bias is added, in
-    float32, for the choice alone. Padding chooses nobody: expert -1.
+    float32, for the choice alone. Padding is routed to no expert (-1).
 
     Source: the bias: arXiv 2408.15664, equation 3.
     """
@@ -74,7 +74,7 @@ def route(
 class RouterLoad(NamedTuple):
     """What a router did with the tokens of each row, padding left out.
 
-    Sums stay apart by row: rows are divided over devices, and adding them up layer by layer would
+    Sums stay apart by row: rows are sharded over devices, and adding them up layer by layer would
     be a collective in every layer, where one for all layers will do.
 
     Attributes:

@@ -15,7 +15,7 @@ from llama4_jax.parallel.shard import mesh_axes, shard, shard_weight
 
 Role = Literal["matrix", "router", "embedding", "norm", "bias", "adapter", "buffer"]
 
-_GATHERED = ("weight_embed", "expert_embed")  # divided at rest, whole in use
+_GATHERED = ("weight_embed", "expert_embed")  # sharded at rest, whole in use
 
 
 def leaf_name(path: tuple[Any, ...]) -> str:
@@ -92,7 +92,7 @@ def in_use(axes: Axes) -> Axes:
 def weight(param: nnx.Variable, dtype: jnp.dtype, *, is_stacked: bool = False) -> jax.Array:
     """Return a parameter ready to compute with: cast, and gathered along its embed dimension.
 
-    The gather is what makes fsdp: at rest a weight is divided along its embed dimension, in use it
+    The gather is what makes fsdp: at rest a weight is sharded along its embed dimension, in use it
     is not, and its gradient flows back through the gather as a reduce-scatter. A stacked parameter
     has a leading axis of layer groups.
     """

@@ -1,4 +1,4 @@
-"""The whole model: embed, fuse images, decode, score."""
+"""The whole model: embed, insert image features, decode, score."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from flax import nnx
 from llama4_jax.cache.layers import Cache
 from llama4_jax.config.model import ModelConfig
 from llama4_jax.layers.attention import Positions
-from llama4_jax.layers.embed import Embed, Head, Projector, fuse
+from llama4_jax.layers.embed import Embed, Head, Projector, insert_image_features
 from llama4_jax.layers.feed_forward import RouterLoad
 from llama4_jax.layers.norm import RMSNorm
 from llama4_jax.model.decoder import Decoder
@@ -135,7 +135,7 @@ class Llama4(nnx.Module):
         if tiles_NCHW is not None:
             features = self.encode_images(tiles_NCHW, remat=remat)
             assert self.config.patch_id is not None
-            x_BTD = fuse(x_BTD, features, tokens_BT, self.config.patch_id)
+            x_BTD = insert_image_features(x_BTD, features, tokens_BT, self.config.patch_id)
         x_BTD, cache, routers = self.decoder(x_BTD, at, cache, remat=remat)
         logits, load = (None, None) if routers is None else routers
         return Hidden(self.final_norm(x_BTD), cache, logits, load)

@@ -41,7 +41,7 @@ def pixel_shuffle(x_PD: jax.Array, grid: int, shuffle: int) -> jax.Array:
 
 
 def _per_tile(function: Callable[[jax.Array], jax.Array], tiles: jax.Array) -> jax.Array:
-    """Apply a function of one tile to all of them, divided over devices as they are."""
+    """Apply a function of one tile to all of them, sharded as they are."""
     whole = (None,) * (tiles.ndim - 1)
     return per_shard(
         lambda _, local: jax.vmap(function)(local),

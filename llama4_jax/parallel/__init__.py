@@ -1,4 +1,4 @@
-"""Meshes, logical axes and the collectives of a divided model."""
+"""Meshes, logical axes and the collectives of a sharded model."""
 
 from llama4_jax.parallel.mesh import make_mesh, parse_mesh
 from llama4_jax.parallel.rules import PRESETS, Rules, make_rules, serving_rules

@@ -67,7 +67,7 @@ FSDP_EXPERT = make_rules(
         "vocab": ("tensor",),
     }
 )
-"""Training of mixtures: as FSDP, and experts live on `expert` shards, to which tokens travel."""
+"""Training of mixtures: as FSDP, and tokens are dispatched to experts on `expert` shards."""
 
 TENSOR = make_rules(
     {
@@ -90,7 +90,7 @@ EXPERT = make_rules(
         "kv_heads": ("expert", "tensor"),
     }
 )
-"""Serving mixtures: as TENSOR, with heads and caches divided over `expert` as well. A device then
+"""Serving mixtures: as TENSOR, with heads and caches sharded over `expert` as well. A device then
 reads its part of attention's weights and not all; there must be as many kv heads as devices."""
 
 LONG_CONTEXT = make_rules(
@@ -100,7 +100,7 @@ LONG_CONTEXT = make_rules(
         "kv_seq": ("context",),
     }
 )
-"""Long contexts: as TENSOR, with the sequence and the NoPE caches divided over `context`."""
+"""Long contexts: as TENSOR, with the sequence and the NoPE caches sharded over `context`."""
 
 PRESETS = {
     "single": SINGLE,

@@ -1,4 +1,4 @@
-"""Attention among the tokens of rows that may be divided over devices.
+"""Attention among the tokens of rows that may be sharded.
 
 Keys and values travel around a ring, as far as some query sees, and partial results are merged by
 their log-sum-exps. Chunk layers need no travel while every shard of a row holds whole chunks.
@@ -106,7 +106,7 @@ def self_attention(
     chunk = sees.chunk_size
 
     def local(
-        divided: dict[str, tuple[str, ...]],
+        sharded: dict[str, tuple[str, ...]],
         q: jax.Array,
         k: jax.Array,
         v: jax.Array,
@@ -128,7 +128,7 @@ def self_attention(
             )
 
         own = _Keys(k, v, positions, segments)
-        over = divided["seq"]
+        over = sharded["seq"]
         hops = ring_hops(jax.lax.axis_size(over), q.shape[1], chunk, order) if over else 0
         if not hops:
             return attend(own, return_lse=False)

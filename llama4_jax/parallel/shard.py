@@ -108,7 +108,7 @@ def einsum(
 ) -> jax.Array:
     """`jnp.einsum` whose result is laid out by the logical axes `out`.
 
-    Sums over a divided dimension become an all-reduce or reduce-scatter, as `out` asks.
+    Sums over a sharded dimension become an all-reduce or reduce-scatter, as `out` asks.
     """
     how = {"preferred_element_type": preferred_element_type}
     if not has_mesh():
@@ -141,26 +141,26 @@ def per_shard(
     this call, for its collectives; every name is `()` without a mesh. `out` gives the logical axes
     of each result as a tuple, or a tuple of tuples for several results.
     """
-    divided: dict[str, tuple[str, ...]] = {}
+    sharded: dict[str, tuple[str, ...]] = {}
     for names, array in zip(axes, arrays, strict=True):
         check(names)
         for name, dim in zip(names, array.shape, strict=True):
             if name is not None:
                 found = mesh_axes(name, dim)
-                if divided.setdefault(name, found) != found:
+                if sharded.setdefault(name, found) != found:
                     shapes = [a.shape for a in arrays]
                     raise ValueError(f"axis {name!r} has two sizes among {shapes}")
     if not has_mesh():
-        return function(divided, *arrays)
+        return function(sharded, *arrays)
 
     def spec(names: Axes) -> P:
-        return P(*(divided.get(name) or None if name else None for name in names))
+        return P(*(sharded.get(name) or None if name else None for name in names))
 
     specs = tuple(map(spec, axes))
     several = bool(out) and isinstance(out[0], tuple)
     out_specs = tuple(map(spec, out)) if several else spec(out)
     mapped = jax.shard_map(
-        lambda *local: function(divided, *local),
+        lambda *local: function(sharded, *local),
         in_specs=specs,
         out_specs=out_specs,
         check_vma=False,  # interpreted Pallas calls need it; the sharded tests compare gradients
@@ -170,16 +170,16 @@ def per_shard(
 
 
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
-    """Gather rows of a table that may be divided along its vocabulary. Returns x_BTD.
+    """Gather rows of a table that may be sharded along its vocabulary. Returns x_BTD.
 
     Every shard finds the tokens that it holds, and the rest are zeros in the sum over shards, so
     that no more than the rows asked for ever moves.
     """
 
     def local(
-        divided: dict[str, tuple[str, ...]], table_VD: jax.Array, tokens_BT: jax.Array
+        sharded: dict[str, tuple[str, ...]], table_VD: jax.Array, tokens_BT: jax.Array
     ) -> jax.Array:
-        over = divided["vocab"]
+        over = sharded["vocab"]
         if not over:
             return table_VD[tokens_BT]
         row_BT = tokens_BT - jax.lax.axis_index(over) * table_VD.shape[0]

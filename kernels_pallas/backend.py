@@ -11,9 +11,9 @@ import jax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-Backend = Literal["reference", "tpu", "gpu"]
+from kernels_pallas import chips
 
-_TWO_CORES = ("TPU v4", "TPU v5", "TPU v5p")
+Backend = Literal["reference", "tpu", "gpu"]
 
 _interpreting = jax.make_user_context(default_value=False)
 _without_kernels = jax.make_user_context(default_value=False)
@@ -83,14 +83,26 @@ def like(x: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.ShapeDtypeStru
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type)
 
 
+def tpu() -> chips.Chip:
+    """Return the TPU that programs are traced for: TPU7x if it is unknown or simulated."""
+    known = chips.find(device_kind())
+    return known if known is not None and known.platform == "tpu" else chips.TPU7X
+
+
+def gpu() -> chips.Chip:
+    """Return the GPU that programs are traced for: an H100 if it is unknown or simulated."""
+    known = chips.find(device_kind())
+    return known if known is not None and known.platform == "gpu" else chips.H100
+
+
 def num_cores() -> int:
     """Return on how many cores a program for this TPU runs; each should have its part of it."""
-    return 2 if device_kind() in _TWO_CORES else 1
+    return tpu().cores
 
 
 def multiplier() -> int:
     """Return the rows and columns of the matrix multiplier of this TPU."""
-    return 128 if device_kind() in (*_TWO_CORES, "TPU v5 lite", "TPU v5e") else 256
+    return tpu().multiplier
 
 
 def _device() -> Any:
@@ -108,7 +120,7 @@ def platform() -> str:
 
 
 def device_kind() -> str:
-    """Return the kind of device as jax names it: "TPU v5", "NVIDIA H100 80GB HBM3", "cpu"."""
+    """Return the kind of device as jax names it; `chips` knows what it stands for."""
     return _device().device_kind
 
 

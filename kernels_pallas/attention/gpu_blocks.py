@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import backend
+from kernels_pallas import backend, chips
 from kernels_pallas.attention import visibility
 from kernels_pallas.attention.visibility import Inputs, KeyBlocks, QueryBlocks, Settings
 
@@ -40,7 +40,7 @@ def refusal(x: Inputs, how: Settings) -> str | None:
         return "the scale or the temperature is negative"
     if jax.typeof(x.q_BTNH).manual_axis_type.varying:  # jax cannot type its loops over blocks
         return "`jax.shard_map` checks over which axes arrays vary; give it check_vma=False"
-    if backend.platform() == "gpu" and not any(n in kind for n in ("H100", "H200", "H20", "H800")):
+    if backend.platform() == "gpu" and not chips.is_hopper(kind):
         return f"wgmma is Hopper's, and this is {kind}"
     return None
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import tuning
+from kernels_pallas import chips, tuning
 from kernels_pallas.attention.visibility import (
     Inputs,
     KeyBlocks,
@@ -29,9 +29,9 @@ LANES = 128
 HIDDEN = -3e38  # a logit that is not seen; far below NEGATIVE, where the running maximum starts
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
-VMEM_LIMIT = 48 * 2**20  # of 64 MiB on v5p and TPU7x, 128 MiB on v5e and v6e
+VMEM_LIMIT = chips.LEAST_VMEM - 16 * 2**20  # the compiler has the rest
 UNROLLED_HEADS = 8
-SMEM_BUDGET = 768 * 2**10  # of 1 MiB
+SMEM_BUDGET = chips.TPU7X.smem * 3 // 4  # every TPU has as much
 
 
 class Shape(NamedTuple):

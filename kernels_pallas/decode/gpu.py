@@ -18,14 +18,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import backend, tuning
+from kernels_pallas import backend, chips, tuning
 from kernels_pallas.attention.visibility import Settings, attention_temperature, first_visible
 from kernels_pallas.decode.gpu_kernel import LOG2E, ROWS, Arrays, Plan, Rows, attend_split
 from kernels_pallas.decode.inputs import Inputs, slots_seen
 
-_MULTIPROCESSORS = 132
-_HOPPER = ("H100", "H200", "H800", "H20")  # GH200 contains H200
-_SMEM = 225 * 1024  # of one multiprocessor, less what the programs on it have besides the tiles
+_BESIDES = 2 * 1024  # bytes of shared memory that programs have besides the tiles
 _TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 
 
@@ -38,11 +36,12 @@ def _plan(x: Inputs) -> Plan:
         "decode_attention", {"kv": 64, "splits": 0, "stages": 0}, head_dim=H, dtype=stored.name
     )
     block = min(found["kv"], H)  # probabilities [64, block] must fit where keys [block, H] were
-    programs = per_processor * _MULTIPROCESSORS // (B * K)
+    programs = per_processor * backend.gpu().multiprocessors // (B * K)
     splits = found["splits"] or max(programs, min(8, B))
     scales = sum(block * s.dtype.itemsize for s in (x.k_scale_BSK, x.v_scale_BSK) if s is not None)
     tiles = ROWS * H * 2 + (2 * block * H * 2 if stored.itemsize == 1 else 0)
-    stages = (_SMEM // per_processor - tiles) // (2 * block * H * stored.itemsize + scales)
+    smem = (backend.gpu().smem - _BESIDES) // per_processor
+    stages = (smem - tiles) // (2 * block * H * stored.itemsize + scales)
     return Plan(
         head_dim=H,
         rows=-(-T * N // (K * 8)) * 8,
@@ -60,7 +59,7 @@ def refusal(x: Inputs, how: Settings) -> str | None:
     _, T, N, H = x.q_BTNH.shape
     K, stored = x.k_BSKH.shape[2], x.k_BSKH.dtype
     kind = backend.device_kind()
-    if not backend.gpu_interpreter() and not any(name in kind for name in _HOPPER):
+    if not backend.gpu_interpreter() and not chips.is_hopper(kind):
         return f"it needs a Hopper GPU, and this is {kind}"
     if stored not in (jnp.bfloat16, jnp.float16, jnp.int8, jnp.float8_e4m3fn):
         return f"its caches are bfloat16, float16, int8 or float8_e4m3fn, not {stored.name}"

@@ -32,7 +32,7 @@ _COPY_BYTES = 2**20  # of one block of keys: enough in flight to hide the latenc
 _MAX_BLOCK = 2048
 _MAX_HEADS = 32  # the kernel's code repeats itself for every kv head
 _WINDOW = 1024  # entries of the page table in SMEM at a time
-_VMEM_BYTES = 40 * 2**20  # what 32 heads of 256 in float32 need; every chip has 64 MiB or more
+_VMEM_BYTES = 40 * 2**20  # what 32 heads of 256 in float32 need; see chips.LEAST_VMEM
 
 
 def refusal(x: Inputs, how: Settings) -> str | None:

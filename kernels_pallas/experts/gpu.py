@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import backend, tuning
+from kernels_pallas import backend, chips, tuning
 from kernels_pallas.experts import gpu_backward, gpu_quantized, gpu_rows
 from kernels_pallas.experts.gpu_backward import Saved, cost
 from kernels_pallas.experts.gpu_product import Term, product
@@ -45,7 +45,6 @@ from kernels_pallas.experts.gpu_work import (
 from kernels_pallas.experts.inputs import INT4_GROUP, Inputs, stored_as
 from kernels_pallas.experts.quantize import fp8_rows
 
-_HOPPER = ("H100", "H200", "H800", "H20")  # GH200 contains H200
 _FEW = 256  # rows up to which copying matrices takes longer than multiplying
 
 
@@ -57,7 +56,7 @@ def refusal(x: Inputs, num_experts: int) -> str | None:
     del num_experts
     dtypes = [x.x_TD.dtype, x.w_gate_NDF.dtype, x.w_up_NDF.dtype, x.w_down_NFD.dtype]
     kind = backend.device_kind()
-    if not backend.gpu_interpreter() and not any(name in kind for name in _HOPPER):
+    if not backend.gpu_interpreter() and not chips.is_hopper(kind):
         return f"wgmma is Hopper's, and this is {kind}"
     if jnp.float32 in dtypes:
         return "float32: wgmma multiplies in tf32"

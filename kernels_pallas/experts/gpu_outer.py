@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import tuning
+from kernels_pallas import backend, tuning
 from kernels_pallas.experts.gpu_rows import Rows
 from kernels_pallas.experts.gpu_work import (
     ROWS,
@@ -27,7 +27,6 @@ from kernels_pallas.experts.gpu_work import (
 _GROUPS = 2  # warpgroups that multiply, each 64 lines of a tile
 _LINES = _GROUPS * ROWS
 _DEPTH = 64  # rows of a step
-_MULTIPROCESSORS = 132
 
 
 class _Tile(NamedTuple):
@@ -199,7 +198,7 @@ def outer(
         [x_PL, *y, rows.starts_E, rows.sizes_E],
         out_type=(jax.ShapeDtypeStruct((E, L, C), dtype),) * count,
         scratch=(*rings, staging(_GROUPS, dtype)),
-        programs=min(_MULTIPROCESSORS, E * lines * columns),
+        programs=min(backend.gpu().multiprocessors, E * lines * columns),
         warpgroups=_GROUPS + 1,
         name=name,
         cost=cost,

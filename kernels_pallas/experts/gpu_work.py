@@ -16,7 +16,6 @@ ROWS = 64  # of the tile that one warpgroup multiplies
 DEPTH = 64  # input channels of a step
 TILE = plgpu.Layout.WGMMA
 OF_ROWS = TILE.reduce(1)  # a vector with one number per row of a tile
-_MULTIPROCESSORS = 132
 _BOX = 256  # lines that one operation of TMA takes at most
 _TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 
@@ -50,7 +49,7 @@ class Plan(NamedTuple):
     @property
     def programs(self) -> int:
         """Return how many programs run at a time."""
-        return self.per_processor * _MULTIPROCESSORS
+        return self.per_processor * backend.gpu().multiprocessors
 
 
 class Item(NamedTuple):

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import backend, tuning
+from kernels_pallas import backend, chips, tuning
 from kernels_pallas.attention.tpu_blocks import LANES
 from kernels_pallas.experts.inputs import expected_rows
 from kernels_pallas.experts.tpu_parallel_kernel import exchange_kernel
@@ -32,13 +32,13 @@ from kernels_pallas.experts.tpu_parallel_walk import Cut
 from kernels_pallas.experts.tpu_plan import SCALARS_BUDGET, round_up
 from kernels_pallas.experts.tpu_rows import TILES
 
-_ROOMY = ("TPU v5 lite", "TPU v5e", "TPU v6 lite", "TPU v6e")  # 128 MiB of VMEM; others have 64
 _PRODUCTS = 8 * 2**20  # of VMEM, for the products of a chunk
 
 
 def vmem_limit() -> int:
     """Return how much VMEM the kernels may use."""
-    return (112 if backend.device_kind() in _ROOMY else 52) * 2**20
+    vmem = max(backend.tpu().vmem, chips.LEAST_VMEM)
+    return vmem - (16 if vmem > chips.LEAST_VMEM else 12) * 2**20
 
 
 def _largest_first(shared: list, *tiles: list[int]) -> Iterator[tuple[int, tuple[int, int]]]:

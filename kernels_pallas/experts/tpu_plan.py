@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels_pallas import chips
+
 FEW_ROWS = 512  # up to which a row is compared with every other, rather than sorted
-SCALARS_BUDGET = 512 * 2**10  # of 1 MiB of SMEM
+SCALARS_BUDGET = chips.TPU7X.smem // 2  # every TPU has as much SMEM
 
 
 class Plan(NamedTuple):

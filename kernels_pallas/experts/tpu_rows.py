@@ -19,14 +19,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import backend
+from kernels_pallas import backend, chips
 from kernels_pallas.attention.tpu_blocks import LANES, dot
 from kernels_pallas.experts.inputs import INT4_GROUP
 from kernels_pallas.experts.quantize import FP8_MAX, ROW_MAX
 from kernels_pallas.experts.tpu_plan import Block, Blocks, read_block
 
-VMEM_LIMIT = 52 * 2**20  # of 64 MiB on v5p and TPU7x, 128 MiB on v5e and v6e
-VMEM_BUDGET = 44 * 2**20  # of it for buffers; the rest for the products of a chunk
+VMEM_LIMIT = chips.LEAST_VMEM - 12 * 2**20  # the compiler has the rest
+VMEM_BUDGET = VMEM_LIMIT - 8 * 2**20  # for buffers; the rest for the products of a chunk
 TILES = (512, 256, 128)
 
 

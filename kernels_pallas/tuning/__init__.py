@@ -1,4 +1,4 @@
-"""Block sizes, one JSON file per chip; `experiments/benchmark.py` measures them."""
+"""Block sizes, one JSON file per chip; `experiments.benchmark --tune` measures them."""
 
 import contextlib
 import contextvars
@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-from kernels_pallas import backend
+from kernels_pallas import backend, chips
 
 FOLDER = pathlib.Path(__file__).parent
 
@@ -19,15 +19,12 @@ _found: contextvars.ContextVar[dict | None] = contextvars.ContextVar("found", de
 
 
 def chip(device_kind: str) -> str:
-    """Return the file name of a chip: "TPU v5p" and "TPU v5" give "tpu_v5p"."""
-    known = {
-        "TPU v5 lite": "tpu_v5e", "TPU v5e": "tpu_v5e", "TPU v5": "tpu_v5p", "TPU v5p": "tpu_v5p",
-        "TPU v6 lite": "tpu_v6e", "TPU v6e": "tpu_v6e", "TPU7x": "tpu_7x",
-    }  # fmt: skip
-    if device_kind in known:
-        return known[device_kind]
-    words = device_kind.lower().split()
-    return "_".join(words[:2])
+    """Return the file name of a chip: "tpu_v5p", "nvidia_h100"; of others two words of the kind."""
+    known = chips.find(device_kind)
+    if known is None:
+        return "_".join(device_kind.lower().split()[:2])
+    family = {"tpu": "tpu", "gpu": "nvidia"}[known.platform]
+    return f"{family}_{known.name.removeprefix('tpu')}"
 
 
 @functools.cache

@@ -37,11 +37,9 @@ def duration(seconds: float) -> str:
 def machine_line(here: Machine) -> str:
     """Describe the device in one line."""
     known = "limits unknown"
-    if here.limits is not None:
-        known = (
-            f"peak {here.limits.flops / 1e12:.0f} TFLOP/s and "
-            f"{here.limits.bandwidth / 1e9:.0f} GB/s"
-        )
+    if here.chip is not None:
+        peak, bandwidth = here.chip.bf16 / 1e12, here.chip.bandwidth / 1e9
+        known = f"peak {peak:.0f} TFLOP/s and {bandwidth:.0f} GB/s"
     return f"{here.kind}: {known}, copies at {here.copying / 1e9:.0f} GB/s; jax {jax.__version__}"
 
 

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from jax.experimental.layout import Format, Layout
 
 from experiments.benchmark.cases import Case, one_pass
+from kernels_pallas import chips
 from kernels_pallas.attention.visibility import NEGATIVE
+from kernels_pallas.chips import Chip
 
 REPEATS = 10
 LONG = 2e-3  # seconds of a call beside which its dispatch is nothing
@@ -27,39 +29,19 @@ Action = Literal["check", "repeat", "time"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Limits:
-    """What a device can do: bfloat16 FLOP/s of dense products, and bytes/s of its memory."""
-
-    flops: float
-    bandwidth: float
-
-
-# By jax's name for the device. A device of TPU7x is half a chip.
-LIMITS = {
-    "TPU v5 lite": Limits(flops=197e12, bandwidth=819e9),
-    "TPU v5": Limits(flops=459e12, bandwidth=2765e9),
-    "TPU v5p": Limits(flops=459e12, bandwidth=2765e9),
-    "TPU v6 lite": Limits(flops=918e12, bandwidth=1640e9),
-    "TPU7x": Limits(flops=1154e12, bandwidth=3690e9),
-    "NVIDIA H100 80GB HBM3": Limits(flops=989e12, bandwidth=3352e9),
-    "NVIDIA H200": Limits(flops=989e12, bandwidth=4800e9),
-}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
 class Machine:
     """The device that is measured.
 
     Attributes:
       kind: jax's name for it.
       platform: "cpu", "gpu" or "tpu".
-      limits: by its maker; None if not known here.
+      chip: what its maker says of it; None if nothing is known.
       copying: bytes/s read and written by a large copy, measured; NaN if it was not asked for.
     """
 
     kind: str
     platform: str
-    limits: Limits | None
+    chip: Chip | None
     copying: float
 
 
@@ -74,7 +56,7 @@ def machine(*, times_copies: bool = True) -> Machine:
     return Machine(
         kind=device.device_kind,
         platform=device.platform,
-        limits=LIMITS.get(device.device_kind),
+        chip=chips.find(device.device_kind),
         copying=copying,
     )
 
@@ -215,8 +197,8 @@ def measure(
         if spent is not None:
             record |= {"tflops": floor.flops / spent / 1e12, "gbps": floor.bytes / spent / 1e9}
             record["of_copying"] = floor.bytes / spent / here.copying
-            if here.limits is not None:
-                least = max(floor.flops / here.limits.flops, floor.bytes / here.limits.bandwidth)
+            if here.chip is not None:
+                least = max(floor.flops / here.chip.bf16, floor.bytes / here.chip.bandwidth)
                 record["of_limit"] = least / spent
             record["ratios"] = {name: s / spent for name, s in record["peers"].items()}
         yield record

@@ -6,6 +6,8 @@ import os
 import jax
 from jax.experimental import topologies
 
+from kernels_pallas import chips
+
 # Slices of TPUs by their number of devices; a chip of TPU7x is two.
 _SLICES = {
     "v5e": {4: "v5e:2x2", 16: "v5e:4x4"},
@@ -16,28 +18,27 @@ _SLICES = {
     "tpu7x": {8: "tpu7x:2x2x1"},
 }  # fmt: skip
 
-# One Hopper GPU (SXM) of a name, a memory and a bandwidth, which differ.
-# Source: openxla/xla, xla/backends/gpu/target_config/specs/h100_sxm.txtpb, h200.txtpb.
+# A Hopper GPU as XLA describes it. Source: openxla/xla, xla/backends/gpu/target_config/specs.
 _HOPPER = """
 gpu_device_info {
   threads_per_block_limit: 1024
   threads_per_warp: 32
   shared_memory_per_block: 49152
-  shared_memory_per_core: 233472
+  shared_memory_per_core: %(smem_of_all)d
   threads_per_core_limit: 2048
-  core_count: 132
+  core_count: %(multiprocessors)d
   fpus_per_core: 128
   block_dim_limit_x: 2147483647
   block_dim_limit_y: 65535
   block_dim_limit_z: 65535
   memory_bandwidth: %(bandwidth)d
-  l2_cache_size: 52428800
+  l2_cache_size: %(l2)d
   clock_rate_ghz: 1.98
-  device_memory_size: %(memory)d
-  shared_memory_per_block_optin: 232448
+  device_memory_size: %(usable)d
+  shared_memory_per_block_optin: %(smem)d
   cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }
-  registers_per_core_limit: 65536
-  registers_per_block_limit: 65536
+  registers_per_core_limit: %(registers)d
+  registers_per_block_limit: %(registers)d
   thread_dim_limit_x: 1024
   thread_dim_limit_y: 1024
   thread_dim_limit_z: 64
@@ -46,32 +47,35 @@ gpu_device_info {
   device_address_bits: 64
   pcie_bandwidth: 34359738368
   ecc_enabled: true
-  name: "%(name)s"
+  name: "%(kind)s"
   driver_version: "13.0.0"
   runtime_version: "12.8.0"
   compile_time_toolkit_version: "12.8.0"
   dnn_version: "9.10.0"
-  device_interconnect_info { active_links: 18 }
+  device_interconnect_info { active_links: %(links)d }
 }
 platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 0 }
-device_description_str: "%(name)s"
+device_description_str: "%(kind)s"
 """
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Target:
-    """A kind of accelerator.
+    """A kind of accelerator that programs are compiled for; its compiler comes with a package."""
 
-    Attributes:
-      name: as the command line has it.
-      memory: bytes of one device.
-      package: what brings its compiler.
-    """
-
-    name: str
-    memory: int
+    chip: chips.Chip
     package: str
+
+    @property
+    def name(self) -> str:
+        """Name on the command line."""
+        return self.chip.name
+
+    @property
+    def memory(self) -> int:
+        """Bytes of one device that a program may have."""
+        return self.chip.usable
 
     def devices(self, count: int) -> list[jax.Device]:
         """Describe `count` devices, the first ones of the smallest slice that has as many.
@@ -91,9 +95,10 @@ class Target:
     def _topology(self, count: int):
         if self.name not in _SLICES:
             text = f"1x1x{count}"  # hosts, processes of a host, devices of a process
-            config = _HOPPER % {**_HOPPERS[self.name], "memory": self.memory}
+            facts = dataclasses.asdict(self.chip)  # of shared memory, 1 KiB is the driver's
+            facts |= {"kind": self.chip.kinds[0], "smem_of_all": self.chip.smem + 1024}
             return topologies.get_topology_desc(
-                self.name, "cuda", target_config=config, topology=text
+                self.name, "cuda", target_config=_HOPPER % facts, topology=text
             )
         slices = _SLICES[self.name]
         names = [name for devices, name in slices.items() if devices >= count]
@@ -104,21 +109,10 @@ class Target:
         return topologies.get_topology_desc(platform="tpu", topology_name=names[0])
 
 
-_HOPPERS = {
-    "h100": {"name": "NVIDIA H100 80GB HBM3", "bandwidth": 3_352_320_000_000},
-    "h200": {"name": "NVIDIA H200", "bandwidth": 4_800_000_000_000},
-}
-
 TARGETS = {
-    target.name: target
-    for target in (
-        Target(name="v5e", memory=17_179_869_184, package="libtpu"),
-        Target(name="v5p", memory=95_000_000_000, package="libtpu"),
-        Target(name="v6e", memory=34_359_738_368, package="libtpu"),
-        Target(name="tpu7x", memory=103_079_215_104, package="libtpu"),
-        Target(name="h100", memory=84_942_979_072, package="jax[cuda13]"),
-        Target(name="h200", memory=151_397_597_184, package="jax[cuda13]"),
-    )
+    name: Target(chip=chips.named(name), package=package)
+    for package, names in (("libtpu", tuple(_SLICES)), ("jax[cuda13]", ("h100", "h200")))
+    for name in names
 }
 
 

@@ -17,18 +17,17 @@ from jax.experimental.pallas import tpu as pltpu
 from experiments.benchmark import __main__ as command
 from experiments.benchmark import cases, compile_kernels, report, schedule, timing, tune
 from experiments.benchmark.cases import Bound, Case, Floor
-from experiments.benchmark.timing import Limits, Machine
+from experiments.benchmark.timing import Machine
 from experiments.launch import FlagError
-from kernels_pallas import tuning
+from kernels_pallas import chips, tuning
 from kernels_pallas.shapes import Attention, Decode
 
 ATTENTION = Attention(
     name="tiny", B=1, T=24, N=2, K=1, H=8, chunk_size=10, temperature=(4, 0.1), dtype="float32"
 )
 DECODE = Decode(name="tiny_decode", B=2, S=16, T=2, N=2, K=1, H=8, lengths=(16, 9))
-HERE = Machine(
-    kind="cpu", platform="cpu", limits=Limits(flops=1e9, bandwidth=1e9), copying=1e9
-)  # fmt: skip
+SLOW = dataclasses.replace(chips.named("h100"), bf16=1e9, bandwidth=1e9)
+HERE = Machine(kind="cpu", platform="cpu", chip=SLOW, copying=1e9)
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from kernels_pallas import backend
 from llama4_jax.model import Cache, Llama4
 from tests.tiny import scout_like
 
-HERE = Machine(kind="cpu", platform="cpu", limits=None, copying=1e9)
+HERE = Machine(kind="cpu", platform="cpu", chip=None, copying=1e9)
 
 
 def test_a_step_reads_all_weights_but_the_table_and_of_the_experts_those_that_are_hit():

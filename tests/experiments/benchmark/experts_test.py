@@ -12,11 +12,12 @@ from jax.experimental import pallas as pl
 from experiments.benchmark import cases, compile_kernels, expert_peers, expert_work, timing
 from experiments.benchmark.cases import Bound
 from experiments.benchmark.timing import Machine
+from experiments.benchmark.topologies import TARGETS
 from kernels_pallas import interpreted, tuning
 from kernels_pallas.experts.tpu_rows import Cut
 from kernels_pallas.shapes import SHAPES, Experts
 
-HERE = Machine(kind="cpu", platform="cpu", limits=None, copying=1e9)
+HERE = Machine(kind="cpu", platform="cpu", chip=None, copying=1e9)
 SMALL = Experts(name="small", T=40, X=2, D=128, F=256, E=3, has_shared=True, dtype="float32")
 USED = {"expert_mlp.forward": {}}
 
@@ -211,7 +212,7 @@ def test_rows_that_are_multiplied_have_bounds_of_their_own():
         flops=floor, bytes=1, declared=1, arguments=0, temp=0, vmem=0, smem=0, seconds=0
     )
     for chip, faults in (("v5p", 0), ("v6e", 1)):
-        target = compile_kernels.Target(name=chip, memory=1 << 40, package="")
+        target = TARGETS[chip]
         assert len(list(compile_kernels.judge(case, "forward", target, found, work))) == faults
 
 

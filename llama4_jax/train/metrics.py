@@ -1,4 +1,4 @@
-"""Count what a training step costs and relate it to the clock and to the device's peak."""
+"""Name what a training step measures, and relate its cost to the clock and to the device's peak."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -6,23 +6,9 @@ from typing import Any
 
 import jax
 
-from llama4_jax.config.model import ModelConfig, TextConfig, VisionConfig
-
-# Dense bfloat16 peak of one device in FLOP/s, by the start of jax.Device.device_kind; from the
-# makers' data sheets. The first match counts, so the longer names come first.
-_PEAK_FLOPS = (
-    ("TPU v6 lite", 918e12),
-    ("TPU v6e", 918e12),
-    ("TPU v5 lite", 197e12),
-    ("TPU v5e", 197e12),
-    ("TPU v5p", 459e12),
-    ("TPU v5", 459e12),
-    ("TPU v4", 275e12),
-    ("NVIDIA H100 PCIe", 756e12),
-    ("NVIDIA H100", 989e12),
-    ("NVIDIA H200", 989e12),
-    ("NVIDIA A100", 312e12),
-)
+from kernels_pallas import chips
+from llama4_jax.config.model import ModelConfig
+from llama4_jax.cost import train_flops
 
 
 def peak_flops(device_kind: str) -> float | None:
@@ -31,71 +17,8 @@ def peak_flops(device_kind: str) -> float | None:
     Args:
         device_kind: `jax.devices()[0].device_kind`.
     """
-    for prefix, peak in _PEAK_FLOPS:
-        if device_kind.startswith(prefix):
-            return peak
-    return None
-
-
-def text_flops_per_row(config: TextConfig, *, row_length: int) -> float:
-    """Count the model FLOPs of a forward and backward pass over one row of text.
-
-    6 per token and active matrix parameter (2 forward, 4 backward; the selected experts only,
-    the embedding lookup none) plus attention: 12 * num_heads * head_dim for each pair of a
-    token and a token it sees. Tokens are taken to see all earlier ones of their chunk (of the
-    row in NoPE layers), as if the row were one document. Recomputation is not counted.
-
-    Source: arXiv 2204.02311, appendix B, with causal instead of full attention.
-    """
-    d, h = config.embed_dim, config.head_dim
-    attention = d * h * (2 * config.num_heads + 2 * config.num_kv_heads)
-    moe = 3 * d * config.expert_dim * (config.experts_per_token + 1) + d * config.num_experts
-    num_moe = len(config.moe_layers)
-    num_nope = len(config.nope_layers)
-    matrices = (
-        config.num_layers * attention
-        + num_moe * moe
-        + (config.num_layers - num_moe) * 3 * d * config.mlp_dim
-        + d * config.vocab_size
-    )
-    pairs = num_nope * _causal_pairs(row_length, None) + (
-        config.num_layers - num_nope
-    ) * _causal_pairs(row_length, config.chunk_size)
-    return 6.0 * matrices * row_length + 12.0 * config.num_heads * h * pairs
-
-
-def vision_flops_per_tile(config: VisionConfig, *, text_embed_dim: int) -> float:
-    """Count the model FLOPs of a forward and backward pass over one image tile."""
-    d = config.embed_dim
-    patches = config.num_patches + 1
-    layer = 4 * d * d + 2 * d * config.mlp_dim
-    attention = 12.0 * d * patches**2
-    shuffled_dim = d * config.shuffle**2
-    adapter = (
-        shuffled_dim * config.adapter_dim
-        + config.adapter_dim**2
-        + config.adapter_dim * text_embed_dim
-    )
-    return (
-        6.0 * config.num_patches * config.patch_dim * d
-        + config.num_layers * (6.0 * patches * layer + attention)
-        + 6.0 * config.tokens_per_tile * adapter
-    )
-
-
-def batch_flops(config: ModelConfig, *, rows: int, row_length: int, tiles: int = 0) -> float:
-    """Count the model FLOPs of one training step on a batch.
-
-    Args:
-        config: The model.
-        rows: Rows of the batch, over all devices.
-        row_length: Tokens of a row.
-        tiles: Image tiles of the batch; 0 for text only.
-    """
-    flops = rows * text_flops_per_row(config.text, row_length=row_length)
-    if config.vision is not None and tiles:
-        flops += tiles * vision_flops_per_tile(config.vision, text_embed_dim=config.text.embed_dim)
-    return flops
+    chip = chips.find(device_kind)
+    return None if chip is None else chip.bf16
 
 
 def name_metrics(
@@ -162,7 +85,7 @@ class SpeedMeter:
         """Add a step on a batch of this size; ignored while paused."""
         if self.is_running:
             self._tokens += rows * row_length
-            self._flops += batch_flops(self._config, rows=rows, row_length=row_length, tiles=tiles)
+            self._flops += train_flops(self._config, rows=rows, row_length=row_length, tiles=tiles)
 
     def take(self) -> dict[str, float]:
         """Return the speed since the last call, and begin anew.
@@ -187,10 +110,3 @@ class SpeedMeter:
         if self._peak is not None:
             speed["speed/mfu"] = flops / seconds / self._peak
         return speed
-
-
-def _causal_pairs(length: int, chunk_size: int | None) -> int:
-    """Count (token, visible token) pairs of a row cut into chunks."""
-    chunk = length if chunk_size is None else min(chunk_size, length)
-    whole, rest = divmod(length, chunk)
-    return whole * chunk * (chunk + 1) // 2 + rest * (rest + 1) // 2

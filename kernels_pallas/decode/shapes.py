@@ -1,8 +1,7 @@
-"""Shapes of attention, over as many keys as queries and against a cache.
+"""Shapes of decode attention, a few queries against a cache.
 
-Numbers are drawn so that a query prefers a few keys strongly: outputs are then of the size of
-single values wherever the query stands, and a block left out or read twice shows in the error. What
-no query may see, padding and slots past a row's length, is NaN where the dtype has one.
+Numbers are drawn as those of `attention.shapes`. Slots past a row's length, which no query may see,
+are NaN where the dtype has one.
 """
 
 import dataclasses
@@ -11,142 +10,10 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-SHARPNESS = 3.0  # standard deviation of the logits
+from kernels_pallas.attention.shapes import SHARPNESS
+
 _DRAWN = 1 << 20  # numbers drawn at a time; a cache may be half of the memory
-
-
-def triangle(n: int) -> int:
-    """Return the pairs of n queries and n keys that a causal mask leaves."""
-    return n * (n + 1) // 2
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Attention:
-    """A call of `chunked_attention` on as many queries as keys.
-
-    Attributes:
-        name: for the command line.
-        B, T, N, K, H: rows, tokens, query heads, kv heads, head dimension.
-        chunk_size: tokens in a chunk, None for no chunks.
-        temperature: (floor, coefficient).
-        segments: tokens of the segments packed into each row, each with positions from 0; one
-            segment if empty.
-        padding: tokens at the end of each row that are none.
-        is_causal: False puts all tokens at one position, where they all see each other.
-        return_lse: whether the log-sum-exp is asked for too, and the output in float32 with it.
-        dtype: of q, k and v.
-        has_gradient: whether its gradient is of interest; that of one token's softmax is rounding.
-    """
-
-    name: str
-    B: int
-    T: int
-    N: int
-    K: int
-    H: int
-    chunk_size: int | None = None
-    temperature: tuple[int, float] | None = None
-    segments: tuple[int, ...] = ()
-    padding: int = 0
-    is_causal: bool = True
-    return_lse: bool = False
-    dtype: str = "bfloat16"
-    has_gradient: bool = True
-
-    def __post_init__(self):
-        """Check that the segments fill a row."""
-        if sum(self.lengths) + self.padding != self.T:
-            raise ValueError(
-                f"segments {self.segments} and padding {self.padding} must add up to the {self.T} "
-                "tokens of a row"
-            )
-
-    @property
-    def lengths(self) -> tuple[int, ...]:
-        """Return the tokens of each segment of a row."""
-        return self.segments or (self.T - self.padding,)
-
-    @property
-    def settings(self) -> dict:
-        """Return the static arguments of the operation."""
-        names = ("chunk_size", "temperature", "return_lse")
-        return {name: getattr(self, name) for name in names}
-
-    def positions(self) -> tuple[np.ndarray, np.ndarray | None]:
-        """Return int32 positions [T] of a row, and its segments [T] if it is packed."""
-        none = np.full(self.padding, -1, np.int32)
-        runs = [np.arange(n, dtype=np.int32) * self.is_causal for n in self.lengths]
-        positions_T = np.concatenate([*runs, none])
-        if not self.segments:
-            return positions_T, None
-        segments_T = np.repeat(np.arange(len(runs), dtype=np.int32), self.lengths)
-        return positions_T, np.concatenate([segments_T, none])
-
-    def build(self, key: jax.Array) -> dict[str, jax.Array]:
-        """Draw the arrays of the call, by the names of its arguments."""
-        keys = jax.random.split(key, 3)
-        heads = {"q_BTNH": self.N, "k_BSKH": self.K, "v_BSKH": self.K}
-        arrays = {
-            name: jax.random.normal(each, (self.B, self.T, n, self.H)).astype(self.dtype)
-            for each, (name, n) in zip(keys, heads.items(), strict=True)
-        }
-        arrays["q_BTNH"] *= jnp.asarray(SHARPNESS, self.dtype)
-        positions_T, segments_T = self.positions()
-        if self.padding:
-            real_T = jnp.asarray(positions_T >= 0)[:, None, None]
-            arrays = {name: jnp.where(real_T, x, jnp.nan) for name, x in arrays.items()}
-        marks = {"positions": positions_T} | (
-            {} if segments_T is None else {"segments": segments_T}
-        )
-        for what, marks_T in marks.items():
-            marks_BT = jnp.broadcast_to(jnp.asarray(marks_T), (self.B, self.T))
-            arrays |= {f"q_{what}_BT": marks_BT, f"kv_{what}_BS": marks_BT}
-        return arrays
-
-    def pairs(self) -> int:
-        """Return how many pairs of a query and a key the mask leaves, over all rows."""
-        if not self.is_causal:
-            return self.B * sum(n * n for n in self.lengths)
-        chunk = self.chunk_size or self.T
-        of_row = sum(n // chunk * triangle(chunk) + triangle(n % chunk) for n in self.lengths)
-        return self.B * of_row
-
-    def flops(self, *, backward: bool = False) -> int:
-        """Return the FLOPs of the products of visible pairs: two going forward, five back."""
-        return (10 if backward else 4) * self.H * self.N * self.pairs()
-
-    def bytes(self, *, backward: bool = False) -> int:
-        """Return the bytes of reading each array that is needed and writing each result, once."""
-        q, kv, lse = self._row_bytes()
-        if backward:  # q, out, dout, dq; k, v, dk, dv; log-sum-exp
-            return self.B * self.T * (4 * q + 4 * kv + lse)
-        return self.B * self.T * (2 * q + 2 * kv)
-
-    def bytes_in_blocks(self, q_block: int) -> int:
-        """Return the bytes of a forward pass that takes its queries block by block.
-
-        Queries are read and outputs written once; each block of queries reads the keys and values
-        that some query of it sees.
-        """
-        q, kv, _ = self._row_bytes()
-        positions_T = self.positions()[0][: self.T - self.padding]
-        starts_T = np.repeat(np.cumsum((0, *self.lengths[:-1])), self.lengths)
-        first_T = starts_T + positions_T - positions_T % (self.chunk_size or 2**30)
-        last_T = starts_T + positions_T
-        if not self.is_causal:
-            last_T = starts_T + np.repeat(self.lengths, self.lengths) - 1
-        seen = sum(
-            int(last_T[i : i + q_block].max() - first_T[i : i + q_block].min() + 1)
-            for i in range(0, len(positions_T), q_block)
-        )
-        return self.B * (self.T * 2 * q + seen * 2 * kv)
-
-    def _row_bytes(self) -> tuple[int, int, int]:
-        """Return the bytes of one token in q, in k, and in the log-sum-exp."""
-        width = jnp.dtype(self.dtype).itemsize
-        return self.N * self.H * width, self.K * self.H * width, self.N * 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -286,3 +153,34 @@ class Decode:
         of_slot = self.K * (self.H * jnp.dtype(self.dtype).itemsize + 4 * (self.dtype == "int8"))
         q_width = 4 if self.dtype == "float32" else 2
         return 2 * slots * of_slot + 2 * self.B * self.T * self.N * self.H * q_width
+
+
+DECODE = (
+    Decode(name="scout_decode_8k_b16", B=16, S=8192),
+    Decode(name="scout_decode_128k", S=131_072),
+    Decode(name="scout_decode_1m", S=1_048_576),
+    Decode(name="scout_decode_1m_int8", S=1_048_576, dtype="int8"),
+    Decode(name="scout_decode_1m_fp8", S=1_048_576, dtype="float8_e4m3fn"),
+    Decode(name="scout_decode_1m_verify", S=1_048_576, T=5),
+    Decode(name="scout_decode_1m_paged", S=1_048_576, page_size=256),
+    Decode(name="scout_decode_10m", S=10_485_760),
+    Decode(name="nano_decode", B=8, S=512, N=4, K=2, H=32, temperature=(512, 0.1)),
+)
+
+# Of no model: everything that may differ does, small enough for any device.
+ODD = (
+    Decode(
+        name="odd_decode", B=3, S=1000, T=3, N=6, K=2, H=64, lengths=(1000, 515, 3),
+        chunk_size=256, temperature=(64, 0.1), return_lse=True,
+    ),
+    Decode(name="odd_decode_1", S=72, N=2, K=1, H=64),
+    Decode(name="odd_decode_32", B=2, S=512, N=10, K=2, lengths=(301, 33), page_size=32),
+    Decode(
+        name="odd_decode_fp8", B=2, S=1024, T=8, N=10, K=2, dtype="float8_e4m3fn",
+        lengths=(700, 33), page_size=128, return_lse=True,
+    ),
+    Decode(
+        name="odd_decode_int8", B=2, S=1024, T=2, N=10, K=2, dtype="int8",
+        lengths=(1024, 200), page_size=128, return_lse=True,
+    ),
+)  # fmt: skip

@@ -135,3 +135,47 @@ class Experts:
             return (hit + self.E) * self.matrices_bytes() + 3 * tokens + 8 * hidden
         shared = tokens if self.has_shared else 0
         return hit * self.matrices_bytes() + 2 * tokens + 2 * hidden + shared
+
+
+_SCOUT = {"D": 5120, "F": 8192, "E": 16}
+_MAVERICK = {"D": 5120, "F": 8192, "E": 128}
+_NANO = {"D": 128, "F": 160, "E": 4, "dtype": "float32"}
+
+EXPERTS = (
+    Experts(name="scout_experts_8k", T=8192, **_SCOUT),
+    Experts(name="scout_experts_8k_hot", T=8192, routing="hot", **_SCOUT),
+    Experts(name="scout_experts_4k_top2", T=4096, X=2, **_SCOUT),
+    Experts(name="scout_experts_1", T=1, has_gradient=False, **_SCOUT),
+    Experts(name="scout_experts_8", T=8, has_gradient=False, **_SCOUT),
+    Experts(name="scout_experts_64", T=64, has_gradient=False, **_SCOUT),
+    *(
+        Experts(name=f"scout_experts_{name}_{stored}", T=T, stored=stored, **_SCOUT)
+        for stored in ("int8", "int4", "fp8")
+        for name, T in (("8k", 8192), ("64", 64))
+    ),
+    Experts(name="scout_experts_1_int4", T=1, stored="int4", **_SCOUT),
+    Experts(name="maverick_experts_8k", T=8192, **_MAVERICK),
+    Experts(name="maverick_experts_1", T=1, has_gradient=False, **_MAVERICK),
+    Experts(name="maverick_experts_64", T=64, has_gradient=False, **_MAVERICK),
+    Experts(name="nano_experts_2k", T=2048, **_NANO),
+    Experts(name="nano_experts_1", T=1, **_NANO),
+)
+
+# Of no model: everything that may differ does, small enough for any device.
+ODD = (
+    Experts(
+        name="odd_experts", T=333, X=2, D=256, F=384, E=6, padding=31, has_shared=True,
+    ),
+    Experts(name="odd_experts_1", T=1, D=256, F=384, E=6, has_shared=True),
+    Experts(name="odd_experts_hot", T=700, D=256, F=384, E=4, routing="hot", padding=3),
+    Experts(name="odd_experts_empty", T=129, D=384, F=256, E=16, routing="every_other"),
+    Experts(name="odd_experts_nobody", T=20, D=256, F=256, E=4, padding=20),
+    Experts(name="odd_experts_f32", T=77, X=2, D=256, F=384, E=6, padding=5, dtype="float32"),
+    *(
+        Experts(
+            name=f"odd_experts_{stored}", T=45, X=2, D=256, F=384, E=6, padding=5,
+            has_shared=True, stored=stored,
+        )
+        for stored in ("int8", "int4", "fp8")
+    ),
+)  # fmt: skip

@@ -31,7 +31,7 @@ from kernels_pallas.experts.gpu_work import (
     staging,
     write,
 )
-from kernels_pallas.experts.inputs import Inputs
+from kernels_pallas.experts.inputs import Inputs, expected_rows
 
 _GROUPS = 2  # warpgroups that multiply
 _PART = 64  # columns that the epilogue of the first product takes at a time
@@ -47,19 +47,19 @@ class Saved(NamedTuple):
 
 
 def cost(x: Inputs, num_experts: int, *, matrices: int, rows: int) -> pl.CostEstimate:
-    """Estimate a product of all rows with `matrices` matrices of each expert that may have rows.
+    """Estimate a product of expected rows with `matrices` matrices of each expert that is hit.
 
     Args:
         x, num_experts: the call.
         matrices: of one expert.
         rows: numbers that each row reads and writes.
     """
-    (T, X), D, (_, _, F) = x.expert_TX.shape, x.x_TD.shape[1], x.w_gate_NDF.shape
-    hit = min(T * X, num_experts)
+    D, (_, _, F), held = x.x_TD.shape[1], x.w_gate_NDF.shape, expected_rows(x.expert_TX.size)
+    hit = min(held, num_experts)
     size = x.w_gate_NDF.shape[1] * F * x.w_gate_NDF.dtype.itemsize
     return pl.CostEstimate(
-        flops=2 * matrices * T * X * D * F,
-        bytes_accessed=matrices * hit * size + T * X * rows * x.x_TD.dtype.itemsize,
+        flops=2 * matrices * held * D * F,
+        bytes_accessed=matrices * hit * size + held * rows * x.x_TD.dtype.itemsize,
         transcendentals=0,
     )
 

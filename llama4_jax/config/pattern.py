@@ -49,12 +49,14 @@ class LayerPattern:
     def num_layers(self) -> int:
         return len(self.slots) * self.num_groups + len(self.tail)
 
+    @property
+    def kinds(self) -> tuple[LayerKind, ...]:
+        """Return the kind of every layer."""
+        return self.slots * self.num_groups + self.tail
+
     def kind(self, layer: int) -> LayerKind:
         """Return the kind of 0-based `layer`."""
-        scanned = len(self.slots) * self.num_groups
-        if layer < scanned:
-            return self.slots[layer % len(self.slots)]
-        return self.tail[layer - scanned]
+        return self.kinds[layer]
 
     def name(self, layer: int) -> tuple[str, int | None]:
         """Return where `layer` lives in the decoder: a path, and its group or None in the tail."""

@@ -1,6 +1,7 @@
 """Count the FLOPs of a model: those that it needs, whatever computes it."""
 
 from llama4_jax.config.model import ModelConfig, TextConfig, VisionConfig
+from llama4_jax.config.pattern import layer_pattern
 from llama4_jax.cost.parameters import count_parameters
 
 
@@ -50,11 +51,8 @@ def tile_flops(config: VisionConfig, *, text_embed_dim: int) -> int:
 
 def visible_pairs(config: TextConfig, row_length: int) -> int:
     """Count the pairs of a token and a token it sees, over all layers."""
-    num_nope = len(config.nope_layers)
-    whole, in_chunks = (
-        causal_pairs(row_length, chunk) for chunk in (row_length, config.chunk_size or row_length)
-    )
-    return num_nope * whole + (config.num_layers - num_nope) * in_chunks
+    kinds = layer_pattern(config).kinds
+    return sum(causal_pairs(row_length, kind.sees.chunk_size or row_length) for kind in kinds)
 
 
 def causal_pairs(length: int, chunk_size: int) -> int:

@@ -3,6 +3,7 @@
 import dataclasses
 
 from llama4_jax.config.model import DType, ModelConfig, TextConfig
+from llama4_jax.config.pattern import layer_pattern
 from llama4_jax.cost.parameters import count_parameters
 
 _WIDTH = {"float32": 4, "bfloat16": 2}
@@ -64,11 +65,10 @@ def cache_bytes(
         dtype: Of keys and values.
     """
     of_token = 2 * config.num_kv_heads * config.head_dim * _WIDTH[dtype]
-    num_chunked = config.num_layers - len(config.nope_layers) if config.chunk_size else 0
-    kept = min(length, config.chunk_size or length)
+    chunks = [kind.sees.chunk_size for kind in layer_pattern(config).kinds]
     return CacheBytes(
-        whole=(config.num_layers - num_chunked) * rows * length * of_token,
-        chunk=num_chunked * rows * kept * of_token,
+        whole=chunks.count(None) * rows * length * of_token,
+        chunk=sum(min(length, chunk) for chunk in chunks if chunk) * rows * of_token,
     )
 
 

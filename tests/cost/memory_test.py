@@ -18,7 +18,7 @@ from llama4_jax.cost import (
     weight_bytes,
 )
 from llama4_jax.model import Cache, Llama4
-from llama4_jax.train import make_optimizer
+from llama4_jax.train import make_optimizer, start_state
 from tests.house import tree
 from tests.tiny import maverick_like, scout_like
 
@@ -40,7 +40,8 @@ def test_weights_and_moments_are_those_of_the_arrays(config):
     assert weight_bytes(config) == num_bytes(build())
     assert weight_bytes(config, "float32") == num_bytes(build("float32"))
     optimizer = make_optimizer(OptimizerConfig(peak_learning_rate=1e-3, warmup_steps=1), steps=9)
-    moments = jax.eval_shape(optimizer.init, build("float32"))
+    state = jax.eval_shape(lambda m: start_state(m, optimizer=optimizer), build("float32"))
+    moments = state.opt_state
     counters = sum(leaf.ndim == 0 for leaf in jax.tree.leaves(moments))
     assert optimizer_bytes(config) == num_bytes(moments) - 4 * counters
 

@@ -57,7 +57,8 @@ def _dq(*refs: Any, segmented: bool, kv_block: int, stages: int) -> None:
     b, n = jax.lax.axis_index("batch"), jax.lax.axis_index("head")
     i = q_table.shape[1] - 1 - jax.lax.axis_index("block")
     group = jax.lax.axis_index("warpgroup")
-    kv_head = n // (q.shape[2] // k.shape[2])
+    kv_head, H = n // (q.shape[2] // k.shape[2]), q.shape[3]
+    multipliers = gpu_blocks.multipliers(H)
 
     def queries() -> QueryBlocks:
         return gpu_blocks.query_block(q_table, b, i)
@@ -70,7 +71,7 @@ def _dq(*refs: Any, segmented: bool, kv_block: int, stages: int) -> None:
         return gpu_blocks.walk(begin, end, meets, step, carry)
 
     def copy() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        gpu_blocks.set_registers(False, H)
 
         def copies(j: jax.Array, slot: jax.Array) -> Any:
             block = b, pl.ds(j * kv_block, kv_block), kv_head
@@ -84,8 +85,8 @@ def _dq(*refs: Any, segmented: bool, kv_block: int, stages: int) -> None:
         pairs.drain(turns)
 
     def multiply() -> None:
-        plgpu.set_max_registers(232, action="increase")
-        tokens = pl.ds(i * _LONG + group * ROWS, ROWS)
+        gpu_blocks.set_registers(True, H)
+        tokens = pl.ds((i * multipliers + group) * ROWS, ROWS)
         for ref, smem in ((q, q_smem), (do, do_smem)):
             plgpu.copy_gmem_to_smem(ref.at[b, tokens, n], smem.at[group], q_ready.at[group])
         factor, lse, delta = (load(numbers.at[b, n, c, tokens], OF_ROWS) for c in range(3))
@@ -108,14 +109,14 @@ def _dq(*refs: Any, segmented: bool, kv_block: int, stages: int) -> None:
             plgpu.barrier_arrive(kv_free.at[slot])
             return acc
 
-        _, acc = walk(step, filled(0, (ROWS, q.shape[3]), plgpu.Layout.WGMMA))
+        _, acc = walk(step, filled(0, (ROWS, H), plgpu.Layout.WGMMA))
         q_smem.at[group][...] = (acc * across(factor * LN2, acc.shape)).astype(dq.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(q_smem.at[group], dq.at[b, tokens, n])
         plgpu.wait_smem_to_gmem(0)
 
-    pl.when(group < _MULTIPLIERS)(multiply)
-    pl.when(group == _MULTIPLIERS)(copy)
+    pl.when(group < multipliers)(multiply)
+    pl.when(group == multipliers)(copy)
 
 
 def _dkv(*refs: Any, segmented: bool, q_block: int, stages: int) -> None:
@@ -284,31 +285,32 @@ def backward(
 def _backward_q(x: Inputs, how: Settings, do_BTNH: jax.Array, numbers_BNCT: jax.Array) -> jax.Array:
     q, k, v, *_ = x
     B, T, N, H = q.shape
-    default = {"kv_block": 64, "stages": 3} if H <= 128 else {"kv_block": 64, "stages": 1}
+    multipliers = gpu_blocks.multipliers(H)
+    default = {"kv_block": 64, "stages": 3 if H <= 128 else 2}
     sizes = tuning.lookup("chunked_attention.dq", default, head_dim=H, dtype=q.dtype.name)
     kv_block, stages = sizes["kv_block"], sizes["stages"]
-    once = plgpu.Barrier(num_arrivals=2, num_barriers=_MULTIPLIERS)
+    once = plgpu.Barrier(num_arrivals=2, num_barriers=multipliers)
     ready = plgpu.Barrier(num_arrivals=2, num_barriers=stages)
-    free = plgpu.Barrier(num_arrivals=_MULTIPLIERS, num_barriers=stages)
+    free = plgpu.Barrier(num_arrivals=multipliers, num_barriers=stages)
     kernel = gpu_blocks.kernel(
         functools.partial(_dq, segmented=x.q_segments_BT is not None, **sizes),
         out_type=jax.ShapeDtypeStruct(q.shape, q.dtype),
         scratch_types=(
-            plgpu.SMEM((_MULTIPLIERS, ROWS, H), q.dtype),
-            plgpu.SMEM((_MULTIPLIERS, ROWS, H), q.dtype),
+            plgpu.SMEM((multipliers, ROWS, H), q.dtype),
+            plgpu.SMEM((multipliers, ROWS, H), q.dtype),
             plgpu.SMEM((stages, kv_block, H), q.dtype),
             plgpu.SMEM((stages, kv_block, H), q.dtype),
             *(once, ready, free),
         ),
-        grid=(B, N, T // _LONG),
+        grid=(B, N, T // (multipliers * ROWS)),
         name="chunked_attention_dq",
-        warpgroups=_MULTIPLIERS + 1,
-        cost=gpu_blocks.cost(x, how, products=3, block=_LONG),
+        warpgroups=multipliers + 1,
+        cost=gpu_blocks.cost(x, how, products=3, block=multipliers * ROWS),
     )
     return kernel(
         *(q, k, v, do_BTNH, numbers_BNCT),
         *gpu_blocks.describe(x, how),
-        *gpu_blocks.tables(x, how, _LONG, kv_block),
+        *gpu_blocks.tables(x, how, multipliers * ROWS, kv_block),
     )
 
 

@@ -19,6 +19,7 @@ from kernels_pallas.attention import visibility
 from kernels_pallas.attention.visibility import Inputs, KeyBlocks, QueryBlocks, Settings
 
 ROWS = 64  # of the tile that one warpgroup multiplies
+PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # of a thread, where a third warpgroup copies
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 _TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
@@ -43,6 +44,26 @@ def refusal(x: Inputs, how: Settings) -> str | None:
     if backend.platform() == "gpu" and not chips.is_hopper(kind):
         return f"wgmma is Hopper's, and this is {kind}"
     return None
+
+
+def multipliers(head_dim: int) -> int:
+    """Return how many warpgroups multiply, each for 64 rows; one more copies.
+
+    With a head of 256 the accumulator alone takes 128 registers of a thread. One warpgroup may have
+    255, three share as many as leave 168 to each: `setmaxnreg` shifts them, but later releases of
+    the compiler ignore it.
+    """
+    return 2 if head_dim <= 128 else 1
+
+
+def set_registers(is_consumer: bool, head_dim: int) -> None:
+    """Move registers from the warpgroup that copies to those that multiply, if these are two."""
+    if multipliers(head_dim) == 1:
+        return
+    if is_consumer:
+        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+    else:
+        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
 
 
 def pad(x: jax.Array, axis: int, multiple: int, value: int = 0) -> jax.Array:
@@ -256,12 +277,18 @@ def mask(
     return jnp.where(of_kv(kv_CS.at[1]) == of_q(q_CT.at[2]), s, -jnp.inf)
 
 
-def product(*pairs: tuple[Any, Any]) -> jax.Array:
-    """Sum the products of tiles of shared memory, [ROWS, D] and [C, D] transposed, in float32."""
+def product(*pairs: tuple[Any, Any], meanwhile: Callable[[], None] = lambda: None) -> jax.Array:
+    """Sum the products of tiles of shared memory, [ROWS, D] and [C, D] transposed, in float32.
+
+    Args:
+        pairs: of tiles.
+        meanwhile: what to do before waiting for the result.
+    """
 
     def body(acc: Any) -> jax.Array:
         for a, b in pairs:
             plgpu.wgmma(acc, a, b.transpose((1, 0)))
+        meanwhile()
         return acc[...]
 
     a, b = pairs[0]

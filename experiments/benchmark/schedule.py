@@ -115,7 +115,8 @@ def attention_work(
             return None
         sizes = found[name]["blocks"]
         if platform == "gpu":
-            q_block, kv_block = sizes.get("q_block", GPU_ROWS), sizes.get("kv_block", GPU_ROWS)
+            rows = GPU_ROWS if shape.H <= 128 or walk.owner == "kv" else GPU_ROWS // 2
+            q_block, kv_block = sizes.get("q_block", rows), sizes.get("kv_block", GPU_ROWS)
         else:
             q_block, kv_block = fitted(shape.T, sizes["q"]), fitted(shape.T, sizes["kv"])
         pairs = pairs_of_blocks(shape, q_block, kv_block)

@@ -8,12 +8,13 @@ A block that is partly outside of the row's slots is copied whole. Its logits ar
 values set to zero, for they may be NaN, which a weight of zero does not erase.
 
 int8 and float8_e4m3fn come in as stored and become bfloat16 in registers, on the way from one tile
-of shared memory to the tile that wgmma reads. Scales of tokens multiply the columns of logits and
-of probabilities, in float32.
+of shared memory to the tile that wgmma reads; values do while the tensor cores are at the keys.
+Scales of tokens multiply the columns of logits and of probabilities, in float32.
 """
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -23,6 +24,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.attention.visibility import NEGATIVE
+from kernels_pallas.gpu_primitives import widen
 
 ROWS = 64  # of a wgmma
 LOG2E = math.log2(math.e)
@@ -141,11 +143,12 @@ def _across(a_R: jax.Array, width: int) -> jax.Array:
     return lax.broadcast_in_dim(a_R, (ROWS, width), [0])
 
 
-def _multiply(a_smem: Any, b_smem: Any) -> jax.Array:
-    """Compute a @ b of tiles in shared memory."""
+def _multiply(a_smem: Any, b_smem: Any, meanwhile: Callable[[], None] = lambda: None) -> jax.Array:
+    """Compute a @ b of tiles in shared memory, and do something else meanwhile."""
 
     def run(acc_ref):
         plgpu.wgmma(acc_ref, a_smem, b_smem)
+        meanwhile()
         return acc_ref[...]
 
     return pl.run_scoped(run, plgpu.ACC((a_smem.shape[0], b_smem.shape[1]), jnp.float32))
@@ -196,21 +199,6 @@ def _walk(a: Arrays, plan: Plan, ring: _Ring) -> _State:
                     a.v_scale_BKS.at[theirs], ring.v_scale.at[ours], ring.v_ready.at[stage]
                 )
 
-    def widened(tile: Any, wide: Any) -> Any:
-        """Return the tile as wgmma can read it."""
-        if wide is None:
-            return tile
-
-        @pl.loop(0, H // width)
-        def _(i):
-            at = pl.ds(pl.multiple_of(i * width, width), width)
-            values = plgpu.load(tile.at[:, at], layout=_TILE)
-            if values.dtype == jnp.float8_e4m3fn:
-                values = values.astype(jnp.float32)
-            wide[:, at] = values.astype(wide.dtype)
-
-        return wide
-
     def scales(scale_smem: Any, stage: jax.Array) -> jax.Array:
         scale_S = plgpu.load(scale_smem.at[stage], layout=_COLUMN, optimized=False)
         return lax.broadcast_in_dim(scale_S.astype(jnp.float32), (ROWS, block), [1])
@@ -232,11 +220,20 @@ def _walk(a: Arrays, plan: Plan, ring: _Ring) -> _State:
     def attend(step: jax.Array, state: _State) -> _State:
         stage = lax.rem(step, stages)
         start = (base + before + step) * block
+        k_tile, v_tile = ring.k.at[stage], ring.v.at[stage]
+
+        def receive_values() -> None:
+            plgpu.barrier_wait(ring.v_ready.at[stage])
+            if ring.v_wide is not None:
+                widen(ring.v.at[stage], ring.v_wide)
+
         plgpu.barrier_wait(ring.k_ready.at[stage])
-        k_tile = widened(ring.k.at[stage], ring.k_wide)
         if ring.k_wide is not None:
+            widen(k_tile, ring.k_wide)
             plgpu.commit_smem()
-        x_RS = _multiply(ring.q, k_tile.transpose((1, 0))) * _across(factor_R, block)
+            k_tile, v_tile = ring.k_wide, ring.v_wide
+        products_RS = _multiply(ring.q, k_tile.transpose((1, 0)), receive_values)
+        x_RS = products_RS * _across(factor_R, block)
         if ring.k_scale is not None:
             x_RS *= scales(ring.k_scale, stage)
         slots_RS = plgpu.broadcasted_iota(jnp.int32, (ROWS, block), 1, layout=_TILE)
@@ -251,12 +248,10 @@ def _walk(a: Arrays, plan: Plan, ring: _Ring) -> _State:
         p_RS = jnp.exp2(x_RS - _across(top_R, block))
         sum_R = state.sum_R * decay_R + p_RS.sum(axis=1)
 
-        plgpu.barrier_wait(ring.v_ready.at[stage])
         if ring.v_scale is not None:
             p_RS = jnp.where(is_seen_RS, p_RS * scales(ring.v_scale, stage), 0.0)
         p_tile = k_tile.at[pl.ds(0, ROWS), pl.ds(0, block)]
         p_tile[...] = p_RS.astype(plan.dtype)
-        v_tile = widened(ring.v.at[stage], ring.v_wide)
         is_partial = (start < begin) | (start + block > end)
         pl.when(is_partial)(functools.partial(clear_unseen, v_tile, start))
         plgpu.commit_smem()

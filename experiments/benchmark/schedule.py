@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kernels_pallas.attention import visibility
 from kernels_pallas.shapes import Attention, Decode
@@ -80,17 +81,31 @@ def fitted(n: int, size: int) -> int:
     return -(-n // max(1, round(n / size)))
 
 
-def pairs_of_blocks(shape: Attention, q_block: int, kv_block: int) -> int:
-    """Count the pairs of a block of queries and one of keys that may see each other."""
-    positions_T, segments_T = shape.positions()
+def blocks_that_meet(
+    positions_T: np.ndarray,
+    segments_T: np.ndarray | None,
+    chunk_size: int | None,
+    q_block: int,
+    kv_block: int,
+) -> tuple[jax.Array, jax.Array]:
+    """Return which blocks of queries and keys of a row may see each other, and which do wholly.
+
+    Both are [blocks of queries, blocks of keys], of the summaries that the kernels read.
+    """
     positions_BT = jnp.asarray(positions_T)[None]
     segments_BT = None if segments_T is None else jnp.asarray(segments_T)[None]
-    none = jnp.zeros((1, shape.T, 1, 1))
+    none = jnp.zeros((1, len(positions_T), 1, 1))
     x = visibility.Inputs(none, none, none, positions_BT, positions_BT, segments_BT, segments_BT)
-    q, kv = visibility.summarize(x, shape.chunk_size, q_block, kv_block)
+    q, kv = visibility.summarize(x, chunk_size, q_block, kv_block)
     rows = jax.tree.map(lambda field: field[0, :, None], q)
     columns = jax.tree.map(lambda field: field[0, None, :], kv)
-    return shape.B * int(visibility.may_see(rows, columns).sum())
+    return visibility.may_see(rows, columns), visibility.sees_all(rows, columns)
+
+
+def pairs_of_blocks(shape: Attention, q_block: int, kv_block: int) -> int:
+    """Count the pairs of a block of queries and one of keys that may see each other."""
+    met, _ = blocks_that_meet(*shape.positions(), shape.chunk_size, q_block, kv_block)
+    return shape.B * int(met.sum())
 
 
 def attention_work(

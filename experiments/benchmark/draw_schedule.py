@@ -1,6 +1,6 @@
 """Draw which blocks of queries and keys attention copies, masks and multiplies.
 
-    python -m experiments.draw_schedule --output=schedule.png
+    python -m experiments.benchmark.draw_schedule --output=schedule.png
 
 The picture shows the real schedule of `kernels_pallas`: the summaries of blocks that its kernels
 read, for three rows of 8,192 tokens in blocks of 256. Expect 144 of 1,024 blocks to be computed in
@@ -9,20 +9,12 @@ a layer with chunks of 2,048, 528 in one without, and 154 in four packed texts.
 
 import pathlib
 
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.flags import launch
-from kernels_pallas.attention.visibility import (
-    Inputs,
-    KeyBlocks,
-    QueryBlocks,
-    may_see,
-    sees_all,
-    summarize,
-)
+from experiments.benchmark.schedule import blocks_that_meet
+from experiments.launch import launch
 
 TOKENS, BLOCK, CHUNK = 8192, 256, 2048
 PACKED = (700, 3000, 4200, 292)  # lengths of texts in a packed row
@@ -37,14 +29,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def schedule(positions_T: np.ndarray, segments_T: np.ndarray, chunk: int | None) -> np.ndarray:
     """Return [blocks, blocks]: 0 neither copied nor computed, 1 with a mask, 2 without."""
-    positions_BT, segments_BT = jnp.asarray(positions_T)[None], jnp.asarray(segments_T)[None]
-    none = jnp.zeros((1, TOKENS, 1, 1))
-    x = Inputs(none, none, none, positions_BT, positions_BT, segments_BT, segments_BT)
-    q, kv = summarize(x, chunk, BLOCK, BLOCK)
-    rows = QueryBlocks(*(a[0][:, None] for a in q))
-    columns = KeyBlocks(*(a[0][None] for a in kv))
-    met = may_see(rows, columns).astype(int)
-    return np.asarray(met + (met & sees_all(rows, columns)))
+    met, whole = blocks_that_meet(positions_T, segments_T, chunk, BLOCK, BLOCK)
+    return np.asarray(met.astype(int) + (met & whole))
 
 
 def panels() -> list[tuple[str, np.ndarray]]:

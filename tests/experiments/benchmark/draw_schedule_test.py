@@ -1,7 +1,7 @@
 import numpy as np
 from PIL import Image
 
-from experiments import draw_schedule
+from experiments.benchmark import draw_schedule
 from tests.house import tree
 
 

@@ -11,19 +11,14 @@ under 1 GB of scratch for a decoding step of Scout on 4 chips of v5p, and minute
 """
 
 import dataclasses
-import json
 import pathlib
-import time
 from collections.abc import Iterator
+from typing import Any
 
-import jax
 from absl import flags
 
-from experiments import compile_report as report
-from experiments.benchmark import programs, topologies
-from experiments.flags import FlagError, launch
-
-SHALLOW = 8  # layers of the program that the full depth is compared with
+from experiments.benchmark import figures, programs, report, topologies
+from experiments.launch import FlagError, launch
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -41,21 +36,6 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("hlo", None, "Folder for the optimised programs.", flag_values=values)
 
 
-def compile_one(
-    target: topologies.Target, program: programs.Program, hlo: str | None
-) -> report.Figures:
-    """Compile a program and read its figures; keep its text if a folder is given."""
-    lowered = programs.lower(program, target.devices(program.num_devices))
-    start = time.monotonic()
-    executable = lowered.compile()
-    found = report.read(executable, seconds=time.monotonic() - start)
-    if hlo:
-        path = pathlib.Path(hlo) / f"{target.name}-{program.name}-{program.layers}.hlo"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(executable.as_text() or "", encoding="utf-8")
-    return found
-
-
 def wanted(values: flags.FlagValues, target: str) -> list[programs.Program]:
     """List the programs to compile for a target.
 
@@ -65,8 +45,6 @@ def wanted(values: flags.FlagValues, target: str) -> list[programs.Program]:
     if values.layers % 4:
         raise FlagError(f"--layers={values.layers} must be a multiple of 4, a group of layers.")
     known = programs.programs(target, layers=values.layers)
-    if values.layers > SHALLOW:
-        known.insert(0, dataclasses.replace(known[0], name="decode-shallow", layers=SHALLOW))
     names = [program.name for program in known]
     for name in values.only:
         if name not in names:
@@ -74,23 +52,22 @@ def wanted(values: flags.FlagValues, target: str) -> list[programs.Program]:
     return [program for program in known if not values.only or program.name in values.only]
 
 
-def run(values: flags.FlagValues, target: topologies.Target) -> Iterator[dict]:
-    """Compile the programs of a target, print a line for each, and yield their records."""
-    done: dict[str, report.Figures] = {}
+def compiled(values: flags.FlagValues, target: topologies.Target) -> Iterator[dict[str, Any]]:
+    """Compile the programs of a target and yield their records."""
+    seen: dict[str, figures.Figures] = {}
     for program in wanted(values, target.name):
-        record = {"target": target.name, **dataclasses.asdict(program)}
+        record = {"target": target.name, **dataclasses.asdict(program), "faults": []}
+        devices = target.devices(program.num_devices)
+        text = f"{target.name}-{program.name}-{program.layers}.hlo"
         try:
-            found = done[program.name] = compile_one(target, program, values.hlo)
-        except jax.errors.JaxRuntimeError as error:  # out of memory, or beyond the compiler
-            yield {**record, "faults": [str(error)[:500]]}
+            traced = programs.trace(program, devices)
+            found = figures.compile_traced(traced, values.hlo and pathlib.Path(values.hlo, text))
+        except figures.FAILURES as error:
+            yield figures.failed(record, error)
             continue
-        print(report.line(target, program, found), flush=True)
-        complaints = list(report.faults(target, program, found))
-        if program.name == "decode" and "decode-shallow" in done:
-            complaints += report.growth(found, done["decode-shallow"])
-        if program.name == "train-expert" and "train" in done:
-            complaints += report.dearer(found, done["train"])
-        yield {**record, "figures": dataclasses.asdict(found), "faults": complaints}
+        faults = list(programs.judge(program, target, found, seen))
+        seen[program.name] = found
+        yield {**record, "figures": dataclasses.asdict(found), "faults": faults}
 
 
 def main(values: flags.FlagValues) -> None:
@@ -99,20 +76,8 @@ def main(values: flags.FlagValues) -> None:
     for target in targets:
         wanted(values, target.name)
     topologies.prepare()
-    print(report.HEADER)
-    records = []
-    for target in targets:
-        for record in run(values, target):
-            records.append(record)
-            for fault in record["faults"]:
-                print(f"FAULT {record['target']} {record['name']}: {fault}", flush=True)
-    print(report.NOTES)
-    if values.output:
-        stamp = {"date": time.strftime("%Y-%m-%d"), "jax": jax.__version__, "programs": records}
-        pathlib.Path(values.output).write_text(json.dumps(stamp, indent=1) + "\n", encoding="utf-8")
-    count = sum(bool(record["faults"]) for record in records)
-    if count:
-        raise ValueError(f"{count} of {len(records)} programs have faults; see above.")
+    shown = programs.TABLE.show(record for each in targets for record in compiled(values, each))
+    report.conclude({"suite": "targets", "records": shown}, values.output)
 
 
 if __name__ == "__main__":

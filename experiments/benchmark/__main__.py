@@ -30,7 +30,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_list(
-        "shapes", [], "Names from kernels_pallas/shapes; all, on a CPU those of nano.",
+        "shapes", [], "Names from kernels_pallas.shapes; all, on a CPU those of nano.",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_multi_enum(
@@ -58,11 +58,7 @@ def main(values: flags.FlagValues) -> None:
     if values.suite is None:
         raise FlagError("give --suite=kernels, --suite=compile or --suite=nano.")
     found = SUITES[values.suite](values)
-    if values.output:
-        report.write_json(values.output, {"suite": values.suite, **found})
-    count = sum(bool(record["faults"]) for record in found["records"])
-    if count:
-        raise ValueError(f"{count} of {len(found['records'])} have faults; see above.")
+    report.conclude({"suite": values.suite, **found}, values.output)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,20 @@
-"""The programs of Llama 4 Scout that are compiled for machines that are not there.
+"""The programs of Llama 4 Scout that are compiled for machines that are not there, and judged.
 
-They are the very steps that serving and training run, lowered from shapes: no weight is made.
+They are the very steps that serving and training run, traced from shapes: no weight is made.
 """
 
 import dataclasses
 import math
+from collections.abc import Iterator, Mapping
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments.benchmark.figures import GB, Figures, memory_faults
+from experiments.benchmark.report import FIGURES, FIGURES_NOTES, Column, Record, Table, texts
+from experiments.benchmark.topologies import Target
 from llama4_jax import parallel, train
 from llama4_jax.config.families import every, scout
 from llama4_jax.config.model import ModelConfig
@@ -19,8 +23,8 @@ from llama4_jax.model import Cache, Llama4
 from llama4_jax.serve.sampling import Sampling, SamplingRows, row_keys
 from llama4_jax.serve.steps import DecodeState, RowRules, decode_steps, prefill_chunk
 
-GB = 1_000_000_000
 TARGETS = ("v5p", "h100")  # that the sizes below are chosen for
+SHALLOW = 8  # layers of the program that the full depth is compared with
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -65,10 +69,10 @@ def scout_slice(layers: int) -> ModelConfig:
     return dataclasses.replace(config, text=text, vision=None)
 
 
-def lower(
+def trace(
     program: Program, devices: list[jax.Device], config: ModelConfig | None = None
-) -> jax.stages.Lowered:
-    """Lower a program for these devices.
+) -> jax.stages.Traced:
+    """Trace a program for these devices.
 
     Args:
       program: the step and its sizes.
@@ -101,7 +105,7 @@ def _model_and_cache(program: Program, config: ModelConfig):
     return model, cache
 
 
-def _decode(program: Program, config: ModelConfig) -> jax.stages.Lowered:
+def _decode(program: Program, config: ModelConfig) -> jax.stages.Traced:
     model, cache = _model_and_cache(program, config)
     rows = program.rows
     row_state = parallel.abstract(
@@ -119,19 +123,19 @@ def _decode(program: Program, config: ModelConfig) -> jax.stages.Lowered:
             stop_ids_BS=jnp.zeros((rows, 8), jnp.int32),
         )
     )
-    return decode_steps.lower(model, DecodeState(cache=cache, **row_state), rules, steps=8)
+    return decode_steps.trace(model, DecodeState(cache=cache, **row_state), rules, steps=8)
 
 
-def _prefill(program: Program, config: ModelConfig) -> jax.stages.Lowered:
+def _prefill(program: Program, config: ModelConfig) -> jax.stages.Traced:
     model, cache = _model_and_cache(program, config)
     rows, width = program.rows, config.text.embed_dim
     tokens_BT = _integers(rows, program.tokens)
     last_BD = parallel.abstract(lambda: jnp.zeros((rows, width), config.dtype))
     ends_B = parallel.abstract(lambda: jnp.zeros(rows, jnp.int32))
-    return prefill_chunk.lower(model, cache, last_BD, tokens_BT, tokens_BT, ends_B)
+    return prefill_chunk.trace(model, cache, last_BD, tokens_BT, tokens_BT, ends_B)
 
 
-def _train(program: Program, config: ModelConfig) -> jax.stages.Lowered:
+def _train(program: Program, config: ModelConfig) -> jax.stages.Traced:
     run = RunConfig(
         name=program.name,
         model=config,
@@ -153,7 +157,7 @@ def _train(program: Program, config: ModelConfig) -> jax.stages.Lowered:
     batch = dict.fromkeys(("tokens_BT", "targets_BT", "positions_BT", "segments_BT"), ids)
     batch["loss_mask_BT"] = _integers(program.rows, program.tokens, "float32")
     step = jax.jit(train.pretraining_step(run, optimizer), donate_argnums=0)
-    return step.lower(parallel.abstract(build), batch)
+    return step.trace(parallel.abstract(build), batch)
 
 
 def _serving(mesh: str, long_mesh: str, layers: int) -> list[Program]:
@@ -194,15 +198,71 @@ def _training(name: str, mesh: str, preset: str, scratch: int) -> Program:
 
 
 def programs(target: str, *, layers: int) -> list[Program]:
-    """List the programs of a target, the depth of the serving ones given."""
-    if target == "v5p":
-        return [
-            *_serving("tensor:4", "tensor:4,context:2", layers),
-            _training("train", "fsdp:64", "fsdp", 60 * GB),
-            _training("train-expert", "fsdp:4,expert:16", "fsdp_expert", 60 * GB),
-        ]
+    """List the programs of a target, the depth of the serving ones given.
+
+    Those that others are compared with come before them.
+    """
+    short, whole, divided = {
+        "v5p": ("tensor:4", "fsdp:64", "fsdp:4,expert:16"),
+        "h100": ("tensor:8", "fsdp:8", "fsdp:2,expert:4"),
+    }[target]
+    serving = _serving(short, "tensor:4,context:2", layers)
+    if layers > SHALLOW:
+        shallow = dataclasses.replace(serving[0], name="decode-shallow", layers=SHALLOW)
+        serving.insert(0, shallow)
     return [
-        *_serving("tensor:8", "tensor:4,context:2", layers),
-        _training("train", "fsdp:8", "fsdp", 60 * GB),
-        _training("train-expert", "fsdp:2,expert:4", "fsdp_expert", 60 * GB),
+        *serving,
+        _training("train", whole, "fsdp", 60 * GB),
+        _training("train-expert", divided, "fsdp_expert", 60 * GB),
     ]
+
+
+def judge(
+    program: Program, target: Target, found: Figures, seen: Mapping[str, Figures]
+) -> Iterator[str]:
+    """Yield what is wrong with a program that compiles, beside those seen before it by name."""
+    yield from memory_faults(found, target, program.scratch)
+    if program.name == "decode" and "decode-shallow" in seen:
+        yield from growth(found, seen["decode-shallow"])
+    if program.name == "train-expert" and "train" in seen:
+        yield from dearer(found, seen["train"])
+
+
+def growth(deep: Figures, shallow: Figures) -> Iterator[str]:
+    """Yield a complaint if a deeper model makes a larger program or takes longer to compile."""
+    if deep.instructions > 1.1 * shallow.instructions or deep.seconds > 3 * shallow.seconds + 30:
+        yield (
+            f"grows with depth: {deep.instructions} instructions in {deep.seconds:.0f} s, but "
+            f"{shallow.instructions} in {shallow.seconds:.0f} s where it is shallow"
+        )
+
+
+def dearer(divided: Figures, whole: Figures) -> Iterator[str]:
+    """Yield complaints if a program whose experts are divided costs more than the undivided one."""
+    for name, own, other, most in (
+        ("scratch memory", divided.scratch, whole.scratch, 1.3),
+        ("FLOPs", divided.flops, whole.flops, 1.1),
+    ):
+        if own and other and own > most * other:
+            yield (
+                f"takes {own / other:.2f} times the {name} of undivided experts where {most} "
+                "should do"
+            )
+
+
+def _collectives(found: Record) -> str:
+    kinds = found["collectives"].items()
+    said = " ".join(f"{''.join(w[0] for w in kind.split('-'))} {count}" for kind, count in kinds)
+    return f"{said} ({found['in_group']})" if said else "none"
+
+
+TABLE = Table(
+    names=texts("target:6 name:14 layers:6 mesh:18 preset:12"),
+    values=(*FIGURES, Column(" collectives", "figures", "<", _collectives)),
+    notes=FIGURES_NOTES
+    + """\
+Loop bodies: one of the groups of 4 layers, one block of queries in long attention, and of the
+routed experts one block of rows, whose number is known at run time only. Collectives: all that
+stand in the program (those in the loop over groups of layers, which repeats them): all-reduce ar,
+all-gather ag, reduce-scatter rs, all-to-all ata, collective-permute cp.""",
+)

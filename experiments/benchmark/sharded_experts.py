@@ -15,29 +15,35 @@ import jax
 import jax.numpy as jnp
 
 import kernels_pallas
-from experiments.benchmark import report
-from experiments.benchmark.compile_kernels import Figures, compile_traced
+from experiments.benchmark.figures import (
+    FAILURES,
+    GB,
+    Figures,
+    compile_traced,
+    failed,
+    memory_faults,
+)
+from experiments.benchmark.report import FIGURES, FIGURES_NOTES, Table, texts
 from experiments.benchmark.topologies import Target
 from kernels_pallas import shapes
 from kernels_pallas.experts.parallel import Transport
 from llama4_jax import parallel
 
-GB = 1_000_000_000
 PRODUCTS = {"forward": 3, "backward": 8}  # of rows; back, gate and up are computed again
 MORE = 1.1  # times the FLOPs of those
 SCRATCH = {"forward": GB // 2, "backward": 3 * GB // 2}  # but for gradients of matrices
 
-HEADER = (
-    f"{'chip':6} {'shape':27} {'mesh':15} {'experts':>7} {'pass':8} {'by':4} {'VMEM MB':>8} "
-    f"{'scratch GB':>10} {'TFLOP':>6} {'GB':>6} {'s':>4}"
+TABLE = Table(
+    names=texts("target:6 shape:27 mesh:15 experts:7 pass:8 transport:9"),
+    values=FIGURES,
+    notes=FIGURES_NOTES
+    + """\
+Divided experts: of one round, which is all there is where tokens choose evenly. experts: of a
+device. transport: xla, collectives with the products between them; dma, one kernel that sends,
+multiplies and sends back, and going back three more, of the gradients of matrices. The backward
+pass keeps nothing of the forward pass: eight products of each row, not six. Scratch going back
+holds gradients of matrices, for each expert 0.5 GB in float32 and 0.25 GB of a round.""",
 )
-NOTES = """
-Per device, of one round, which is all there is where tokens choose evenly. experts: of a device.
-by: xla, collectives with the products between them; dma, one kernel that sends, multiplies and
-sends back, and going back three more, of the gradients of matrices. The backward pass keeps nothing
-of the forward pass: eight products of each row, not six. VMEM: the most that a kernel uses. TFLOP
-and GB: the compiler's figures, in which a kernel counts as it says of itself. Scratch going back
-holds gradients of matrices, for each expert 0.5 GB in float32 and 0.25 GB of a round."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -127,14 +133,10 @@ def trace(case: Divided, direction: str, mesh: jax.sharding.Mesh) -> jax.stages.
 
 def judge(case: Divided, direction: str, target: Target, found: Figures) -> Iterator[str]:
     """Yield what is wrong with a pass that compiles."""
-    s = case.shape
-    if found.arguments + found.temp > target.memory:
-        yield f"needs {(found.arguments + found.temp) / GB:.1f} GB of memory"
-    most = SCRATCH[direction]
+    s, most = case.shape, SCRATCH[direction]
     if direction == "backward":  # a round's in the dtype of the matrices, and float32 sums
         most += (jnp.dtype(s.dtype).itemsize + 4) * 3 * case.num_local * s.D * s.F
-    if found.temp > most:
-        yield f"needs {found.temp / GB:.2f} GB of scratch memory where {most / GB:.2f} should do"
+    yield from memory_faults(found, target, most)
     floor = 2 * PRODUCTS[direction] * s.T * s.X * s.D * s.F
     if found.flops is not None and not floor <= found.flops <= MORE * floor:
         yield f"FLOPs by estimate are {found.flops / floor:.3f} times the products, not 1 to {MORE}"
@@ -144,16 +146,16 @@ def compile_divided(case: Divided, target: Target) -> Iterator[dict[str, Any]]:
     """Compile each pass of a case for a target, and yield the records."""
     for direction in PRODUCTS:
         record: dict[str, Any] = {
-            "chip": target.name, "operation": "expert_mlp_parallel", "pass": direction,
+            "target": target.name, "operation": "expert_mlp_parallel", "pass": direction,
             "shape": case.name, "mesh": case.mesh, "transport": case.transport,
             "experts": case.num_local, "faults": [],
         }  # fmt: skip
         try:
             count = math.prod(parallel.parse_mesh(case.mesh).values())
             mesh = parallel.make_mesh(case.mesh, devices=target.devices(count))
-            found = compile_traced(trace(case, direction, mesh), mesh.devices.flat[0].platform)
-        except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
-            yield {**record, "faults": [f"does not compile: {str(error)[:500]}"]}
+            found = compile_traced(trace(case, direction, mesh))
+        except FAILURES as error:
+            yield failed(record, error)
             continue
         figures: dict[str, Any] = dataclasses.asdict(found)
         figures.pop("declared")  # counts a forward pass that the compiler drops from backward
@@ -161,35 +163,14 @@ def compile_divided(case: Divided, target: Target) -> Iterator[dict[str, Any]]:
         yield {**record, "figures": figures, "faults": faults}
 
 
-def line(record: dict[str, Any]) -> str:
-    """Lay a record out as one line of the table."""
-    head = (
-        f"{record['chip']:6} {record['shape']:27} {record['mesh']:15} {record['experts']:7} "
-        f"{record['pass']:8} {record['transport']:4}"
-    )
-    if "figures" not in record:
-        return f"{head} FAULT"
-    found = record["figures"]
-    return (
-        f"{head} {found['vmem'] / 1e6:8.1f} {found['temp'] / GB:10.2f} "
-        f"{(found['flops'] or math.nan) / 1e12:6.2f} {(found['bytes'] or math.nan) / GB:6.1f} "
-        f"{found['seconds']:4.0f}"
-    )
+def sizes(names: list[str]) -> dict[str, dict[str, Any]]:
+    """Return the sizes of the shapes named; without names of all of them."""
+    known = {f"{name}_divided": dataclasses.asdict(shapes.SHAPES[name]) for name in _MESHES}
+    return {name: each for name, each in known.items() if not names or name in names}
 
 
-def run(names: list[str], targets: list[Target]) -> dict[str, Any]:
-    """Compile the cases named, print the table and what is wrong, and return the figures."""
-    chosen = [(case, target) for target in targets for case in cases(names, target.name)]
-    records = []
-    if chosen:
-        print(HEADER)
-    for case, target in chosen:
-        for record in compile_divided(case, target):
-            records.append(record)
-            print("\n".join([line(record), *report.fault_lines(record)]), flush=True)
-    if chosen:
-        print(NOTES)
-    return {
-        "shapes": {case.name: dataclasses.asdict(case.shape) for case, _ in chosen},
-        "records": records,
-    }
+def records(names: list[str], targets: list[Target]) -> Iterator[dict[str, Any]]:
+    """Compile the cases named for targets and yield the records."""
+    for target in targets:
+        for case in cases(names, target.name):
+            yield from compile_divided(case, target)

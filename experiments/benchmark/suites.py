@@ -60,15 +60,10 @@ def run_kernels(values: flags.FlagValues) -> dict[str, Any]:
     if values.tune:
         for told in tune.tune(chosen, here.platform):
             print(told, flush=True)
-    print(report.TIMES_HEADER)
-    records = []
-    for case in chosen:
-        for record in timing.measure(case, here, values.backend, actions):
-            records.append(record)
-            report.keep(values.records, here.kind, record)
-    print(report.TIMES_NOTES)
+    records = (r for case in chosen for r in timing.measure(case, here, values.backend, actions))
+    shown = report.TIMES.show(report.appended(values.records, here.kind, records))
     stamp = {"device": here.kind, "copy_bytes_per_second": here.copying}
-    return {**stamp, "shapes": {case.shape: case.sizes for case in chosen}, "records": records}
+    return {**stamp, "shapes": {case.shape: case.sizes for case in chosen}, "records": shown}
 
 
 def run_nano(values: flags.FlagValues) -> dict[str, Any]:
@@ -78,12 +73,9 @@ def run_nano(values: flags.FlagValues) -> dict[str, Any]:
         if name not in end_to_end.NAMES:
             raise FlagError(f"--shapes={name} is none of {', '.join(end_to_end.NAMES)}.")
     names = values.shapes or [n for n in end_to_end.NAMES if n == "nano" or here.platform != "cpu"]
-    print(f"{report.machine_line(here)}\n{report.TIMES_HEADER}", flush=True)
-    records = []
-    for record in end_to_end.records(here, names):
-        records.append(record)
-        report.keep(values.records, here.kind, record)
-    return {"device": here.kind, "records": records}
+    print(report.machine_line(here), flush=True)
+    records = report.appended(values.records, here.kind, end_to_end.records(here, names))
+    return {"device": here.kind, "records": report.TIMES.show(records)}
 
 
 def run_compile(values: flags.FlagValues) -> dict[str, Any]:
@@ -92,12 +84,16 @@ def run_compile(values: flags.FlagValues) -> dict[str, Any]:
     targets = [TARGETS[name] for name in dict.fromkeys(values.target)]
     divided = [name for name in values.shapes if name in sharded_experts.NAMES]
     others = [name for name in values.shapes if name not in divided]
-    parts = []
+    sizes: dict[str, Any] = {}
+    records: list[dict[str, Any]] = []
     if others or not divided:
-        parts.append(compile_kernels.run(chosen_cases(others, small=False), targets))
+        chosen = chosen_cases(others, small=False)
+        sizes |= {case.shape: case.sizes for case in chosen}
+        records += compile_kernels.TABLE.show(compile_kernels.records(chosen, targets))
     if divided or not others:
-        parts.append(sharded_experts.run(divided, targets))
-    return report.together(parts)
+        sizes |= sharded_experts.sizes(divided)
+        records += sharded_experts.TABLE.show(sharded_experts.records(divided, targets))
+    return {"shapes": sizes, "records": records}
 
 
 SUITES: Mapping[str, Callable[[flags.FlagValues], dict[str, Any]]] = {

@@ -63,7 +63,7 @@ def test_a_token_of_scout_takes_a_quarter_for_good_and_the_rest_for_a_chunk():
 
 def compiled(name):
     text = (tree.ROOT / f"benchmarks/results/compile_{name}.json").read_text("utf-8")
-    return [record for record in json.loads(text)["programs"] if "figures" in record]
+    return [record for record in json.loads(text)["records"] if "figures" in record]
 
 
 @pytest.mark.parametrize("record", compiled("v5p") + compiled("h100"), ids=lambda r: r["name"])

@@ -1,18 +1,13 @@
 """Benchmarks of experts: what is counted of their schedules, their peers, and their bounds."""
 
 import dataclasses
-import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental import pallas as pl
 
-from experiments.benchmark import cases, compile_kernels, expert_peers, expert_work, timing
-from experiments.benchmark.cases import Bound
+from experiments.benchmark import cases, expert_peers, expert_work, timing
 from experiments.benchmark.timing import Machine
-from experiments.benchmark.topologies import TARGETS
 from kernels_pallas import interpreted, tuning
 from kernels_pallas.experts.tpu_rows import Cut
 from kernels_pallas.shapes import SHAPES, Experts
@@ -162,73 +157,6 @@ def test_megablox_gives_what_the_reference_gives(monkeypatch):
     case = cases.expert_case(shape)
     wanted = case.function(**arrays, backend="reference")
     np.testing.assert_allclose(peer.function(**arrays), wanted, atol=1e-5)
-
-
-def record_of(chip="v5p", shape="a", flops=100.0, moved=1000.0, peer=None):
-    figures = {"flops": flops, "bytes": moved}
-    return {
-        "chip": chip, "shape": shape, "pass": "forward", "figures": figures,
-        "work": {"bytes": 900.0}, "peers": {} if peer is None else {"other": peer}, "faults": [],
-    }  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    ("peer", "says"),
-    [
-        (None, []),
-        ({"bytes": 1600.0, "work": {"bytes": 1400.0}}, []),
-        ({"bytes": 1400.0, "work": {"bytes": 1400.0}}, ["1.40 times our bytes by estimate"]),
-        ({"bytes": 1600.0, "work": {"bytes": 900.0}}, ["1.00 times our bytes by schedule"]),
-        ({"fails": "too wide"}, ["other, to compare with, fails: too wide"]),
-    ],
-)
-def test_a_peer_that_moves_too_little_is_a_fault(peer, says):
-    bound = Bound(flops=1.0, bytes=1.0, peers={"other": 1.5})
-    found = list(compile_kernels.judge_peers(bound, record_of(peer=peer)))
-    assert len(found) == len(says) and all(b in a for a, b in zip(found, says, strict=True))
-
-
-def test_a_shape_that_multiplies_more_than_another_is_a_fault():
-    case = cases.expert_case(SMALL)
-    case = dataclasses.replace(
-        case, shape="b", bounds={"forward": Bound(flops=2, bytes=2, beside=("a", 1.1))}
-    )
-    records = [
-        record_of(), record_of(shape="b", flops=111.0), record_of(chip="v6e", shape="b", flops=9e9),
-        record_of(chip="v5e"), record_of(chip="v5e", shape="b", flops=109.0),
-    ]  # fmt: skip
-    compile_kernels.judge_beside([case], records)
-    assert [len(record["faults"]) for record in records] == [0, 1, 0, 0, 0]
-    assert "1.110 times the FLOPs of a, over 1.1" in records[1]["faults"][0]
-
-
-def test_rows_that_are_multiplied_have_bounds_of_their_own():
-    case = cases.expert_case(SMALL)
-    bound = Bound(flops=1.05, bytes=math.inf, chips={"v5p": {"multiplied": 1.2}})
-    case = dataclasses.replace(case, bounds={"forward": bound})
-    floor = case.floors["forward"].flops
-    work = expert_work.Work(flops=int(1.1 * floor), bytes=1, needed=1, blocks="")
-    found = compile_kernels.Figures(
-        flops=floor, bytes=1, declared=1, arguments=0, temp=0, vmem=0, smem=0, seconds=0
-    )
-    for chip, faults in (("v5p", 0), ("v6e", 1)):
-        target = TARGETS[chip]
-        assert len(list(compile_kernels.judge(case, "forward", target, found, work))) == faults
-
-
-def test_what_kernels_declare_is_added_up():
-    def double(x, bytes_accessed):
-        cost = pl.CostEstimate(flops=1, transcendentals=0, bytes_accessed=bytes_accessed)
-
-        def kernel(x_ref, out_ref):
-            out_ref[...] = 2 * x_ref[...]
-
-        out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-        return pl.pallas_call(kernel, out_shape=out, cost_estimate=cost)(x)
-
-    traced = jax.jit(lambda x: jax.jit(lambda x: double(x, 10))(x) + double(x, 5))
-    assert compile_kernels.declared_bytes(traced.trace(jnp.ones(8)).jaxpr.jaxpr) == 15
-    assert compile_kernels.declared_bytes(jax.make_jaxpr(jnp.sin)(1.0).jaxpr) is None
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])

@@ -8,12 +8,13 @@ from absl import flags
 
 from experiments.benchmark import __main__ as command
 from experiments.benchmark import compile_kernels, sharded_experts, suites
-from experiments.benchmark.compile_kernels import Figures
-from experiments.benchmark.sharded_experts import GB, PRODUCTS, Divided
+from experiments.benchmark.figures import GB
+from experiments.benchmark.sharded_experts import PRODUCTS, Divided
 from experiments.benchmark.topologies import TARGETS
 from kernels_pallas import interpreted
 from kernels_pallas.shapes import SHAPES, Experts
 from llama4_jax import parallel
+from tests.experiments.benchmark.sound import changed
 
 SMALL = Experts(name="small", T=64, D=128, F=256, E=4)
 SCOUT = Divided(shape=SHAPES["scout_experts_8k"], mesh="fsdp:4,expert:4", transport="dma")
@@ -44,25 +45,22 @@ def test_a_pass_is_traced_from_shapes_alone_by_kernels_or_collectives(transport,
 
 def figures(direction, **known):
     """Figures of a sound pass of Scout's experts."""
-    flops = 2.0 * PRODUCTS[direction] * 8192 * 5120 * 8192
-    sound = {
-        "flops": flops * known.pop("times", 1.0), "bytes": 9e9, "declared": 8e9,
-        "arguments": 2 * GB, "temp": GB // 3, "vmem": 1, "smem": 1, "seconds": 1.0,
-    }  # fmt: skip
-    return Figures(**{**sound, **known})
+    flops = 2.0 * PRODUCTS[direction] * 8192 * 5120 * 8192 * known.pop("times", 1.0)
+    sound = {"flops": flops, "bytes": 9e9, "scratch": GB // 3, "arguments": 2 * GB, "peak": 3 * GB}
+    return changed(seconds=1.0, **{**sound, **known})
 
 
 @pytest.mark.parametrize(
     ("direction", "known", "says"),
     [
         ("forward", {}, []),
-        ("backward", {"temp": 4 * GB}, []),  # gradients of four experts' matrices are 3.0 GB
-        ("forward", {"temp": 4 * GB}, ["4.00 GB of scratch memory where 0.50"]),
-        ("backward", {"temp": 5 * GB}, ["5.00 GB of scratch memory where 4.52"]),
+        ("backward", {"scratch": 4 * GB}, []),  # gradients of four experts' matrices are 3.0 GB
+        ("forward", {"scratch": 4 * GB}, ["4.00 GB of scratch memory where 0.50"]),
+        ("backward", {"scratch": 5 * GB}, ["5.00 GB of scratch memory where 4.52"]),
         ("forward", {"times": 11 / 8}, ["FLOPs by estimate are 1.375 times the products"]),
         ("backward", {"times": 11 / 8}, ["FLOPs by estimate are 1.375 times the products"]),
         ("backward", {"times": 5 / 8}, ["FLOPs by estimate are 0.625 times the products"]),
-        ("forward", {"arguments": 103 * GB}, ["needs 103.3 GB of memory"]),
+        ("forward", {"peak": 103 * GB}, ["needs 103.0 GB of the device's 102.8"]),
     ],
 )
 def test_what_needs_too_much_is_a_fault(direction, known, says):
@@ -80,19 +78,19 @@ def test_what_does_not_compile_is_a_fault(mesh):
     for record in (forward, backward):
         (fault,) = record["faults"]
         assert fault.startswith("does not compile:")
-        assert "FAULT" in sharded_experts.line(record)
+        assert "FAULT" in sharded_experts.TABLE.line(record)
 
 
 def test_what_compiles_is_laid_out_in_a_line(monkeypatch):
     monkeypatch.setattr(sharded_experts, "trace", lambda *_: None)
     monkeypatch.setattr(
-        sharded_experts, "compile_traced", lambda *_: figures("forward", vmem=50_000_000)
+        sharded_experts, "compile_traced", lambda *_: figures("forward", vmem=50 << 20)
     )
     record = next(sharded_experts.compile_divided(small("dma"), HERE))
     assert record["experts"] == 1 and record["faults"]
-    said = sharded_experts.line(record).split()
-    assert said[:3] == ["here", "small_divided", "fsdp:2,expert:4"]
-    assert said[3:] == ["1", "forward", "dma", "50.0", "0.33", "2.06", "9.0", "1"]
+    said = sharded_experts.TABLE.line(record).split()
+    assert said[:6] == ["here", "small_divided", "fsdp:2,expert:4", "1", "forward", "dma"]
+    assert said[6:] == ["2", "0.3333", "3", "2062", "9", "50", "0.0009766", "1"]
 
 
 @pytest.mark.parametrize("chip", ["v5e", "v5p", "v6e", "tpu7x"])
@@ -107,15 +105,15 @@ def test_shapes_divided_and_not_are_chosen_by_name(monkeypatch):
     ran = {}
 
     def record(what):
-        def run(chosen, _targets):
+        def records(chosen, _targets):
             ran[what] = chosen
-            return {"shapes": {what: {}}, "records": [what]}
+            yield {"target": "here", "shape": what, "faults": []}
 
-        return run
+        return records
 
     monkeypatch.setattr(suites, "prepare", lambda: None)
-    monkeypatch.setattr(compile_kernels, "run", record("whole"))
-    monkeypatch.setattr(sharded_experts, "run", record("divided"))
+    monkeypatch.setattr(compile_kernels, "records", record("whole"))
+    monkeypatch.setattr(sharded_experts, "records", record("divided"))
 
     def chosen(*names):
         ran.clear()
@@ -123,7 +121,8 @@ def test_shapes_divided_and_not_are_chosen_by_name(monkeypatch):
         command.define_flags(values)
         values(["command", "--suite=compile", f"--shapes={','.join(names)}"])
         found = suites.run_compile(values)
-        assert found["records"] == list(ran) == list(found["shapes"])
+        assert [record["shape"] for record in found["records"]] == list(ran)
+        assert {*names} <= {*found["shapes"]}
         return {what: len(cases) for what, cases in ran.items()}
 
     assert chosen("scout_experts_8k_divided") == {"divided": 1}

@@ -1,0 +1,79 @@
+"""Programs are traced from shapes, compiled, laid out in a line, and judged."""
+
+import jax
+import pytest
+
+from experiments.benchmark import figures, programs
+from experiments.benchmark.figures import GB
+from experiments.benchmark.topologies import TARGETS
+from tests.experiments.benchmark.sound import SOUND, changed
+from tests.tiny import CHUNK, scout_like
+
+
+def small(kind, mesh, preset):
+    """A program that eight virtual CPU devices compile in seconds."""
+    context = 0 if kind == "train" else 4 * CHUNK
+    return programs.Program(
+        name=kind, kind=kind, layers=5, mesh=mesh, preset=preset,
+        rows=8, tokens=2 * CHUNK, context=context, scratch=GB,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "mesh", "preset"),
+    [
+        ("decode", "tensor:2", "tensor"),
+        ("prefill", "tensor:2,context:4", "long_context"),
+        ("train", "fsdp:2,expert:4", "fsdp_expert"),
+    ],
+)
+def test_every_kind_of_program_is_traced_from_shapes_alone(kind, mesh, preset):
+    traced = programs.trace(small(kind, mesh, preset), jax.devices(), scout_like())
+    leaves = jax.tree.leaves(traced.lower().args_info)
+    assert leaves and all(isinstance(leaf, jax.stages.ArgInfo) for leaf in leaves)
+
+
+def test_a_program_is_compiled_and_laid_out_in_a_line():
+    program = small("decode", "tensor:2", "tensor")
+    found = figures.compile_traced(programs.trace(program, jax.devices(), scout_like()))
+    assert found.arguments > 0 and found.peak >= found.arguments
+    assert found.flops and found.instructions > 100
+    # A layer sums over heads and over hidden features; five layers, one of them outside the scan.
+    assert found.collectives["all-reduce"] >= 10
+    assert 8 <= found.in_group < found.collectives["all-reduce"]
+    record = {"target": "v5p", **vars(program), "figures": vars(found), "faults": []}
+    line = programs.TABLE.line(record)
+    assert "tensor:2" in line and f" ar {found.collectives['all-reduce']}" in line
+    assert line.endswith(f"({found.in_group})")
+
+
+DECODE = programs.programs("v5p", layers=8)[0]
+SHALLOW, DEEP, *_ = programs.programs("v5p", layers=48)
+TRAIN, DIVIDED = programs.programs("v5p", layers=48)[-2:]
+
+
+def judged(program, found, **seen):
+    return list(programs.judge(program, TARGETS["v5p"], found, seen))
+
+
+def test_a_program_that_needs_more_scratch_than_it_should_is_a_fault():
+    assert DECODE.name == "decode" and not judged(DECODE, SOUND)
+    (fault,) = judged(DECODE, changed(scratch=2 * GB))
+    assert "2.00 GB of scratch memory where 1.00 should do" in fault
+
+
+def test_a_program_that_grows_with_depth_is_a_fault():
+    assert (SHALLOW.name, DEEP.name) == ("decode-shallow", "decode")
+    assert not judged(DEEP, SOUND, **{"decode-shallow": SOUND})
+    (fault,) = judged(DEEP, changed(instructions=6000), **{"decode-shallow": SOUND})
+    assert "6000 instructions" in fault
+    assert judged(DEEP, changed(seconds=200.0), **{"decode-shallow": SOUND})
+
+
+def test_dividing_experts_that_costs_more_is_a_fault():
+    assert (TRAIN.name, DIVIDED.name) == ("train", "train-expert")
+    assert not judged(DIVIDED, SOUND, train=SOUND)
+    (fault,) = judged(DIVIDED, changed(flops=1.2 * 17e9), train=SOUND)
+    assert "1.20 times the FLOPs" in fault
+    (fault,) = judged(DIVIDED, changed(scratch=140_000_000), train=SOUND)
+    assert "1.40 times the scratch memory" in fault

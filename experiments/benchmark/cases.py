@@ -129,22 +129,23 @@ def one_pass(function: Callable[..., jax.Array], wrt: tuple[str, ...], direction
     return Pass(prepare=prepare, run=lambda pull, dout: pull(dout))
 
 
+def _floors(shape: shapes.Attention | shapes.Experts, has_gradient: bool) -> dict[str, Floor]:
+    ways = {"forward": False, "backward": True} if has_gradient else {"forward": False}
+    return {
+        direction: Floor(flops=shape.flops(backward=back), bytes=shape.bytes(backward=back))
+        for direction, back in ways.items()
+    }
+
+
 def attention_case(shape: shapes.Attention) -> Case:
     """Return chunked attention on a shape, forward and backward."""
-    floors = {
-        direction: Floor(
-            flops=shape.flops(backward=direction == "backward"),
-            bytes=shape.bytes(backward=direction == "backward"),
-        )
-        for direction in ("forward", "backward")[: 1 + shape.has_gradient]
-    }
     return Case(
         operation="chunked_attention",
         shape=shape.name,
         sizes=dataclasses.asdict(shape),
         build=shape.build,
         function=functools.partial(kernels_pallas.chunked_attention, **shape.settings),
-        floors=floors,
+        floors=_floors(shape, shape.has_gradient),
         wrt=("q_BTNH", "k_BSKH", "v_BSKH") if shape.has_gradient else (),
         peers=of_attention(shape),
         work=functools.partial(attention_work, shape),
@@ -198,13 +199,6 @@ def expert_case(shape: shapes.Experts) -> Case:
     """Return the mixture of experts on a shape, with its gradient where there is one."""
     is_differentiated = shape.has_gradient and shape.stored == "float"
     names = ("x_TD", "w_gate_EDF", "w_up_EDF", "w_down_EFD", "gate_TX")
-    floors = {
-        direction: Floor(
-            flops=shape.flops(backward=direction == "backward"),
-            bytes=shape.bytes(backward=direction == "backward"),
-        )
-        for direction in ("forward", "backward")[: 1 + is_differentiated]
-    }
     bound = _EXPERT_BOUNDS.get(shape.name)
     return Case(
         operation="expert_mlp",
@@ -212,7 +206,7 @@ def expert_case(shape: shapes.Experts) -> Case:
         sizes=dataclasses.asdict(shape),
         build=shape.build,
         function=kernels_pallas.expert_mlp,
-        floors=floors,
+        floors=_floors(shape, is_differentiated),
         wrt=names if is_differentiated else (),
         peers=of_experts(shape),
         work=functools.partial(expert_work, shape),

@@ -27,6 +27,7 @@ from typing import Any
 
 from absl import flags
 
+from experiments.benchmark import report
 from experiments.launch import FlagError, launch
 
 LIMIT = 60  # seconds of a process that checks; it compiles for 10 to 30 of them
@@ -54,30 +55,13 @@ class Job:
     environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Chip:
-    """What to run on a kind of accelerator, in this order.
-
-    Attributes:
-      checked: shapes that are checked and repeated.
-      timed: shapes that are checked, repeated and timed.
-      alone: of these, the ones that need nearly all memory.
-      at_once: processes that may check at a time; a TPU admits one.
-    """
-
-    checked: tuple[str, ...]
-    timed: tuple[str, ...]
-    alone: tuple[str, ...]
-    at_once: int
-
-
-_CHECKED = (
+CHECKED = (  # shapes that are checked and repeated, in this order
     "odd_experts_nobody", "odd_experts_1", "odd_experts_int8", "odd_experts_fp8",
     "odd_experts_int4", "odd_experts", "odd_experts_empty", "odd_experts_hot",
     "odd_decode_1", "odd_1", "odd_128", "odd_2048", "odd_88", "odd_packed", "odd_blind", "odd_256",
     "odd_decode", "odd_decode_int8", "odd_decode_fp8", "odd_decode_32",
 )  # fmt: skip
-_TIMED = (
+TIMED = (  # shapes that are checked, repeated and timed
     "scout_experts_1", "scout_experts_64", "scout_experts_64_int4", "scout_experts_8k",
     "scout_chunk_8k", "scout_chunk_32k", "scout_decode_128k", "scout_decode_1m",
     "scout_decode_1m_int8", "scout_nope_32k", "scout_decode_8k_b16", "scout_decode_1m_fp8",
@@ -85,17 +69,14 @@ _TIMED = (
     "scout_decode_10m",
 )  # fmt: skip
 
-_MODELS = ("scout_4_layers_1", "scout_4_layers_16", "nano")
-
-CHIPS = {
-    "hopper": Chip(checked=_CHECKED, timed=_TIMED, alone=("scout_decode_10m",), at_once=6),
-    "tpu": Chip(checked=_CHECKED, timed=_TIMED, alone=("scout_decode_10m",), at_once=1),
-}
+ALONE = ("scout_decode_10m",)  # of these, what needs nearly all memory
+MODELS = ("scout_4_layers_1", "scout_4_layers_16", "nano")
+AT_ONCE = {"hopper": 6, "tpu": 1}  # processes that may check at a time; a TPU admits one
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define this command's flags."""
-    flags.DEFINE_enum("chip", None, list(CHIPS), "What is here.", flag_values=values)
+    flags.DEFINE_enum("chip", None, list(AT_ONCE), "What is here.", flag_values=values)
     flags.DEFINE_string(
         "part", None, f"One of {', '.join(PARTS)}, or a shape. Default: the first four.",
         flag_values=values,
@@ -107,31 +88,31 @@ def define_flags(values: flags.FlagValues) -> None:
     )  # fmt: skip
 
 
-def jobs(chip: Chip, part: str | None) -> list[Job]:
+def jobs(part: str | None) -> list[Job]:
     """List the processes of a part, or of a shape; of the first four parts if it is None.
 
     Raises:
       FlagError: there is no such part or shape.
     """
     if part in ("check", "repeat"):
-        return [_shape_job("check", name, part) for name in chip.checked]
+        return [_shape_job("check", name, part) for name in CHECKED]
     if part == "time":
-        return [_shape_job("time", name, "check,repeat,time", chip) for name in chip.timed]
+        return [_shape_job("time", name, "check,repeat,time") for name in TIMED]
     if part == "nano":
-        named = [(name, ("--suite=nano", f"--shapes={name}")) for name in _MODELS]
+        named = [(name, ("--suite=nano", f"--shapes={name}")) for name in MODELS]
         return [Job(part="nano", name=name, flags=flags, limit=100) for name, flags in named]
     if part == "tune":
-        names = [name for name in chip.timed if name not in chip.alone]
         return [
             Job(part="tune", name=name, limit=200, flags=_flags(name, "time", "--tune"))
-            for name in names
+            for name in TIMED
+            if name not in ALONE
         ]
     if part is None:
-        checks = [_shape_job("check", name, "check,repeat") for name in chip.checked]
-        return [*checks, *jobs(chip, "time"), *jobs(chip, "nano")]
-    if part in chip.checked + chip.timed:
-        return [_shape_job("time", part, "check,repeat,time", chip)]
-    known = ", ".join((*PARTS, *chip.checked, *chip.timed))
+        checks = [_shape_job("check", name, "check,repeat") for name in CHECKED]
+        return [*checks, *jobs("time"), *jobs("nano")]
+    if part in CHECKED + TIMED:
+        return [_shape_job("time", part, "check,repeat,time")]
+    known = ", ".join((*PARTS, *CHECKED, *TIMED))
     raise FlagError(f"--part={part} is neither a part nor a shape; choose from {known}.")
 
 
@@ -139,8 +120,7 @@ def _flags(name: str, do: str, *more: str) -> tuple[str, ...]:
     return ("--suite=kernels", f"--shapes={name}", f"--do={do}", *more)
 
 
-def _shape_job(part: str, name: str, do: str, chip: Chip | None = None) -> Job:
-    takes_all = chip is not None and name in chip.alone
+def _shape_job(part: str, name: str, do: str) -> Job:
     memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".95"}
     shared = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
     return Job(
@@ -148,7 +128,7 @@ def _shape_job(part: str, name: str, do: str, chip: Chip | None = None) -> Job:
         name=name,
         flags=_flags(name, do),
         limit=TIMED_LIMIT if part == "time" else LIMIT,
-        environment=memory if takes_all else shared,
+        environment=memory if name in ALONE else shared,
     )
 
 
@@ -244,39 +224,33 @@ def run_jobs(
     return results
 
 
+def _repeats(record: report.Record) -> str:
+    return f"{record['differing']}/{record['repetitions']}" if "differing" in record else "n/a"
+
+
+TABLE = report.Table(
+    names=report.texts("part:6 name:24"),
+    values=(
+        *report.texts("pass:8 backend:9 verdict:7"),
+        report.Column("repeats", "", ">7", _repeats),
+        *report.TIMES.values,
+    ),
+    notes="",
+)
+
+
 def table(results: Iterable[Mapping[str, Any]]) -> str:
     """Lay the verdicts out: a line for each pass, and for each job that has none."""
-    head = (
-        f"{'part':6} {'shape':24} {'pass':9} {'backend':9} {'verdict':8} {'error':>8} "
-        f"{'largest':>8} {'repeats':>7} {'time ms':>9} {'of limit':>8} {'of copy':>8}  "
-        "times as fast as"
-    )
-    lines = [head]
+    lines = [TABLE.header()]
     for result in results:
-        begin = f"{result['part']:6} {result['name']:24}"
         for record in result["records"]:
             verdict = "WRONG" if record["faults"] else "ok"
-            lines.append(f"{begin} {_measured(record, verdict)}")
+            lines.append(TABLE.line({**result, **record, "verdict": verdict}))
             lines += [f"       {fault}" for fault in record["faults"]]
         if result["outcome"] in ("HUNG", "CRASHED", "not run") or not result["records"]:
-            lines.append(f"{begin} {'':9} {'':9} {result['outcome']}")
+            lines.append(TABLE.line({**result, "skipped": result["outcome"]}))
             lines += [f"       {line}" for line in result.get("said", "").splitlines()[-3:]]
     return "\n".join(lines)
-
-
-def _measured(record: Mapping[str, Any], verdict: str) -> str:
-    def number(name: str, form: str, scale: float = 1.0) -> str:
-        value = record.get(name)
-        return "" if value is None else format(scale * value, form)
-
-    repeats = f"{record['differing']}/{record['repetitions']}" if "differing" in record else ""
-    ratios = [f"{name} {ratio:.2f}" for name, ratio in record.get("ratios", {}).items()]
-    return (
-        f"{record['pass']:9} {record['backend']:9} {verdict:8} "
-        f"{number('relative_error', '.1e'):>8} {number('largest_error', '.1e'):>8} {repeats:>7} "
-        f"{number('seconds', '.3f', 1e3):>9} {number('of_limit', '.1%'):>8} "
-        f"{number('of_copying', '.1%'):>8}  {', '.join(ratios)}"
-    )
 
 
 def main(values: flags.FlagValues) -> None:
@@ -287,9 +261,8 @@ def main(values: flags.FlagValues) -> None:
       ValueError: something is wrong with a kernel.
     """
     if values.chip is None:
-        raise FlagError(f"give --chip={' or --chip='.join(CHIPS)}.")
-    chip = CHIPS[values.chip]
-    todo = jobs(chip, values.part)
+        raise FlagError(f"give --chip={' or --chip='.join(AT_ONCE)}.")
+    todo = jobs(values.part)
     path = pathlib.Path(values.out, f"{values.chip}.jsonl")
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
@@ -302,7 +275,8 @@ def main(values: flags.FlagValues) -> None:
             took = f" in {result['took']} s" if "took" in result else ""
             print(f"{result['part']} {result['name']}: {result['outcome']}{took}", flush=True)
 
-        results = run_jobs(todo, min(chip.at_once, os.cpu_count() or 1), values.seconds, keep)
+        at_once = min(AT_ONCE[values.chip], os.cpu_count() or 1)
+        results = run_jobs(todo, at_once, values.seconds, keep)
     print(table(results), flush=True)
     wrong = sum(result["outcome"] != "ok" for result in results)
     if wrong:

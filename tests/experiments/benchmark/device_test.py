@@ -7,7 +7,7 @@ import pytest
 from absl import flags
 
 from experiments.benchmark import device
-from experiments.benchmark.device import CHIPS, Job, jobs, run_job, run_jobs, table
+from experiments.benchmark.device import CHECKED, TIMED, Job, jobs, run_job, run_jobs, table
 from experiments.launch import FlagError
 from kernels_pallas.shapes import SHAPES
 
@@ -96,23 +96,21 @@ def test_a_part_that_is_out_of_time_begins_nothing_more():
     assert "not run" in table(results)
 
 
-def test_every_part_names_shapes_that_exist_in_the_order_of_its_chip():
-    for chip in CHIPS.values():
-        assert {*chip.checked, *chip.timed} <= {*SHAPES}
-        assert [each.name for each in jobs(chip, None)][-1] == "nano"
-        assert [each.part for each in jobs(chip, "tune")] == ["tune"] * (len(chip.timed) - 1)
-        (alone,) = [each for each in jobs(chip, "time") if "MEM_FRACTION" in str(each.environment)]
-        assert alone.name == "scout_decode_10m"
+def test_every_part_names_shapes_that_exist_in_their_order():
+    assert {*CHECKED, *TIMED} <= {*SHAPES}
+    assert [each.name for each in jobs(None)][-1] == "nano"
+    assert [each.part for each in jobs("tune")] == ["tune"] * (len(TIMED) - 1)
+    (alone,) = [each for each in jobs("time") if "MEM_FRACTION" in str(each.environment)]
+    assert alone.name == "scout_decode_10m"
 
 
 def test_checking_and_repeating_may_be_asked_for_apart():
-    chip = CHIPS["hopper"]
-    assert all("--do=check" in each.flags for each in jobs(chip, "check"))
-    assert all("--do=repeat" in each.flags for each in jobs(chip, "repeat"))
-    (one,) = jobs(chip, "odd_88")
+    assert all("--do=check" in each.flags for each in jobs("check"))
+    assert all("--do=repeat" in each.flags for each in jobs("repeat"))
+    (one,) = jobs("odd_88")
     assert "--do=check,repeat,time" in one.flags and "--shapes=odd_88" in one.flags
     with pytest.raises(FlagError, match="--part=odd is neither"):
-        jobs(chip, "odd")
+        jobs("odd")
 
 
 def test_the_command_writes_records_prints_verdicts_and_fails_if_one_did(

@@ -1,15 +1,25 @@
 """What the documents name exists, and the list of packages exists once."""
 
+import math
 import re
 import sys
 import tomllib
 
 import pytest
 
+from llama4_jax import scout
+from llama4_jax.cost import serving_memory
 from tests.house import tree
 
-DOCUMENTS = ("README.md", "BUILD.md", "CHANGELOG.md")
 MAIN_DOCUMENTS = ("README.md", "BUILD.md")
+DOCUMENTS = (
+    *MAIN_DOCUMENTS,
+    "PROOF.md",
+    "CHANGELOG.md",
+    "benchmarks/README.md",
+    "kernels_pallas/README.md",
+    "nano/README.md",
+)
 PROJECT = tomllib.loads((tree.ROOT / "pyproject.toml").read_text("utf-8"))
 # Distribution names that differ from the module they bring.
 MODULE_OF = {"orbax-checkpoint": "orbax", "absl-py": "absl", "pillow": "PIL"}
@@ -27,12 +37,43 @@ def requirement_names(lines: list[str]) -> set[str]:
     return {re.match(r"[\w.-]+", line)[0] for line in lines if line and not line.startswith("#")}
 
 
-def test_the_quick_start_runs(monkeypatch, capsys):
-    (program,) = re.findall(r"```python\n(.*?)```", read("README.md"), re.DOTALL)
-    assert len(program.splitlines()) <= 6
+def python_blocks(name: str) -> list[str]:
+    """Return the Python programs of one document, in order."""
+    return re.findall(r"```python\n(.*?)```", read(name), re.DOTALL)
+
+
+def test_the_quick_start_is_short():
+    assert len(python_blocks("README.md")[0].splitlines()) <= 6
+
+
+@pytest.mark.parametrize("document", [name for name in DOCUMENTS if python_blocks(name)])
+def test_every_python_block_runs_after_those_above_it(document, monkeypatch):
     monkeypatch.chdir(tree.ROOT)
-    exec(compile(program, "README.md", "exec"), {})
-    assert capsys.readouterr().out.strip()
+    names = {}
+    for program in python_blocks(document):
+        exec(compile(program, document, "exec"), names)
+
+
+def test_the_memory_that_the_readme_states_is_what_the_library_counts():
+    rows = re.findall(
+        r"^\| (\d+) \| `(\S+)` \| ([\d.]+) \| (.+) \|$", read("README.md"), re.MULTILINE
+    )
+    assert len(rows) >= 4
+    for devices, mesh, weights, totals in rows:
+        axes = {axis: int(size) for axis, size in (pair.split(":") for pair in mesh.split(","))}
+        assert math.prod(axes.values()) == int(devices)
+        memories = [
+            serving_memory(
+                scout(),
+                rows=1,
+                length=length,
+                shards=axes["tensor"],
+                context=axes.get("context", 1),
+            )
+            for length in (2**13, 2**17, 2**20, 10 * 2**20)
+        ]
+        assert weights == f"{memories[0].weights / 1e9:.1f}"
+        assert totals.split(" | ") == [f"{memory.total / 1e9:.1f}" for memory in memories]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)
@@ -43,7 +84,8 @@ def test_every_experiment_named_exists(document):
 
 @pytest.mark.parametrize("document", DOCUMENTS)
 def test_every_make_target_named_exists(document):
-    named = set(re.findall(r"(?:^|`)make ([a-z-]+)", read(document), re.MULTILINE))
+    text = read(document)
+    named = {*re.findall(r"`make ([a-z-]+)", text), *re.findall(r"(?m)^make ([a-z-]+) +#", text)}
     assert named <= tree.make_targets(), sorted(named - tree.make_targets())
 
 
@@ -59,7 +101,8 @@ def test_every_path_named_exists(document):
     quoted = re.findall(rf"`((?:{folders})/[\w./-]*)`", text)
     linked = re.findall(r"\]\((?!http|#)([^)#]+)\)", text)
     for name in quoted + linked:
-        assert (tree.ROOT / name).exists(), f"{document} names {name}"
+        beside = (tree.ROOT / document).parent / name
+        assert beside.exists() or (tree.ROOT / name).exists(), f"{document} names {name}"
 
 
 @pytest.mark.parametrize("document", MAIN_DOCUMENTS)

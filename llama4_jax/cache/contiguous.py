@@ -44,7 +44,7 @@ def _write(
     )
 
 
-def _merge_over(out: jax.Array, lse: jax.Array, axes: tuple[str, ...]) -> jax.Array:
+def merge_over(out: jax.Array, lse: jax.Array, axes: tuple[str, ...]) -> jax.Array:
     """Merge partial attention across shards: the algebra of `merge_attention` as collectives."""
     if not axes:
         return out
@@ -135,7 +135,7 @@ def _attend_whole(sharded: dict[str, tuple[str, ...]], call: _Call, sees: Visibi
     end_B = jnp.maximum(call.lengths_B, positions.max(1) + 1)
     call = dataclasses.replace(call, q_BTNH=q, positions_BT=positions)
     out, lse = call.attend(jnp.full_like(end_B, first), jnp.clip(end_B - first, 0, S), sees)
-    out = _merge_over(out, lse, slots_over).astype(q.dtype)
+    out = merge_over(out, lse, slots_over).astype(q.dtype)
     return _own(out, over, T), call.keys_GBKSH, call.values_GBKSH
 
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from experiments.flags import FlagError, launch
 from llama4_jax.checkpoint import FORMATS, convert, find_format
+from llama4_jax.checkpoint.location import find_checkpoint
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -53,7 +54,7 @@ def check_flags(values: flags.FlagValues) -> None:
             raise FlagError(f"--{name} is needed; --helpshort describes it.")
     if values.model_parallel is not None and values.to != "meta":
         raise FlagError(f"--model_parallel is for --to=meta, not for --to={values.to}.")
-    source, target = pathlib.Path(values.source), pathlib.Path(values.target)
+    source, target = find_checkpoint(values.source), pathlib.Path(values.target)
     if not source.is_dir():
         what = "is a file, not a folder" if source.exists() else "does not exist"
         raise FlagError(f"--source={source} {what}.")
@@ -71,9 +72,10 @@ def show_progress(num_bytes: int) -> Iterator:
 def main(values: flags.FlagValues) -> None:
     """Convert as the flags say."""
     check_flags(values)
-    kind = find_format(pathlib.Path(values.source))
+    source = find_checkpoint(values.source)
+    kind = find_format(source)
     convert(
-        values.source,
+        source,
         values.target,
         to=values.to,
         dtype=values.dtype,

@@ -22,7 +22,6 @@ from llama4_jax.pretrained import from_pretrained
 from llama4_jax.serve import Request, Sampling, generate
 from llama4_jax.text import Image, Message
 
-NANO = pathlib.Path(__file__).resolve().parents[1] / "nano"
 MESH = "expert:4,tensor:2"
 QUESTION = "Which digit is this?"
 GREEDY = Sampling(temperature=0)
@@ -44,7 +43,7 @@ CODE = '''class Point:
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define this command's one flag."""
-    flags.DEFINE_string("checkpoint", str(NANO), "Folder of the model.", flag_values=values)
+    flags.DEFINE_string("checkpoint", "nano", "Folder of the model.", flag_values=values)
 
 
 def main(values: flags.FlagValues) -> None:

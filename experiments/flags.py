@@ -17,6 +17,7 @@ from experiments.jsonl import check_writable, read_lines
 from experiments.launch import FlagError as FlagError
 from experiments.launch import launch as launch
 from llama4_jax import parallel
+from llama4_jax.checkpoint.location import find_checkpoint
 from llama4_jax.pretrained import Pretrained, from_pretrained
 from llama4_jax.serve import Request, Sampling
 from llama4_jax.serve.dialogue import place_images
@@ -28,7 +29,8 @@ flags.disclaim_key_flags()  # what a function here defines is the calling comman
 def define_model_flags(values: flags.FlagValues) -> None:
     """Define --checkpoint, --mesh and --dtype: which model runs, where, and in what precision."""
     flags.DEFINE_string(
-        "checkpoint", None, "Folder of the checkpoint: Hugging Face, Meta or Orbax layout.",
+        "checkpoint", None,
+        "Folder of the checkpoint, in Hugging Face, Meta or Orbax layout, or nano, which ships.",
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_string(
@@ -111,7 +113,7 @@ def check_checkpoint(values: flags.FlagValues) -> pathlib.Path:
     """
     if not values.checkpoint:
         raise FlagError("--checkpoint=DIR is needed: the folder of the model.")
-    folder = pathlib.Path(values.checkpoint)
+    folder = find_checkpoint(values.checkpoint)
     if not folder.is_dir():
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise FlagError(f"--checkpoint={folder} {what}.")

@@ -20,12 +20,11 @@ from experiments.recipes import RECIPES, Recipe, with_balance_bias
 from experiments.terminal import ConsoleWriter
 from llama4_jax import train
 from llama4_jax.checkpoint import Format
+from llama4_jax.checkpoint.location import NANO
 from llama4_jax.data import pipelines
 from llama4_jax.model import Llama4
 from llama4_jax.pretrained import Pretrained, save_pretrained
 from llama4_jax.text import load_tokenizer
-
-TOKENIZER = pathlib.Path(__file__).resolve().parents[1] / "nano"
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -49,7 +48,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "accelerator splits its CPU into as many virtual devices. Default: one device.",
         flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_string("tokenizer", str(TOKENIZER), "Its folder.", flag_values=values)
+    flags.DEFINE_string("tokenizer", str(NANO), "Its folder.", flag_values=values)
 
 
 def make_stages(values: flags.FlagValues) -> Recipe:

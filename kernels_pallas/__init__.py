@@ -8,6 +8,8 @@ from kernels_pallas.experts.grouped import combine, dispatch, grouped_matmul
 from kernels_pallas.experts.inputs import WeightScales
 from kernels_pallas.experts.parallel import expert_mlp_parallel
 
+__version__ = "0.1.0"
+
 __all__ = [
     "chunked_attention", "decode_attention", "merge_attention",
     "expert_mlp", "expert_mlp_parallel", "WeightScales", "dispatch", "grouped_matmul", "combine",

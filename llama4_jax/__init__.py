@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from llama4_jax.pretrained import Pretrained, from_pretrained, save_pretrained
     from llama4_jax.serve import Request, Sampling, generate, score
 
+__version__ = "0.1.0"
+
 _HOMES = {
     "Pretrained": "pretrained",
     "from_pretrained": "pretrained",

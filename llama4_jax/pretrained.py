@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 from llama4_jax import parallel
 from llama4_jax.checkpoint.convert import GENERATION, Format, open_checkpoint, write_source
 from llama4_jax.checkpoint.load import ModelSource, load_model
+from llama4_jax.checkpoint.location import find_checkpoint
 from llama4_jax.checkpoint.writer import Progress, no_progress
 from llama4_jax.config import DType, ModelConfig
 from llama4_jax.config.json_section import Section, load_json
@@ -91,7 +92,8 @@ def from_pretrained(
     more than the largest shard.
 
     Args:
-      directory: a Hugging Face, Meta or native checkpoint; the layout is recognised.
+      directory: a Hugging Face, Meta or native checkpoint; the layout is recognised. "nano" is the
+        model that ships.
       mesh: where to lay the model out, such as "expert:4,tensor:2"; None is the default device.
         The result remembers it.
       rules: which mesh axes divide which logical axes; by default `parallel.serving_rules`.
@@ -101,7 +103,7 @@ def from_pretrained(
       ValueError: the checkpoint is damaged or incomplete, the mesh cannot be made, or a weight
         does not divide over it.
     """
-    directory = pathlib.Path(directory)
+    directory = find_checkpoint(directory)
     if isinstance(mesh, str):
         mesh = parallel.make_mesh(mesh)
     source = open_checkpoint(directory)

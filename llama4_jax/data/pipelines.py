@@ -82,7 +82,6 @@ def digit_examples(reader: Reader) -> grain.MapDataset[Example]:
 
     Raises:
         ValueError: the model has no vision encoder.
-        ImportError: scikit-learn is not installed.
     """
     is_train = reader.split == "train"
     scans = sources.read_digits(reader.split)

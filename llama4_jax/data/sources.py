@@ -6,7 +6,6 @@ when other items come or go, on every machine and in every order.
 
 import dataclasses
 import hashlib
-import importlib
 import pathlib
 import sysconfig
 from typing import Literal
@@ -35,6 +34,7 @@ _SKIPPED_FOLDERS = frozenset(
     }
 )
 _SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
+_DIGITS = pathlib.Path(__file__).parent / "digits.npz"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,22 +100,14 @@ def read_code(split: Split, root: pathlib.Path | None = None) -> list[CodeDocume
 
 
 def read_digits(split: Split) -> DigitScans:
-    """Read scikit-learn's 1797 scans of handwritten digits; a scan's pixels decide its part.
+    """Read 1797 scans of handwritten digits; a scan's pixels decide its part.
 
-    Raises:
-        ImportError: scikit-learn, a development dependency, is not installed.
+    Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine
+    Learning Repository, CC BY 4.0, doi:10.24432/C50P49; the test part, as scikit-learn has it.
     """
-    try:
-        # By name: the library runs without scikit-learn, and only this source asks for it.
-        datasets = importlib.import_module("sklearn.datasets")
-    except ImportError as error:
-        raise ImportError(
-            "the handwritten digits come with scikit-learn; install it with pip install "
-            "scikit-learn, or leave 'digits' out of the mixture"
-        ) from error
-    ink_NI, labels = datasets.load_digits(return_X_y=True)
+    with np.load(_DIGITS) as scans:
+        ink_NHW, labels_N = scans["ink_NHW"], scans["labels_N"].astype(np.int64)
     # Ink is whole numbers from 0 to 16.
-    pixels_NHW = np.round(np.reshape(ink_NI, (-1, 8, 8)) * (255 / 16)).astype(np.uint8)
-    labels_N = np.asarray(labels, np.int64)
+    pixels_NHW = np.round(ink_NHW * (255 / 16)).astype(np.uint8)
     is_chosen = [split_of(pixels.tobytes(), HELD_OUT_DIGITS) == split for pixels in pixels_NHW]
     return DigitScans(pixels_NHW[is_chosen], labels_N[is_chosen])

@@ -1,17 +1,15 @@
 """Digit dialogs carry loss on their answers alone and keep pictures beside their tokens."""
 
-import pathlib
-
 import numpy as np
 import pytest
 from PIL import Image
 
+from llama4_jax.checkpoint.location import NANO
 from llama4_jax.config import nano
 from llama4_jax.data import dialogs, images, sources
 from llama4_jax.data.dialogs import DialogEncoder, Turn
 from llama4_jax.text.tokenizer import load_tokenizer
 
-NANO = pathlib.Path(__file__).parents[2] / "nano"
 TOKENIZER = load_tokenizer(NANO / "tokenizer.json")
 VISION = nano().vision
 PATCH = TOKENIZER.special_id("<|patch|>")

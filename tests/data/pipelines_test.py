@@ -10,12 +10,13 @@ from itertools import islice
 import numpy as np
 import pytest
 
+from llama4_jax.checkpoint.location import NANO
 from llama4_jax.config import nano
 from llama4_jax.config.runs import OptimizerConfig, RunConfig
 from llama4_jax.data import pipelines, sources
 from llama4_jax.text.tokenizer import load_tokenizer
 
-TOKENIZER = load_tokenizer(pathlib.Path(__file__).parents[2] / "nano" / "tokenizer.json")
+TOKENIZER = load_tokenizer(NANO / "tokenizer.json")
 PATCH = TOKENIZER.special_id("<|patch|>")
 EOT = TOKENIZER.special_id("<|eot|>")
 MODEL = dataclasses.replace(nano(), pad_id=TOKENIZER.pad_id)

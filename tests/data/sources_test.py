@@ -1,7 +1,5 @@
 """Sources are real, in a fixed order, and their held-out parts stay apart."""
 
-import sys
-
 import numpy as np
 import pytest
 
@@ -65,10 +63,3 @@ def test_digits_are_1797_scans_of_all_ten_digits_in_two_parts():
         assert set(scans.labels_N.tolist()) == set(range(10))
     seen = {pixels.tobytes() for pixels in train.pixels_NHW}
     assert not any(pixels.tobytes() in seen for pixels in held_out.pixels_NHW)
-
-
-def test_without_scikit_learn_the_error_says_what_to_install(monkeypatch):
-    for name in ("sklearn", "sklearn.datasets"):
-        monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match="pip install scikit-learn"):
-        sources.read_digits("train")

@@ -12,7 +12,7 @@ import sys
 import transformers
 
 HERE = pathlib.Path(__file__).parent
-NANO = HERE.parents[1] / "nano"
+NANO = HERE.parents[1] / "llama4_jax/nano"
 
 TEXTS = [
     "def add(a, b):\n    return a + b\n",

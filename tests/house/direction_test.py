@@ -11,7 +11,7 @@ from tests.house import tree
 CONTRACT = tomllib.loads((tree.ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"]
 
 # What belongs to the reference implementations or to the tests alone.
-NOT_AT_RUN_TIME = {"torch", "torchvision", "transformers", "llama_models", "sklearn"}
+NOT_AT_RUN_TIME = {"torch", "torchvision", "transformers", "llama_models"}
 
 
 def test_a_file_imports_only_from_lines_below_its_own():

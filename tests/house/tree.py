@@ -69,7 +69,7 @@ def mentioned_names(path: pathlib.Path) -> Iterator[tuple[int, str]]:
 def experiment_files() -> dict[str, pathlib.Path]:
     """Return the experiments that are programs by name: `x.py` or `x/__main__.py` with a guard."""
     folder = ROOT / EXPERIMENTS
-    files = {path.stem: path for path in folder.glob("*.py")}
+    files = {path.stem: path for path in folder.glob("[!_]*.py")}
     files |= {path.parent.name: path for path in folder.glob("*/__main__.py")}
     guard = '__name__ == "__main__"'
     return {name: path for name, path in sorted(files.items()) if guard in path.read_text("utf-8")}

@@ -10,9 +10,9 @@ from tokenizers import pre_tokenizers
 from llama4_jax.text import HFTokenizer, load_tokenizer
 from llama4_jax.text.hf_tokenizer import bytes_by_character
 from tests.text.nasty import nasty_strings
-from tests.text.reference import NANO, hugging_face_twin, tokenizer_model
+from tests.text.reference import NANO, ROOT, hugging_face_twin, tokenizer_model
 
-GOLDEN = json.loads((NANO.parent / "tests/golden/nano_tokenizer.json").read_text("utf-8"))
+GOLDEN = json.loads((ROOT / "tests/golden/nano_tokenizer.json").read_text("utf-8"))
 
 
 @pytest.fixture(scope="module")

@@ -11,12 +11,12 @@ from unittest import mock
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
+from llama4_jax.checkpoint.location import NANO as NANO
 from llama4_jax.text import TiktokenTokenizer, special_tokens
 from llama4_jax.text.hf_tokenizer import bytes_by_character
 from llama4_jax.text.pattern import WORD_PATTERN
 
 ROOT = pathlib.Path(__file__).parents[2]
-NANO = ROOT / "nano"
 
 
 def llama_models_path(name: str) -> pathlib.Path:

@@ -17,9 +17,9 @@ from llama4_jax.text import (
     render,
 )
 from tests.text.nasty import nasty_strings
-from tests.text.reference import NANO, tokenizer_model
+from tests.text.reference import NANO, ROOT, tokenizer_model
 
-GOLDEN = json.loads((NANO.parent / "tests/golden/nano_tokenizer.json").read_text("utf-8"))
+GOLDEN = json.loads((ROOT / "tests/golden/nano_tokenizer.json").read_text("utf-8"))
 
 # A template in the manner of published ones: literals, joined texts, trimming, JSON, comparisons.
 TYPICAL = """

@@ -22,6 +22,7 @@ from llama4_jax.pretrained import Pretrained, from_pretrained
 from llama4_jax.serve import Request, Sampling
 from llama4_jax.serve.dialogue import place_images
 from llama4_jax.text import images_of
+from llama4_jax.untrusted import shown
 
 flags.disclaim_key_flags()  # what a function here defines is the calling command's own flag
 
@@ -152,7 +153,8 @@ def read_requests(path: str, known: Mapping[str, str]) -> list[Request]:
     def parse(line: dict[str, Any]) -> Request:
         for name in line:
             if name not in known:
-                raise ValueError(f"unknown field {name!r}; a request has {', '.join(known)}.")
+                fields = ", ".join(known)
+                raise ValueError(f"unknown field {shown(name)}; a request has {fields}.")
         request = Request(**{known[name]: value for name, value in line.items()})
         images = request.images
         if request.messages is not None:
@@ -175,7 +177,7 @@ def check_images(images: Sequence[Any]) -> None:
     """
     for image in images:
         if not isinstance(image, str) or not os.path.isfile(image):
-            raise FlagError(f"there is no image file {image}.")
+            raise FlagError(f"there is no image file {shown(image)}.")
 
 
 def load_model(values: flags.FlagValues) -> Pretrained:

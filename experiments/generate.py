@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 
 from experiments import flags as shared
-from experiments.jsonl import LineWriter
+from experiments.jsonl import LineWriter, naming_lines
 from experiments.terminal import print_line, show, talk
 from llama4_jax.serve import Answer, Request, default_sampling, generate
 from llama4_jax.text import load_tokenizer
@@ -54,13 +54,15 @@ def main(values: flags.FlagValues) -> None:
         return
     if values.prompt is not None:
         settings["on_token"] = show
-    if values.output is not None:
-        with LineWriter(values.output) as lines:
-            generate(pretrained, requests, on_answer=lambda a: lines.write(to_line(a)), **settings)
-    elif values.prompt is not None:
-        generate(pretrained, requests, **settings)
-    else:
-        generate(pretrained, requests, on_answer=lambda a: print_line(to_line(a)), **settings)
+    with naming_lines(values.input):
+        if values.output is not None:
+            with LineWriter(values.output) as lines:
+                write = lines.write
+                generate(pretrained, requests, on_answer=lambda a: write(to_line(a)), **settings)
+        elif values.prompt is not None:
+            generate(pretrained, requests, **settings)
+        else:
+            generate(pretrained, requests, on_answer=lambda a: print_line(to_line(a)), **settings)
     if values.prompt is not None:
         print()
 

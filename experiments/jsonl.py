@@ -1,10 +1,18 @@
 """Requests in and answers out as JSON lines: errors name the line, and no answer is ever lost."""
 
+import contextlib
+import itertools
 import json
 import os
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, Self
+
+from llama4_jax.serve.requests import RequestError
+from llama4_jax.untrusted import parse_json
+
+MAX_LINE_BYTES = 256 << 20
+"""Longest line that is read; ten million token ids have 80 MB."""
 
 
 class LineError(ValueError):
@@ -28,18 +36,49 @@ def read_lines[T](path: str | os.PathLike, parse: Callable[[dict[str, Any]], T])
 
 
 def _parsed_lines[T](path: pathlib.Path, parse: Callable) -> Iterator[tuple[int, T]]:
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if not line.strip():
-                continue
-            try:
-                # utf-8-sig: some editors begin a file with a byte-order mark.
-                value = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
-                if not isinstance(value, dict):
-                    raise ValueError(f"expected a JSON object, found {type(value).__name__}")
-                yield number, parse(value)
-            except (ValueError, OSError) as error:
-                raise LineError(f"{path}:{number}: {error}") from error
+    for number, line in _numbered_lines(path):
+        try:
+            # utf-8-sig: some editors begin a file with a byte-order mark.
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            value = parse_json(text, "the line")
+            if not isinstance(value, dict):
+                raise ValueError(f"expected a JSON object, found {type(value).__name__}")
+            yield number, parse(value)
+        except (ValueError, OSError) as error:
+            raise LineError(f"{path}:{number}: {error}") from error
+
+
+def _numbered_lines(path: pathlib.Path) -> Iterator[tuple[int, bytes]]:
+    """Yield the lines of a file that are not blank, and their numbers."""
+    with path.open("rb") as file:
+        for number in itertools.count(1):
+            line = file.readline(MAX_LINE_BYTES + 1)
+            if len(line) > MAX_LINE_BYTES:
+                raise LineError(f"{path}:{number}: the line has over {MAX_LINE_BYTES} bytes")
+            if not line:
+                return
+            if line.strip():
+                yield number, line
+
+
+@contextlib.contextmanager
+def naming_lines(path: str | os.PathLike | None) -> Iterator[None]:
+    """Let an error of a request name the line of the file that the request came from.
+
+    Args:
+      path: of the file that `read_lines` read, or None where requests came from elsewhere.
+
+    Raises:
+      LineError: in place of a RequestError.
+    """
+    try:
+        yield
+    except RequestError as error:
+        if path is None:
+            raise
+        numbers = (number for number, _ in _numbered_lines(pathlib.Path(path)))
+        number = next(itertools.islice(numbers, error.index, None))
+        raise LineError(f"{path}:{number}: {error}") from error
 
 
 class LineWriter:

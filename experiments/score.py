@@ -13,7 +13,7 @@ import dataclasses
 from absl import flags
 
 from experiments import flags as shared
-from experiments.jsonl import LineWriter
+from experiments.jsonl import LineWriter, naming_lines
 from experiments.terminal import print_line
 from llama4_jax.serve import score
 from llama4_jax.text import load_tokenizer
@@ -36,11 +36,12 @@ def main(values: flags.FlagValues) -> None:
     if load_tokenizer(folder) is None and any(r.tokens is None for r in requests):
         raise shared.FlagError(f'{folder} has no tokenizer; give lines of "tokens", not "text".')
     pretrained = shared.load_model(values)
-    if values.output is None:
-        score(pretrained, requests, on_score=lambda s: print_line(dataclasses.asdict(s)))
-        return
-    with LineWriter(values.output) as lines:
-        score(pretrained, requests, on_score=lambda s: lines.write(dataclasses.asdict(s)))
+    with naming_lines(values.input):
+        if values.output is None:
+            score(pretrained, requests, on_score=lambda s: print_line(dataclasses.asdict(s)))
+            return
+        with LineWriter(values.output) as lines:
+            score(pretrained, requests, on_score=lambda s: lines.write(dataclasses.asdict(s)))
 
 
 if __name__ == "__main__":

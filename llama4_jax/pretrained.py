@@ -14,9 +14,10 @@ from llama4_jax.checkpoint.load import ModelSource, load_model
 from llama4_jax.checkpoint.location import find_checkpoint
 from llama4_jax.checkpoint.writer import Progress, no_progress
 from llama4_jax.config import DType, ModelConfig
-from llama4_jax.config.json_section import Section, load_json
+from llama4_jax.config.json_section import Section
 from llama4_jax.model import Llama4
 from llama4_jax.text import ChatTemplate, Tokenizer, load_chat_template, load_tokenizer
+from llama4_jax.untrusted import load_json
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

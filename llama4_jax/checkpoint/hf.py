@@ -29,7 +29,7 @@ from llama4_jax.checkpoint.parameters import Source
 from llama4_jax.checkpoint.safetensors_file import read_header, write_file
 from llama4_jax.checkpoint.writer import Advance, WritePlan, WriteUnit
 from llama4_jax.config.hf import from_hf, to_hf
-from llama4_jax.config.json_section import load_json
+from llama4_jax.untrusted import load_json
 
 CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"

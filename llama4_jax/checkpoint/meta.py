@@ -27,8 +27,8 @@ from llama4_jax.checkpoint.parameters import Index, Source
 from llama4_jax.checkpoint.torch_file import TensorFileWriter, read_tensors
 from llama4_jax.checkpoint.writer import Advance, WritePlan, WriteUnit
 from llama4_jax.config import ModelConfig
-from llama4_jax.config.json_section import load_json
 from llama4_jax.config.meta import from_meta, to_meta
+from llama4_jax.untrusted import load_json
 
 CONFIG = "params.json"
 _PATTERN = "consolidated*.pth"

@@ -28,7 +28,7 @@ from llama4_jax.checkpoint.file_tensors import check_tensors
 from llama4_jax.checkpoint.parameters import Index, Parameter, Source, np_dtype, parameters
 from llama4_jax.checkpoint.writer import Advance, WritePlan, WriteUnit
 from llama4_jax.config import ModelConfig, RopeScaling, Temperature, TextConfig, VisionConfig
-from llama4_jax.config.json_section import load_json
+from llama4_jax.untrusted import load_json
 
 CONFIG = "llama4_jax.json"
 _FORMAT = 1

@@ -1,7 +1,5 @@
 """Reading of JSON configuration files with errors that name the file, the key and the remedy."""
 
-import json
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -81,18 +79,3 @@ def refuse_balance_bias(text: TextConfig, file: str) -> None:
             "released models have none, and readers of that layout would choose other experts; "
             "convert to the orbax layout instead, or train with a balance_bias_rate of 0"
         )
-
-
-def load_json(path: pathlib.Path) -> dict[str, Any]:
-    """Read a JSON object from `path`.
-
-    Raises:
-      ValueError: the file is not valid JSON or not an object.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(values).__name__}")
-    return values

@@ -12,7 +12,7 @@ from llama4_jax.model import Cache
 from llama4_jax.pretrained import Pretrained
 from llama4_jax.serve.batching import BatchingConfig
 from llama4_jax.serve.chunks import bucket, split_prompts
-from llama4_jax.serve.requests import Prompt, Request, read_requests
+from llama4_jax.serve.requests import Prompt, Request, RequestError, read_requests
 from llama4_jax.serve.sampling import Sampling, SamplingRows, row_keys
 from llama4_jax.serve.steps import (
     NO_TOKEN,
@@ -87,7 +87,7 @@ def generate(
       One answer per request, in the order of the requests.
 
     Raises:
-      ValueError: a request cannot be read, or does not fit the model's positions together with
+      RequestError: a request cannot be read, or does not fit the model's positions together with
         `max_new_tokens`. Nothing has been generated then.
     """
     if max_new_tokens < 1:
@@ -124,10 +124,11 @@ def _needed_length(pretrained: Pretrained, prompt: Prompt, max_new_tokens: int) 
     length, limit = len(prompt.tokens_T), pretrained.config.text.max_positions
     # The last new token is never read, so it needs no position.
     if length + max_new_tokens - 1 > limit:
-        raise ValueError(
+        raise RequestError(
             f"request {prompt.index} has {length} prompt tokens, which with {max_new_tokens} new "
             f"ones exceed the model's {limit} positions; shorten the prompt, or choose "
-            f"max_new_tokens of at most {max(0, limit - length + 1)}."
+            f"max_new_tokens of at most {max(0, limit - length + 1)}.",
+            prompt.index,
         )
     return length + max_new_tokens
 

@@ -23,8 +23,17 @@ from llama4_jax.pretrained import Pretrained
 from llama4_jax.serve.chunks import Row
 from llama4_jax.serve.dialogue import dialogue_tokens, place_images
 from llama4_jax.text import Message, Tokenizer, images_of
+from llama4_jax.untrusted import shown
 
 ImageSource = str | pathlib.Path | bytes | Image.Image
+
+
+class RequestError(ValueError):
+    """A request that cannot be served; `index` is its place in the list, counted from 0."""
+
+    def __init__(self, message: str, index: int) -> None:
+        super().__init__(message)
+        self.index = index
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,16 +98,17 @@ def read_requests(pretrained: Pretrained, requests: Sequence[Request]) -> list[P
     """Turn requests into tokens, and check everything about them that can be checked.
 
     Raises:
-      ValueError: for the first request that cannot be read; the message begins with its number,
+      RequestError: for the first request that cannot be read; the message begins with its number,
         counted from 0.
     """
     prompts = []
     for index, request in enumerate(requests):
         try:
             tokens, images = _read(pretrained, request)
+            tokens_T = np.asarray(tokens, np.int32)
+            _check_known(tokens_T, pretrained.config.text.vocab_size)
         except ValueError as error:
-            raise ValueError(f"request {index}: {error}") from error
-        tokens_T = np.asarray(tokens, np.int32)
+            raise RequestError(f"request {index}: {error}", index) from error
         prompts.append(Prompt(index=index, tokens_T=tokens_T, images=images))
     return prompts
 
@@ -132,8 +142,18 @@ def _check_ids(tokens: Sequence[int], vocab_size: int) -> list[int]:
         raise ValueError("tokens is empty; give at least one, such as the begin-of-text token.")
     for place, token in enumerate(ids):
         if not 0 <= token < vocab_size:
-            raise ValueError(f"token {place} ({token}) must lie in 0..{vocab_size - 1}.")
+            raise ValueError(f"token {place} ({shown(token)}) must lie in 0..{vocab_size - 1}.")
     return ids
+
+
+def _check_known(tokens_T: np.ndarray, vocab_size: int) -> None:
+    """Refuse tokens for which the embedding table has no row."""
+    beyond = np.flatnonzero(tokens_T >= vocab_size)
+    if beyond.size:
+        raise ValueError(
+            f"the tokenizer gives token {beyond[0]} the id {tokens_T[beyond[0]]}, but the model's "
+            f"table has {vocab_size} rows; load the tokenizer that belongs to the checkpoint."
+        )
 
 
 def _vision(config: ModelConfig) -> VisionConfig:

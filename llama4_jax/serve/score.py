@@ -14,7 +14,7 @@ from llama4_jax.model.likelihood import token_logprobs
 from llama4_jax.pretrained import Pretrained
 from llama4_jax.serve.batching import BatchingConfig
 from llama4_jax.serve.chunks import split_prompts
-from llama4_jax.serve.requests import Prompt, Request, read_requests
+from llama4_jax.serve.requests import Prompt, Request, RequestError, read_requests
 
 LOGITS = 1 << 26  # most logits of a batch that exist at once: 256 MiB in float32
 
@@ -58,7 +58,7 @@ def score(
       One score per request, in the order of the requests.
 
     Raises:
-      ValueError: a request cannot be read or is longer than the model's positions. Nothing has
+      RequestError: a request cannot be read or is longer than the model's positions. Nothing has
         been scored then.
     """
     batching = batching or BatchingConfig()
@@ -82,9 +82,10 @@ def score(
 def _checked_length(pretrained: Pretrained, prompt: Prompt) -> int:
     length, limit = len(prompt.tokens_T), pretrained.config.text.max_positions
     if length > limit:
-        raise ValueError(
+        raise RequestError(
             f"request {prompt.index} has {length} tokens, more than the model's {limit} "
-            "positions; divide it."
+            "positions; divide it.",
+            prompt.index,
         )
     return length
 

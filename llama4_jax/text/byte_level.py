@@ -7,10 +7,14 @@ that a user cannot type one. Ids become bytes before they become text, so that d
 
 import abc
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 
 _UNKNOWN = "\N{REPLACEMENT CHARACTER}".encode()
+
+MAX_RUN = 25_000
+"""Longest run of white space, or of anything else, that is left whole: merging is quadratic, and
+the engines that cut words give up on longer ones."""
 
 
 class ByteLevelTokenizer(abc.ABC):
@@ -123,6 +127,20 @@ class ByteLevelTokenizer(abc.ABC):
                 f"{name!r} is not among the {len(self.special_tokens)} special tokens of this "
                 "vocabulary; they are the keys of `special_tokens`."
             ) from None
+
+
+def split_runs(text: str) -> Iterator[str]:
+    """Cut text inside long runs, which Meta's tokenizer does too.
+
+    A run is a stretch of white space or a stretch without any; it is cut at every MAX_RUN
+    characters. The pieces joined are the text. An empty text gives an empty piece.
+    """
+    start = 0
+    for run in re.finditer(r"\s+|\S+", text):
+        for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
+            yield text[start:cut]
+            start = cut
+    yield text[start:]
 
 
 def _pattern_of(spellings: Iterable[str]) -> re.Pattern[str]:

@@ -1,14 +1,21 @@
 """Hugging Face's tokenizer.json: byte-level BPE, read by tokenizers."""
 
+import contextlib
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import tokenizers
 
 from llama4_jax.text import special_tokens as names
-from llama4_jax.text.byte_level import ByteLevelTokenizer
+from llama4_jax.text.byte_level import ByteLevelTokenizer, split_runs
+from llama4_jax.untrusted import load_json, read_bytes
+
+MAX_BYTES = 256 << 20
+"""Largest tokenizer.json; Llama 4's has 28 MB."""
+MAX_HOLES = 1 << 20
+"""Most ids that stand for nothing below one that stands for something."""
 
 
 class HFTokenizer(ByteLevelTokenizer):
@@ -56,17 +63,28 @@ class HFTokenizer(ByteLevelTokenizer):
         )
 
     def _encode_ordinary(self, text: str) -> list[int]:
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for piece in split_runs(text):
+            with _panics_named("the vocabulary's pattern cannot cut this text into words"):
+                ids.extend(self._tokenizer.encode(piece, add_special_tokens=False).ids)
+        return ids
+
+
+@contextlib.contextmanager
+def _panics_named(what: str) -> Iterator[None]:
+    """Turn what tokenizers raises, panics of its compiled code included, into a ValueError."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime":
+            raise ValueError(f"{what}: {error}") from error
+        raise
 
 
 def _read(path: pathlib.Path) -> tokenizers.Tokenizer:
-    try:
-        content = path.read_text(encoding="utf-8")
-        tokenizer = tokenizers.Tokenizer.from_str(content)
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}.") from error
-    except Exception as error:  # tokenizers raises no narrower kind
-        raise ValueError(f"{path} is not a tokenizer.json: {error}") from error
+    content = read_bytes(path, MAX_BYTES)
+    with _panics_named(f"{path} is not a tokenizer.json"):
+        tokenizer = tokenizers.Tokenizer.from_str(content.decode("utf-8"))
     decoder = tokenizer.decoder
     state = json.loads(decoder.__getstate__()) if decoder is not None else {}
     steps = state.get("decoders", [state])
@@ -92,15 +110,12 @@ def _named_tokens(folder: pathlib.Path, special: Mapping[str, int]) -> dict[str,
     path = folder / "tokenizer_config.json"
     if not path.is_file():
         return {}
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
+    config = load_json(path)
     found = {}
     for key in ("bos", "eos", "pad"):
         entry = config.get(f"{key}_token")
         spelling = entry.get("content") if isinstance(entry, dict) else entry
-        if spelling in special:
+        if isinstance(spelling, str) and spelling in special:
             found[key] = special[spelling]
     return found
 
@@ -109,7 +124,10 @@ def _token_bytes(tokenizer: tokenizers.Tokenizer, added: Mapping[int, str]) -> l
     """List the bytes of every id; holes in the numbering stay None."""
     byte_of = bytes_by_character()
     vocabulary = tokenizer.get_vocab(with_added_tokens=True)
-    table: list[bytes | None] = [None] * (1 + max(vocabulary.values()))
+    last = max(vocabulary.values(), default=-1)
+    if last >= len(vocabulary) + MAX_HOLES:
+        raise ValueError(f"tokenizer.json has {len(vocabulary)} tokens, but one has the id {last}.")
+    table: list[bytes | None] = [None] * (1 + last)
     for spelling, token_id in vocabulary.items():
         if token_id in added or not all(c in byte_of for c in spelling):
             table[token_id] = spelling.encode("utf-8")

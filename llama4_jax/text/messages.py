@@ -9,6 +9,8 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from llama4_jax.untrusted import parse_json, shown
+
 Role = Literal["system", "user", "assistant", "tool", "ipython"]
 StopReason = Literal["end_of_turn", "end_of_message", "out_of_tokens"]
 
@@ -67,21 +69,25 @@ class Message:
     def __post_init__(self) -> None:
         """Refuse roles that have no header and parts on messages that cannot have them."""
         if self.role not in get_args(Role):
-            raise ValueError(f"role must be one of {', '.join(get_args(Role))}, not {self.role!r}.")
+            raise ValueError(
+                f"role must be one of {', '.join(get_args(Role))}, not {shown(self.role)}."
+            )
         if self.stop_reason is not None and self.stop_reason not in get_args(StopReason):
             known = ", ".join(get_args(StopReason))
-            raise ValueError(f"stop_reason must be one of {known}, not {self.stop_reason!r}.")
+            raise ValueError(f"stop_reason must be one of {known}, not {shown(self.stop_reason)}.")
         if self.tool_calls and self.role != "assistant":
             raise ValueError(f"Only the assistant has tool_calls, not the role {self.role!r}.")
         if self.context is not None and self.role != "user":
             raise ValueError(f"Only the user has a context, not the role {self.role!r}.")
+        if not isinstance(self.context, str | None):
+            raise ValueError(f"context must be a text, not {shown(self.context)}.")
         if isinstance(self.content, Mapping):
             if not self.is_tool_result:
                 raise ValueError(f"Only a tool's result is an object, not the {self.role}'s words.")
         elif not isinstance(self.content, str):
             for part in self.content:
                 if not isinstance(part, str | Image):
-                    raise ValueError(f"A part of content is a str or an Image, not {part!r}.")
+                    raise ValueError(f"A part of content is a str or an Image, not {shown(part)}.")
 
     @property
     def parts(self) -> tuple[str | Image, ...]:
@@ -159,7 +165,7 @@ def message_from_dict(value: Mapping[str, Any]) -> Message:
         ValueError: It is not such a message; the text says which field.
     """
     if not isinstance(value, Mapping) or "role" not in value:
-        raise ValueError(f'A message is an object with a "role", not {value!r}.')
+        raise ValueError(f'A message is an object with a "role", not {shown(value)}.')
     role, content = value["role"], value.get("content")
     if content is None:
         content = ""
@@ -167,10 +173,13 @@ def message_from_dict(value: Mapping[str, Any]) -> Message:
         content = json.dumps(content, ensure_ascii=False)
     elif not isinstance(content, str | Mapping):
         content = _parts_from_json(content)
+    calls = value.get("tool_calls") or ()
+    if not isinstance(calls, Sequence):
+        raise ValueError(f"tool_calls must be a list, not {shown(calls)}.")
     return Message(
         role=role,
         content=content,
-        tool_calls=tuple(_call_from_dict(call) for call in value.get("tool_calls") or ()),
+        tool_calls=tuple(_call_from_dict(call) for call in calls),
         context=value.get("context"),
         stop_reason=value.get("stop_reason"),
     )
@@ -209,7 +218,7 @@ def _is_content(value: Any) -> bool:
 
 def _parts_from_json(content: Any) -> tuple[str | Image, ...]:
     if not isinstance(content, Sequence):
-        raise ValueError(f"content must be a text or a list of parts, not {content!r}.")
+        raise ValueError(f"content must be a text or a list of parts, not {shown(content)}.")
     return tuple(part if isinstance(part, str) else _part_from_json(part) for part in content)
 
 
@@ -225,7 +234,7 @@ def _part_from_json(part: Any) -> str | Image:
         return Image(link.get("url") if isinstance(link, Mapping) else link)
     raise ValueError(
         'A part of content is {"type": "text", "text": ..}, {"type": "image", ..} or '
-        f'{{"type": "image_url", ..}}, not {part!r}.'
+        f'{{"type": "image_url", ..}}, not {shown(part)}.'
     )
 
 
@@ -236,15 +245,11 @@ def _part_to_json(part: str | Image) -> dict[str, Any]:
 def _call_from_dict(call: Any) -> ToolCall:
     function = call.get("function", call) if isinstance(call, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
-        raise ValueError(f'A tool call has a function with a "name", unlike {call!r}.')
+        raise ValueError(f'A tool call has a function with a "name", unlike {shown(call)}.')
+    name = shown(function["name"])
     arguments = function.get("arguments", function.get("parameters", {}))
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except ValueError as error:
-            raise ValueError(
-                f"The arguments of {function['name']} are not JSON ({error}): {arguments!r}"
-            ) from None
+        arguments = parse_json(arguments, f"The arguments of {name}")
     if not isinstance(arguments, Mapping):
-        raise ValueError(f"The arguments of {function['name']} must be an object: {arguments!r}")
+        raise ValueError(f"The arguments of {name} must be an object: {shown(arguments)}")
     return ToolCall(function["name"], dict(arguments), str(call.get("id") or ""))

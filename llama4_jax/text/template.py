@@ -13,7 +13,6 @@ The one thing that this cannot follow is a template that assembles a special tok
 Jinja runs sandboxed: templates come with checkpoints, and checkpoints come from anywhere.
 """
 
-import json
 import os
 import pathlib
 import re
@@ -33,9 +32,13 @@ from llama4_jax.text.messages import (
     message_to_dict,
 )
 from llama4_jax.text.tokenizer import Tokenizer
+from llama4_jax.untrusted import load_json, read_bytes, shown
 
 _PRIVATE = range(0xF0000, 0x10FFFE)
 """Planes 15 and 16, the private-use ones: no text of meaning has these characters."""
+
+MAX_SOURCE_BYTES = 1 << 20
+"""Largest chat_template.jinja; published ones have 20 KB."""
 
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError,
@@ -263,15 +266,17 @@ def load_chat_template(path: str | os.PathLike[str]) -> ChatTemplate | None:
     config = _read_json(folder / "tokenizer_config.json")
     source: Any = None
     if (folder / "chat_template.jinja").is_file():
-        source = (folder / "chat_template.jinja").read_text(encoding="utf-8")
+        source = _read_text(folder / "chat_template.jinja")
     if source is None:
         source = _read_json(folder / "chat_template.json").get("chat_template")
     if source is None:
         source = config.get("chat_template")
-    if isinstance(source, list):
+    if isinstance(source, list | dict):
         source = _default_of(source, folder)
     if source is None:
         return None
+    if not isinstance(source, str):
+        raise ValueError(f"{folder} has a chat template that is no text: {shown(source)}.")
     tokens = {key: value for key, value in config.items() if key.endswith("_token")}
     tokens = {k: v.get("content") if isinstance(v, dict) else v for k, v in tokens.items()}
     return ChatTemplate(source, {k: v for k, v in tokens.items() if isinstance(v, str)})
@@ -280,20 +285,26 @@ def load_chat_template(path: str | os.PathLike[str]) -> ChatTemplate | None:
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
+    return load_json(path)
+
+
+def _read_text(path: pathlib.Path) -> str:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path} is not JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold a JSON object, not {type(value).__name__}.")
-    return value
+        return read_bytes(path, MAX_SOURCE_BYTES).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8: {error}") from error
 
 
-def _default_of(named: list[Any], folder: pathlib.Path) -> str:
-    templates = {entry.get("name"): entry.get("template") for entry in named}
+def _default_of(named: Any, folder: pathlib.Path) -> Any:
+    """Return the default one of a list of entries with name and template, or of a mapping."""
+    if isinstance(named, dict):
+        templates = named
+    else:
+        entries = [entry for entry in named if isinstance(entry, dict)]
+        templates = {str(entry.get("name")): entry.get("template") for entry in entries}
     if "default" not in templates:
         raise ValueError(
-            f"{folder} has chat templates named {', '.join(map(str, templates))} but no "
+            f"{folder} has chat templates named {shown([*templates])} but no "
             '"default"; put the wanted one into chat_template.jinja.'
         )
     return templates["default"]

@@ -3,20 +3,19 @@
 import base64
 import os
 import pathlib
-import re
 from collections.abc import Iterator
 
 import tiktoken
 
 from llama4_jax.text import special_tokens as names
-from llama4_jax.text.byte_level import ByteLevelTokenizer
+from llama4_jax.text.byte_level import ByteLevelTokenizer, split_runs
 from llama4_jax.text.pattern import WORD_PATTERN
+from llama4_jax.untrusted import read_bytes
 
+MAX_BYTES = 64 << 20
+"""Largest tokenizer.model; Llama 4's has 4 MB."""
 MAX_CHARACTERS = 400_000
 """Longest text that Meta's tokenizer gives tiktoken at once; more makes its regex engine panic."""
-MAX_RUN = 25_000
-"""Longest run of white space, or of anything else, that is left whole: merging is quadratic."""
-
 
 _SPECIAL_TOKENS = {
     200_000: names.llama4_special_tokens,
@@ -72,7 +71,8 @@ def read_ranks(path: str | os.PathLike[str]) -> dict[bytes, int]:
         ValueError: A line does not read "base64 rank", or ranks or bytes are missing.
     """
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(pathlib.Path(path).read_bytes().splitlines(), start=1):
+    data = read_bytes(pathlib.Path(path), MAX_BYTES)
+    for number, line in enumerate(data.splitlines(), start=1):
         if not line.strip():
             continue
         try:
@@ -94,14 +94,7 @@ def read_ranks(path: str | os.PathLike[str]) -> dict[bytes, int]:
 def split_long(text: str) -> Iterator[str]:
     """Cut text where Meta's tokenizer does: at every 400,000 characters, then inside long runs.
 
-    A run is a stretch of white space or a stretch without any; it is cut at every 25,000
-    characters. The pieces joined are the text. An empty text gives nothing.
+    The pieces joined are the text. An empty text gives nothing.
     """
     for begin in range(0, len(text), MAX_CHARACTERS):
-        part = text[begin : begin + MAX_CHARACTERS]
-        start = 0
-        for run in re.finditer(r"\s+|\S+", part):
-            for cut in range(run.start() + MAX_RUN, run.end(), MAX_RUN):
-                yield part[start:cut]
-                start = cut
-        yield part[start:]
+        yield from split_runs(text[begin : begin + MAX_CHARACTERS])

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from llama4_jax.text.messages import ToolCall
 from llama4_jax.text.tool_calls import CODE_INTERPRETER, SEARCH_TOOLS
+from llama4_jax.untrusted import is_deep
 
 _MAX_DEPTH = 64
 _SEARCH = re.compile(r'(\w+)\.call\(query="((?:[^"\\]|\\.)*)"\)', re.DOTALL)
@@ -151,9 +152,10 @@ def _call_of_object(value: Any) -> ToolCall | None:
 
 def _read_json_value(text: str, position: int) -> tuple[Any, int] | None:
     try:
-        return json.JSONDecoder(strict=False).raw_decode(text, position)
+        value, end = json.JSONDecoder(strict=False).raw_decode(text, position)
     except (ValueError, RecursionError):
         return None
+    return None if is_deep(value) else (value, end)
 
 
 def _read_python_object(text: str, position: int) -> tuple[Any, int] | None:

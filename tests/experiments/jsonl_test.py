@@ -4,7 +4,16 @@ import json
 
 import pytest
 
-from experiments.jsonl import LineError, LineWriter, check_writable, partial_path, read_lines
+from experiments import jsonl
+from experiments.jsonl import (
+    LineError,
+    LineWriter,
+    check_writable,
+    naming_lines,
+    partial_path,
+    read_lines,
+)
+from llama4_jax.serve.requests import RequestError
 
 
 def written(tmp_path, text, mode="w"):
@@ -21,10 +30,11 @@ def test_blank_lines_and_a_byte_order_mark_are_skipped(tmp_path):
 @pytest.mark.parametrize(
     ("second_line", "says"),
     [
-        ("{", "in.jsonl:2: Expecting property name"),
+        ("{", "in.jsonl:2: the line is not JSON: Expecting property name"),
         ("[1]", "in.jsonl:2: expected a JSON object, found list"),
         ('{"a": 2}', "in.jsonl:2: no twos"),
         (b"\xff", "in.jsonl:2: .*utf-8"),
+        ('{"a": ' + "[" * 100_000, "in.jsonl:2: the line is nested deeper"),
     ],
 )
 def test_an_error_names_the_file_and_the_line(tmp_path, second_line, says):
@@ -36,6 +46,20 @@ def test_an_error_names_the_file_and_the_line(tmp_path, second_line, says):
     path = written(tmp_path, b'{"a": 1}\n' + second + b"\n")
     with pytest.raises(LineError, match=says):
         read_lines(path, parse)
+
+
+def test_a_line_out_of_all_proportion_is_refused_by_number(tmp_path, monkeypatch):
+    monkeypatch.setattr(jsonl, "MAX_LINE_BYTES", 10)
+    with pytest.raises(LineError, match=r"in\.jsonl:2: the line has over 10 bytes"):
+        read_lines(written(tmp_path, '{"a": 1}\n{"a": 12345}'), dict)
+
+
+def test_an_error_of_a_request_names_the_line_that_it_came_from(tmp_path):
+    path = written(tmp_path, '{"a": 1}\n\n{"a": 2}\n')
+    with pytest.raises(LineError, match=r"in\.jsonl:3: request 1 is long"), naming_lines(path):
+        raise RequestError("request 1 is long", 1)
+    with pytest.raises(RequestError), naming_lines(None):
+        raise RequestError("request 1 is long", 1)
 
 
 def test_the_file_has_its_name_only_once_it_is_complete(tmp_path):

@@ -1,5 +1,6 @@
 """Requests become tokens and tiles in the order of reading; what does not fit is refused."""
 
+import copy
 import dataclasses
 import io
 
@@ -7,7 +8,7 @@ import numpy as np
 import pytest
 
 from llama4_jax.data import preprocess
-from llama4_jax.serve.requests import Request, read_requests
+from llama4_jax.serve.requests import Request, RequestError, read_requests
 from llama4_jax.text import CHAT_TEMPLATE, ChatTemplate, Image, Message
 from tests.serve import tiny
 
@@ -124,6 +125,18 @@ def test_a_template_puts_images_where_it_writes_them(pretrained):
     own = dataclasses.replace(pretrained, chat_template=template)
     request = {"messages": [Message("user", ["x", Image(), "y"])], "images": [tiny.picture(0)]}
     assert read(own, **request).tokens_T.tolist() == read(pretrained, **request).tokens_T.tolist()
+
+
+@pytest.mark.parametrize("request_", [{"prompt": "a"}, {"messages": [Message("user", "a")]}])
+def test_an_id_beyond_the_table_is_refused_whoever_made_it(pretrained, request_):
+    class Foreign(type(pretrained.tokenizer)):
+        def encode(self, *_, **__):
+            return [352]
+
+    foreign = copy.copy(pretrained.tokenizer)
+    foreign.__class__ = Foreign
+    with pytest.raises(RequestError, match=r"request 0: .* the id 352, but .* has 352 rows"):
+        read(dataclasses.replace(pretrained, tokenizer=foreign), **request_)
 
 
 @pytest.mark.parametrize(

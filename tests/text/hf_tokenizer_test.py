@@ -148,6 +148,30 @@ def test_a_special_token_that_swallows_neighbours_is_refused(tmp_path):
         _edited(tmp_path, lambda value: value["added_tokens"][3].update(lstrip=True))
 
 
+def test_runs_too_long_for_the_vocabularys_pattern_are_cut_as_by_metas_tokenizer(twin):
+    for text in (" " * 60_000 + "a", "a" * 60_000, "\n" * 60_000 + "b " * 10):
+        assert twin.encode(text) == tokenizer_model().encode(text)
+
+
+def test_a_pattern_that_gives_up_is_an_error_and_not_a_panic(tmp_path):
+    def catastrophe(value):
+        value["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": "(a|a)*$"}
+
+    tokenizer = _edited(tmp_path, catastrophe)
+    with pytest.raises(ValueError, match="pattern cannot cut this text"):
+        tokenizer.encode("a" * 100 + "b")
+
+
+def test_an_id_out_of_all_proportion_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="one has the id 4000000000"):
+        _edited(tmp_path, lambda value: value["model"]["vocab"].update(zzz=4_000_000_000))
+
+
+@pytest.mark.parametrize("named", [["a"], {"content": ["a"]}, 5, {"a": {}}])
+def test_a_named_token_that_is_no_text_counts_as_none(tmp_path, named):
+    assert _edited(tmp_path, lambda _: None, {"eos_token": named}).eos_ids
+
+
 def test_a_damaged_config_is_named(tmp_path):
     shutil.copy(NANO / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{")

@@ -77,6 +77,14 @@ def test_the_result_of_a_tool_may_be_any_json():
         ({"role": "assistant", "tool_calls": [{"id": 1}]}, 'function with a "name"'),
         ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "{"}]}, "not JSON"),
         ({"role": "assistant", "tool_calls": [{"name": "f", "arguments": "1"}]}, "an object"),
+        (
+            {"role": "assistant", "tool_calls": [{"name": "f", "arguments": "[" * 100_000}]},
+            "arguments of 'f' is nested",
+        ),
+        ({"role": "assistant", "tool_calls": 3}, "tool_calls must be a list, not 3"),
+        ({"role": "user", "content": "", "context": {}}, "context must be a text"),
+        ({"role": ["user"]}, r"role must be one of .* not \['user'\]"),
+        ({"role": "x" * 10**6}, r"^.{1,300}$"),
     ],
 )
 def test_json_that_is_no_message_is_refused_with_the_field(value, message):

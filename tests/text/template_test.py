@@ -258,7 +258,20 @@ def test_of_named_templates_the_default_is_taken(tmp_path):
     path.write_text(json.dumps({"chat_template": named}))
     assert load_chat_template(tmp_path).text([]) == "d"
     path.write_text(json.dumps({"chat_template": named[:1]}))
-    with pytest.raises(ValueError, match="named tool_use but no"):
+    with pytest.raises(ValueError, match=r"named \['tool_use'\] but no"):
+        load_chat_template(tmp_path)
+
+
+def test_templates_given_as_a_mapping_work(tmp_path):
+    named = {"tool_use": "t", "default": "d"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    assert load_chat_template(tmp_path).text([]) == "d"
+
+
+@pytest.mark.parametrize("source", [3, True, [3], {"default": 3}])
+def test_a_template_that_is_no_text_is_refused(tmp_path, source):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+    with pytest.raises(ValueError, match="chat template"):
         load_chat_template(tmp_path)
 
 

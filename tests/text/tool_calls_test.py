@@ -230,6 +230,16 @@ def test_whatever_calls_are_rendered_the_same_are_parsed(form):
             assert reply.stop_reason == "end_of_message"
 
 
+@pytest.mark.parametrize("depth", [100, 900, 100_000])
+def test_calls_nested_beyond_use_are_text(depth):
+    for text in (
+        '{"name": "f", "parameters": {"x": ' + "[" * depth + "]" * depth + "}}",
+        "[f(x=" + "[" * depth + "]" * depth + ")]",
+        "<function=f>{" + '"x": {' * depth + "}" * depth + "}",
+    ):
+        assert parse(text).content == text
+
+
 @pytest.mark.parametrize(
     ("call", "form", "message"),
     [

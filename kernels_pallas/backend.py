@@ -44,15 +44,21 @@ def is_interpreting() -> bool:
     return _interpreting.value
 
 
-def _watching(params: type) -> Any:
+def _watching(params: type, **more: Any) -> Any:
     """Return parameters of an interpreter that looks for races."""
     raises = any(field.name == "on_race" for field in dataclasses.fields(params))
-    return params(detect_races=True, **({"on_race": "raise"} if raises else {}))
+    return params(detect_races=True, **({"on_race": "raise"} if raises else {}), **more)
 
 
-def tpu_interpreter() -> Any:
-    """Return what `pallas_call` takes as `interpret`."""
-    return _watching(pltpu.InterpretParams) if _interpreting.value else False
+def tpu_interpreter(cores: int = 1) -> Any:
+    """Return what `pallas_call` takes as `interpret`.
+
+    Args:
+        cores: of a device, to simulate side by side.
+    """
+    if not _interpreting.value:
+        return False
+    return _watching(pltpu.InterpretParams, num_cores_or_threads=cores)
 
 
 def gpu_interpreter() -> Any:

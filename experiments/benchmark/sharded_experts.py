@@ -1,8 +1,8 @@
 """Compile experts that are divided over a slice of TPUs that is not there, and judge what it needs.
 
-The whole call of `kernels_pallas.expert_mlp_parallel`, forward and backward, by collectives and by
-remote copies, whose kernels nothing else compiles. A loop over rounds is counted once, as one round
-is what there is where tokens choose evenly.
+The whole call of `kernels_pallas.expert_mlp_parallel`, forward and backward by collectives, and
+forward by remote copies, whose kernel nothing else compiles; its gradient goes by collectives. A
+loop over rounds is counted once, as one round is what there is where tokens choose evenly.
 """
 
 import dataclasses
@@ -40,9 +40,9 @@ TABLE = Table(
     + """\
 Divided experts: of one round, which is all there is where tokens choose evenly. experts: of a
 device. transport: xla, collectives with the products between them; dma, one kernel that sends,
-multiplies and sends back, and going back three more, of the gradients of matrices. The backward
-pass keeps nothing of the forward pass: eight products of each row, not six. Scratch going back
-holds gradients of matrices, for each expert 0.5 GB in float32 and 0.25 GB of a round.""",
+multiplies and sends back, whose gradient is that of xla. The backward pass keeps nothing of the
+forward pass: eight products of each row, not six. Scratch going back holds gradients of matrices,
+for each expert 0.5 GB in float32 and 0.25 GB of a round.""",
 )
 
 
@@ -64,6 +64,11 @@ class Divided:
     def name(self) -> str:
         """Name of the shape, for the command line."""
         return f"{self.shape.name}_divided"
+
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """Passes to compile: the gradient goes by collectives, whatever the transport."""
+        return tuple(PRODUCTS) if self.transport == "xla" else ("forward",)
 
     @property
     def num_local(self) -> int:
@@ -144,7 +149,7 @@ def judge(case: Divided, direction: str, target: Target, found: Figures) -> Iter
 
 def compile_divided(case: Divided, target: Target) -> Iterator[dict[str, Any]]:
     """Compile each pass of a case for a target, and yield the records."""
-    for direction in PRODUCTS:
+    for direction in case.directions:
         record: dict[str, Any] = {
             "target": target.name, "operation": "expert_mlp_parallel", "pass": direction,
             "shape": case.name, "mesh": case.mesh, "transport": case.transport,

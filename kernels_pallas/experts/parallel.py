@@ -6,9 +6,9 @@ experts to what it received, and sends the results back. There are as many round
 queue of any device needs, which is known at run time only: one when tokens choose evenly, more when
 they do not. So nothing is dropped, and no buffer is sized for the worst case.
 
-A round goes by XLA's collectives, with the products between them; or, on TPUs, all of it is one
-kernel (`tpu_parallel`, and `tpu_parallel_gradient` for the gradient) that multiplies what has
-arrived while the rest is under way.
+A round goes by XLA's collectives, with the products between them; or, on TPUs, all of a forward
+round is one kernel (`tpu_remote`) that multiplies what has arrived while the rest is under way.
+Gradients go by collectives.
 """
 
 import functools
@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.backend import Backend, device_kind, is_interpreting, platform, vary_alike
-from kernels_pallas.experts import tpu_parallel, tpu_parallel_gradient
 from kernels_pallas.experts.api import expert_mlp
 from kernels_pallas.experts.inputs import Arguments, WeightScales, expecting
 from kernels_pallas.experts.reference import Dispatch, combine, dispatch
+from kernels_pallas.experts.tpu_remote import exchange
 
 Axes = str | tuple[str, ...]
 Transport = Literal["xla", "dma"]
@@ -95,8 +95,8 @@ def expert_mlp_parallel(
         load_factor: rows that may travel from a device to another in one round, relative to T * X /
             devices, the mean.
         backend: of the products; "tpu" or None for "dma".
-        transport: "xla" for collectives, "dma" for the TPU kernels, which have products of their
-            own.
+        transport: "xla" for collectives, "dma" for the TPU kernel, which has products of its own;
+            the gradient goes by collectives.
 
     Returns:
         y_TD in the dtype of x.
@@ -130,11 +130,9 @@ def _check_dma(plan: _Plan, arrays: _Arrays) -> None:
     """Raise if the kernel cannot take these arrays here."""
     peers, rows = jax.lax.axis_size(plan.axes), plan.rows(arrays.expert_TX.size)
     w_gate, dtype = arrays.w_gate, arrays.x_TD.dtype
-    reason = tpu_parallel.refusal(peers, rows, w_gate, plan.num_local, dtype)
+    reason = exchange.refusal(peers, rows, w_gate, plan.num_local, dtype)
     if plan.backend not in (None, "tpu"):
         reason = f"it has products of its own, so that backend {plan.backend!r} cannot be obeyed"
-    if reason is None:
-        reason = tpu_parallel_gradient.refusal(peers, rows, w_gate, plan.num_local)
     if reason is None and not is_interpreting() and platform() != "tpu":
         reason = f"it needs a TPU, and this is {device_kind()}"
     if reason is not None:
@@ -233,7 +231,7 @@ def _round_trip(plan: _Plan, arrays: _Arrays, queues: _Queues, number: jax.Array
     """Take the rows of a round to their experts and back; by peer."""
     if plan.transport == "dma":
         rows = _leaving(plan, arrays, queues, number)
-        return tpu_parallel.exchange_and_apply(
+        return exchange.exchange_and_apply(
             *rows, *_flat(plan, arrays), num_local=plan.num_local, axes=plan.axes
         )
     here = _send(plan, arrays, queues, number)
@@ -273,23 +271,9 @@ def _apply_fwd(plan: _Plan, arrays: _Arrays) -> tuple[jax.Array, _Arrays]:
 def _round_trip_bwd(
     plan: _Plan, arrays: _Arrays, queues: _Queues, number: jax.Array, dy_TD: jax.Array
 ) -> tuple[jax.Array, jax.Array, Sequence[jax.Array]]:
-    """Return the gradients of a round: of rows and gates by peer, and of matrices.
-
-    Those are all groups', or if they come from the kernel this group's.
-    """
+    """Return the gradients of a round: of rows and gates by peer, and of matrices."""
     weights, X = arrays[1:4], arrays.expert_TX.shape[1]
     dy_PRD = dy_TD[queues.to.order_R[queues.leaving(number)[0]] // X]
-    if plan.transport == "dma":
-        rows = _leaving(plan, arrays, queues, number)
-        dx, dgate_PR, d_weights = tpu_parallel_gradient.exchange_gradient(
-            rows.x_RD,
-            dy_PRD,
-            *rows[1:],
-            *_flat(plan, arrays),
-            num_local=plan.num_local,
-            axes=plan.axes,
-        )
-        return dx, dgate_PR[..., None], d_weights
     here = _send(plan, arrays, queues, number)
     dy_RD = _exchange(dy_PRD, plan.axes).reshape(-1, dy_TD.shape[1])
     local = functools.partial(_local, plan, arrays, here)
@@ -298,18 +282,9 @@ def _round_trip_bwd(
     return _back(plan, queues, dx), _back(plan, queues, dgate), d_weights
 
 
-def _of_group(plan: _Plan, arrays: _Arrays, dw: jax.Array, w: jax.Array) -> jax.Array:
-    """Place the gradients of a group's matrices among those of all groups, in their dtype."""
-    dw = dw.astype(w.dtype)
-    if dw.shape == w.shape:
-        return dw
-    return jax.lax.dynamic_update_index_in_dim(jnp.zeros_like(w), dw, arrays.group, 0)
-
-
 def _apply_bwd(plan: _Plan, arrays: _Arrays, dy_TD: jax.Array) -> tuple[_Arrays]:
     queues, X = _Queues.of(plan, arrays.expert_TX), arrays.expert_TX.shape[1]
     (R, D), weights = (arrays.expert_TX.size, arrays.x_TD.shape[1]), arrays[1:4]
-    summed = slice(-3, None) if plan.transport == "dma" else slice(None)  # a group's, or all
 
     def body(number: jax.Array, carry: Any) -> Any:
         dx_RD, dgate_R1, d_weights = carry
@@ -323,12 +298,11 @@ def _apply_bwd(plan: _Plan, arrays: _Arrays, dy_TD: jax.Array) -> tuple[_Arrays]
     nothing = (
         jnp.zeros_like(arrays.x_TD, shape=(R, D)),
         jnp.zeros_like(arrays.gate_TX, shape=(R, 1)),
-        [jnp.zeros_like(w, jnp.float32, shape=w.shape[summed]) for w in weights],
+        [jnp.zeros_like(w, jnp.float32) for w in weights],
     )
     with expecting(plan.share(R)):
         dx_RD, dgate_R1, d_weights = jax.lax.fori_loop(0, queues.rounds, body, nothing)
-    of_group = functools.partial(_of_group, plan, arrays)
-    d_gate, d_up, d_down = map(of_group, d_weights, weights)
+    d_gate, d_up, d_down = (dw.astype(w.dtype) for dw, w in zip(d_weights, weights, strict=True))
     dx_TD, dgate_TX = combine(dx_RD, queues.to, X), combine(dgate_R1, queues.to, 1).reshape(-1, X)
     return (_Arrays(dx_TD, d_gate, d_up, d_down, dgate_TX, None, None, None),)  # type: ignore[arg-type]
 

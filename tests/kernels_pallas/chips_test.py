@@ -3,7 +3,7 @@
 import pytest
 
 from kernels_pallas import backend, chips
-from kernels_pallas.experts import tpu_parallel
+from kernels_pallas.experts.tpu_remote import exchange
 
 MIB = 2**20
 
@@ -72,7 +72,7 @@ def test_kernels_ask_for_the_tpu_that_they_are_traced_for(
 ):
     monkeypatch.setattr(backend, "device_kind", lambda: kind)
     assert (backend.num_cores(), backend.multiplier()) == (cores, multiplier)
-    assert tpu_parallel.vmem_limit() == vmem_limit
+    assert exchange.vmem_limit() == vmem_limit
 
 
 @pytest.mark.parametrize(

@@ -7,9 +7,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from kernels_pallas import backend, tuning
-from kernels_pallas.experts import tpu_parallel, tpu_parallel_gradient
 from kernels_pallas.experts.api import expert_mlp
 from kernels_pallas.experts.parallel import expert_mlp_parallel
+from kernels_pallas.experts.tpu_remote import exchange
+from kernels_pallas.experts.tpu_remote.transfers import Mesh
 
 D, F = 128, 256
 
@@ -110,18 +111,11 @@ def one_by_one(expert, x, gate, *weights):
     return expert_mlp(x, *weights, **choices, backend="reference")
 
 
-@jax.jit
-def gradient_one_by_one(expert, dy, *floats):
-    """Return the gradients of `one_by_one`."""
-    _, pull = jax.vjp(functools.partial(one_by_one, expert), *floats)
-    return pull(dy)
-
-
 def check(*args, **how):
     """Compare each device with its experts applied to all it received, one by one."""
     rings = Rings(*args, **how)
     bound = 1e-4 if rings.dtype == jnp.float32 else 0.05
-    y = rings.run(tpu_parallel.exchange_and_apply, rings.x)
+    y = rings.run(exchange.exchange_and_apply, rings.x)
     for _, senders, here, weights in rings.each():
         expert, x, gate = (
             rings.sent(a, senders, here) for a in (rings.expert, rings.x, rings.gate)
@@ -132,41 +126,11 @@ def check(*args, **how):
         np.testing.assert_allclose(y[senders, here][is_row], theirs[is_row], atol=bound, rtol=0.02)
 
 
-def check_gradient(*args, **how):
-    """Compare the gradients of each device's experts with those of the reference."""
-    rings = Rings(*args, **how)
-    rng = np.random.default_rng(5)
-    dy = jnp.asarray(rng.normal(size=rings.x.shape), rings.dtype)
-    is_row = rings.expert[..., None] >= 0
-    empty = jnp.where(is_row.any(-2, keepdims=True), 1e4, jnp.nan).astype(rings.dtype)
-    x, dy = (jnp.where(is_row, a, empty) for a in (rings.x, dy))
-    dx, dgate, d_weights = rings.run(tpu_parallel_gradient.exchange_gradient, x, dy)
-    rtol, atol = (1e-5, 1e-6) if rings.dtype == jnp.float32 else (0.02, 0.01)
-
-    def compare(ours, theirs):
-        theirs = np.asarray(theirs, np.float32)
-        np.testing.assert_allclose(
-            ours, theirs, rtol=rtol, atol=atol * max(1, np.abs(theirs).max(initial=0))
-        )
-
-    sent_x, sent_dy = (jnp.where(is_row, a, 0) for a in (x, dy))
-    for device, senders, here, weights in rings.each():
-        expert, *floats = (
-            rings.sent(a, senders, here) for a in (rings.expert, sent_dy, sent_x, rings.gate)
-        )
-        their_dx, their_dgate, *their_weights = gradient_one_by_one(expert, *floats, *weights)
-        is_here = np.asarray(rings.expert[senders, here]) >= 0
-        compare(dx[senders, here][is_here], their_dx.reshape(*is_here.shape, D)[is_here])
-        compare(dgate[senders, here][is_here], their_dgate.reshape(is_here.shape)[is_here])
-        for ours, theirs in zip(d_weights, their_weights, strict=True):
-            compare(ours[device], theirs)
-
-
 HOW = ["ragged", "full", "all to one device", "one device idle", "nobody"]
 
 
 @pytest.mark.parametrize("how", HOW)
-def test_rows_come_home_from_their_experts_whatever_the_routing(how):
+def test_rows_return_from_their_experts_whatever_the_routing(how):
     check(how, (4,), ("expert",), "expert")
 
 
@@ -194,42 +158,10 @@ def test_experts_divided_over_two_axes():
     check("ragged", (2, 4), ("fsdp", "expert"), ("fsdp", "expert"), rows=9, experts=1)
 
 
-@pytest.mark.parametrize("how", HOW)
-def test_gradients_come_home_whatever_the_routing(how):
-    check_gradient(how, (4,), ("expert",), "expert", experts=2)
-
-
-def test_gradients_of_eight_devices_with_one_expert_each():
-    check_gradient("ragged", (8,), ("expert",), "expert", rows=9, experts=1)
-
-
-@pytest.mark.parametrize(
-    ("how", "cores", "hidden"), [("ragged", 1, 384), ("one device idle", 2, 128)]
-)
-def test_gradients_of_several_windows_and_of_cores_that_share_them(how, cores, hidden):
-    sizes = {"window": 16, "group": 16, "chunk": 8, "tile": 128, "cores": cores}
-    with tuning.overridden({"expert_mlp.exchange_gradient": sizes}):
-        check_gradient(how, (4,), ("expert",), "expert", rows=20, experts=2, hidden=hidden)
-
-
-def test_gradients_of_queues_that_share_a_window():
-    sizes = {"chunk": 8, "group": 64, "tile": 128}
-    with tuning.overridden({"expert_mlp.exchange_gradient": sizes}):
-        check_gradient("ragged", (4,), ("expert",), "expert", rows=12, experts=2)
-
-
-def test_gradients_in_bfloat16_of_a_layer_among_several():
-    check_gradient("ragged", (4,), ("expert",), "expert", rows=17, dtype=jnp.bfloat16, layer=1)
-
-
-def test_gradients_along_one_axis_of_a_mesh_of_several():
-    check_gradient("ragged", (2, 2), ("fsdp", "expert"), "expert", rows=9, experts=2, ring=2)
-
-
 def test_what_does_not_fit_is_refused_with_the_reason():
     def refusal(peers=4, rows=64, shape=(2, 128, 256), dtype=jnp.bfloat16, num_local=2):
         w = jax.ShapeDtypeStruct(shape, dtype)
-        return tpu_parallel.refusal(peers, rows, w, num_local, jnp.dtype(jnp.bfloat16))
+        return exchange.refusal(peers, rows, w, num_local, jnp.dtype(jnp.bfloat16))
 
     assert refusal() is None
     assert "no peer" in refusal(peers=1)
@@ -330,17 +262,28 @@ def test_one_layer_of_stacked_matrices():
 
 
 @pytest.mark.parametrize("transport", ["xla", "dma"])
-def test_rows_and_gradients_travel_as_they_are_told(transport):
+def test_rows_go_as_they_are_told_and_gradients_by_collectives(transport):
     floats, expert = tokens("at random", 4, 4, 1, num_tokens=8)
 
-    def gradient(*floats):
-        return with_gradient(lambda *f: divided(f, expert, 4, transport=transport), floats)
+    def forward(*floats):
+        return divided(floats, expert, 4, transport=transport)
 
     with backend.interpreted():
-        text = str(jax.make_jaxpr(gradient)(*floats))
+        text = str(jax.make_jaxpr(forward)(*floats))
+        both = str(jax.make_jaxpr(lambda *f: with_gradient(forward, f))(*floats))
     is_dma = transport == "dma"
-    assert ("all_to_all" in text) != is_dma
-    assert ("name=expert_mlp_exchange_gradient" in text) == is_dma
+    assert ("all_to_all" in text) != is_dma and "all_to_all" in both
+    assert ("name=expert_mlp_exchange" in text) == ("name=expert_mlp_exchange" in both) == is_dma
+
+
+@pytest.mark.parametrize(
+    ("axes", "number"), [("data", 0), ("expert", 1), (("data", "expert"), 2), ("one", None)]
+)
+def test_barriers_are_numbered_densely_by_the_axes_that_have_several_devices(axes, number):
+    mesh = jax.make_mesh((2, 1, 4), ("data", "one", "expert"))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        found = Mesh((axes,) if isinstance(axes, str) else axes, (), ())
+        assert number is None or found.collective() == number
 
 
 def test_a_transport_that_cannot_be_is_refused():

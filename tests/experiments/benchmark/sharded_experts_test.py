@@ -25,8 +25,9 @@ def small(transport, mesh="fsdp:2,expert:4"):
     return Divided(shape=SMALL, mesh=mesh, transport=transport)
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-@pytest.mark.parametrize("transport", ["xla", "dma"])
+@pytest.mark.parametrize(
+    ("transport", "direction"), [("xla", "forward"), ("xla", "backward"), ("dma", "forward")]
+)
 def test_a_pass_is_traced_from_shapes_alone_by_kernels_or_collectives(transport, direction):
     mesh = parallel.make_mesh("fsdp:2,expert:4", devices=jax.devices())
     with interpreted():
@@ -34,7 +35,6 @@ def test_a_pass_is_traced_from_shapes_alone_by_kernels_or_collectives(transport,
     text = str(traced.jaxpr)
     assert ("expert_mlp_exchange" in text) == (transport == "dma")
     assert ("all_to_all[" in text) == (transport == "xla")
-    assert ("exchange_gradient" in text) == ((transport, direction) == ("dma", "backward"))
     outs = [out.shape for out in jax.tree.leaves(traced.out_info)]
     if direction == "forward":
         assert outs == [(8 * 64, 128)]
@@ -71,11 +71,15 @@ def test_what_needs_too_much_is_a_fault(direction, known, says):
         assert part in fault
 
 
-@pytest.mark.parametrize("mesh", ["fsdp:2,expert:4", "expert:16"])
-def test_what_does_not_compile_is_a_fault(mesh):
+@pytest.mark.parametrize(
+    ("transport", "mesh", "directions"),
+    [("dma", "fsdp:2,expert:4", ["forward"]), ("xla", "expert:16", ["forward", "backward"])],
+)
+def test_what_does_not_compile_is_a_fault(transport, mesh, directions):
     """Here remote copies have no TPU, and 16 devices are not there."""
-    forward, backward = sharded_experts.compile_divided(small("dma", mesh), HERE)
-    for record in (forward, backward):
+    records = list(sharded_experts.compile_divided(small(transport, mesh), HERE))
+    assert [record["pass"] for record in records] == directions
+    for record in records:
         (fault,) = record["faults"]
         assert fault.startswith("does not compile:")
         assert "FAULT" in sharded_experts.TABLE.line(record)

@@ -125,14 +125,16 @@ class _Writer:
         self._images.refuse_unused()
 
     def _code(self, code: Code) -> list[int]:
-        start, end = self._special(names.PYTHON_START), self._special(names.PYTHON_END)
-        return [start, *self._text(code.text), end]
+        end = names.find(self._tokenizer.special_tokens, names.PYTHON_END)
+        ids = [self._special(names.PYTHON_START), *self._text(code.text)]
+        return ids if end is None else [*ids, end]
 
     def _text(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, allow_special=self._allow_special)
 
     def _special(self, name: str) -> int:
-        return self._tokenizer.special_id(name)
+        found = names.find(self._tokenizer.special_tokens, name)
+        return self._tokenizer.special_id(name) if found is None else found
 
 
 def _goes_on(message: Message) -> bool:
@@ -238,9 +240,7 @@ type _Segments = list[str | Code]
 
 def _segments_of_ids(ids: list[int], tokenizer: Tokenizer) -> tuple[_Segments, StopReason | None]:
     stop: StopReason | None = None
-    by_id = {
-        tokenizer.special_tokens[n]: r for n, r in _STOPS.items() if n in tokenizer.special_tokens
-    }
+    by_id = {names.find(tokenizer.special_tokens, name): why for name, why in _STOPS.items()}
     for position, token_id in enumerate(ids):
         if token_id in by_id:
             ids, stop = ids[:position], by_id[token_id]
@@ -248,7 +248,8 @@ def _segments_of_ids(ids: list[int], tokenizer: Tokenizer) -> tuple[_Segments, S
     header = _Writer(tokenizer, (), "json", False).header("assistant")
     if ids[: len(header)] == header:
         ids = ids[len(header) :]
-    start, end = tokenizer.special_id(names.PYTHON_START), tokenizer.special_id(names.PYTHON_END)
+    marks = (names.PYTHON_START, names.PYTHON_END)
+    start, end = (names.find(tokenizer.special_tokens, name) for name in marks)
     segments: _Segments = []
     for inside, run in _split(ids, start, end):
         text = tokenizer.decode(run)
@@ -258,6 +259,8 @@ def _segments_of_ids(ids: list[int], tokenizer: Tokenizer) -> tuple[_Segments, S
 
 def _segments_of_text(text: str) -> tuple[_Segments, StopReason | None]:
     stop: StopReason | None = None
+    for name, other in names.LLAMA3.items():
+        text = text.replace(other, name)
     ends = [(text.find(name), reason) for name, reason in _STOPS.items() if name in text]
     if ends:
         position, stop = min(ends)
@@ -272,7 +275,7 @@ def _segments_of_text(text: str) -> tuple[_Segments, StopReason | None]:
     return segments, stop
 
 
-def _split(ids: list[int], start: int, end: int) -> list[tuple[bool, list[int]]]:
+def _split(ids: list[int], start: int | None, end: int | None) -> list[tuple[bool, list[int]]]:
     """Cut ids at the code markers; each run says whether it stands inside."""
     runs: list[tuple[bool, list[int]]] = [(False, [])]
     for token_id in ids:

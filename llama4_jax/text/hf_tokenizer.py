@@ -46,7 +46,8 @@ class HFTokenizer(ByteLevelTokenizer):
         special = {token.content: i for i, token in added.items() if token.special}
         _refuse_greedy(path, [token for token in added.values() if token.special])
         named = _named_tokens(path.parent, special)
-        eos_ids = tuple(special[name] for name in names.STOP_TOKENS if name in special)
+        ends = [names.find(special, name) for name in names.STOP_TOKENS]
+        eos_ids = tuple(end for end in ends if end is not None)
         if "eos" in named and named["eos"] not in eos_ids:
             eos_ids = (named["eos"], *eos_ids)
         if not eos_ids:

@@ -30,6 +30,10 @@ CHAT_TEMPLATE = r"""
   {%- else -%}{{ value }}
   {%- endif -%}
 {%- endmacro -%}
+{%- set searches = ['brave_search', 'wolfram_alpha', 'photogen'] -%}
+{%- macro is_word(name) -%}
+  {%- if name[:1] != '-' and name.replace('-', '_').isidentifier() -%}yes{%- endif -%}
+{%- endmacro -%}
 {%- macro body(content) -%}
   {%- if content is string -%}{{ content }}
   {%- elif content is mapping -%}{{ content | tojson }}
@@ -49,21 +53,35 @@ CHAT_TEMPLATE = r"""
     {%- if call.arguments is not mapping -%}
       {{- raise_exception('The arguments of a tool call are a mapping.') -}}
     {%- endif -%}
-    {%- if call.name == 'code_interpreter' or call.name == 'brave_search' -%}
+    {%- set values = call.arguments.values() | list -%}
+    {%- set is_alone = values | length == 1 and values[0] is string -%}
+    {%- if is_alone and call.name == 'code_interpreter' -%}
       {{- ']' if state.open -}}
       {%- set state.open = false -%}
-      {%- if call.name == 'brave_search' -%}
-        {{- 'brave_search.call(query=' -}}{{- call.arguments.query | tojson -}}{{- ')' -}}
-      {%- else -%}
-        {{- '<|python_start|>' -}}{{- call.arguments.code -}}{{- '<|python_end|>' -}}
-      {%- endif -%}
+      {{- '<|python_start|>' -}}{{- values[0] -}}{{- '<|python_end|>' -}}
+    {%- elif is_alone and call.name in searches and 'query' in call.arguments -%}
+      {{- ']' if state.open -}}
+      {%- set state.open = false -%}
+      {{- call.name -}}{{- '.call(query=' -}}{{- values[0] | tojson -}}{{- ')' -}}
     {%- else -%}
       {{- ', ' if state.open else '[' -}}
       {%- set state.open = true -%}
-      {{- call.name -}}{{- '(' -}}
-      {%- for key, value in call.arguments.items() -%}
-        {{- ', ' if not loop.first -}}{{- key -}}{{- '=' -}}{{- literal(value) -}}
+      {%- for word in call.name.split('.') if not is_word(word) -%}
+        {{- raise_exception('A Python list cannot say the name ' ~ call.name ~ '.') -}}
       {%- endfor -%}
+      {{- call.name -}}{{- '(' -}}
+      {%- set words = namespace(count=0) -%}
+      {%- for key, value in call.arguments.items() if is_word(key) -%}
+        {{- ', ' if not loop.first -}}{{- key -}}{{- '=' -}}{{- literal(value) -}}
+        {%- set words.count = loop.length -%}
+      {%- endfor -%}
+      {%- if words.count < values | length -%}
+        {{- ', ' if words.count -}}{{- '**{' -}}
+        {%- for key, value in call.arguments.items() if not is_word(key) -%}
+          {{- ', ' if not loop.first -}}{{- key | tojson -}}{{- ': ' -}}{{- literal(value) -}}
+        {%- endfor -%}
+        {{- '}' -}}
+      {%- endif -%}
       {{- ')' -}}
     {%- endif -%}
   {%- endfor -%}
@@ -78,11 +96,23 @@ CHAT_TEMPLATE = r"""
 {%- endif -%}
 {%- if system is not none or tools -%}
   {{- '<|header_start|>system<|header_end|>\n\n' -}}
-  {%- if system is not none -%}{{- body(system.content) -}}{%- endif -%}
-  {%- if tools -%}
-    {{- '\n\n' if system is not none -}}
+  {%- set words = body(system.content) if system is not none else '' -%}
+  {%- set built_in = (tools or []) | select('string') | list -%}
+  {%- set functions = (tools or []) | reject('string') | list -%}
+  {%- for name in built_in if name not in searches and name != 'code_interpreter' -%}
+    {{- raise_exception(name ~ ' is no built-in tool; give its definition.') -}}
+  {%- endfor -%}
+  {%- if built_in -%}
+    {{- 'Environment: ipython' -}}
+    {%- set named = built_in | reject('equalto', 'code_interpreter') | list -%}
+    {{- '\nTools: ' ~ named | join(', ') if named -}}
+    {{- '\n\n' if words or functions -}}
+  {%- endif -%}
+  {{- words -}}
+  {%- if functions -%}
+    {{- '\n\n' if words -}}
     {{- 'TOOL_INSTRUCTIONS\n' -}}
-    {%- for tool in tools -%}
+    {%- for tool in functions -%}
       {{- '\n' -}}{{- (tool.function if tool.function is defined else tool) | tojson -}}
     {%- endfor -%}
   {%- endif -%}

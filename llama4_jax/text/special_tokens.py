@@ -7,8 +7,12 @@ Two vocabularies carry them:
   special tokens, from begin-of-text to patch, stand in Llama 4's order, so that
   `nano_id - 1920 == llama4_id - 200000` for each of them.
 
+Vocabularies of Llama 3 spell some of them otherwise; `find` knows both spellings.
+
 Source: the token names and ids in the `tokenizer.py` of Meta's `llama-models` package, 0.3.0.
 """
+
+from collections.abc import Mapping
 
 NUM_SPECIAL_TOKENS = 2048
 NUM_NANO_SPECIAL_TOKENS = 128
@@ -37,6 +41,20 @@ THINKING_END = "<|reasoning_thinking_end|>"
 
 STOP_TOKENS = (END_OF_TEXT, EOM, EOT)
 """The three tokens that end a generation, in id order."""
+
+LLAMA3 = {
+    HEADER_START: "<|start_header_id|>",
+    HEADER_END: "<|end_header_id|>",
+    EOM: "<|eom_id|>",
+    EOT: "<|eot_id|>",
+    PYTHON_START: "<|python_tag|>",
+}
+"""How Llama 3 spells tokens. It has none that ends code: the end of the message does."""
+
+
+def find(special_tokens: Mapping[str, int], name: str) -> int | None:
+    """Return the id of a special token in Llama 4's spelling or Llama 3's; None if it has none."""
+    return special_tokens.get(name, special_tokens.get(LLAMA3.get(name, name)))
 
 
 def _reserved(family: str, first: int, last: int) -> tuple[str, ...]:

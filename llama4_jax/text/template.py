@@ -3,9 +3,10 @@
 A template is a Jinja program that writes one long text in which special tokens are spelled. To
 encode that text naively is to accept special tokens from everybody whose words are in it. Here
 the template is rendered with every special token in *its* source replaced by a character of a
-private-use plane that occurs in none of the data. After rendering, these characters, and nothing
-else, are the special tokens; the text between them is encoded as ordinary text. Data passes
-through the template untouched, so trimming, comparing and JSON quoting work as the author meant.
+private-use plane that occurs in none of the data, drawn anew each time. After rendering, these
+characters, and nothing else, are the special tokens; the text between them is encoded as ordinary
+text. Data passes through the template untouched, so trimming, comparing and JSON quoting work as
+the author meant.
 
 The one thing that this cannot follow is a template that assembles a special token from pieces
 (`'<|' + name + '|>'`); such a template is recognised and refused.
@@ -13,8 +14,10 @@ The one thing that this cannot follow is a template that assembles a special tok
 Jinja runs sandboxed: templates come with checkpoints, and checkpoints come from anywhere.
 """
 
+import html
 import os
 import pathlib
+import random
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any
@@ -39,6 +42,8 @@ _PRIVATE = range(0xF0000, 0x10FFFE)
 
 MAX_SOURCE_BYTES = 1 << 20
 """Largest chat_template.jinja; published ones have 20 KB."""
+_MAX_NESTED_REFERENCES = 16
+"""How often `&amp;amp;#65;` may be wrapped."""
 
 _TEMPLATE_ERRORS = (
     jinja2.TemplateError,
@@ -194,11 +199,13 @@ class _Marks:
     """
 
     def __init__(self, spellings: Sequence[str], taken: Any) -> None:
-        used = {c for text in _strings(taken) if not text.isascii() for c in text}
-        free = (chr(code) for code in _PRIVATE if chr(code) not in used)
-        self._mark_of = dict(zip(spellings, free, strict=False))
-        if len(self._mark_of) < len(spellings):
+        used = {ord(c) for text in _strings(taken) for c in _not_ascii(text)}
+        enough = len(spellings) + sum(code in _PRIVATE for code in used)
+        if enough > len(_PRIVATE):
             raise ValueError("The dialogue uses up the private-use characters of Unicode.")
+        drawn = random.SystemRandom().sample(_PRIVATE, enough)
+        free = (chr(code) for code in drawn if code not in used)
+        self._mark_of = dict(zip(spellings, free, strict=False))
         self._spelling_of = {mark: name for name, mark in self._mark_of.items()}
         longest_first = sorted(spellings, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
@@ -217,6 +224,24 @@ class _Marks:
         pieces = self._marked.split(text)
         named = ((i % 2 == 1, self._spelling_of.get(p, p)) for i, p in enumerate(pieces))
         return [(is_special, piece) for is_special, piece in named if piece]
+
+
+def _not_ascii(text: str) -> Iterator[str]:
+    """Yield the characters of a text that are not ASCII, those that it refers to as in HTML too.
+
+    A template may resolve references (Jinja's `striptags` does), and what comes out of that may
+    hold others.
+    """
+    for _ in range(_MAX_NESTED_REFERENCES):
+        if not text.isascii():
+            yield from text
+        if "&" not in text or (resolved := html.unescape(text)) == text:
+            return
+        text = resolved
+    raise ValueError(
+        f"A text of the dialogue nests character references more than {_MAX_NESTED_REFERENCES} "
+        "deep; resolve them first."
+    )
 
 
 def _strings(value: Any) -> Iterator[str]:

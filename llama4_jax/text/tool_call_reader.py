@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from llama4_jax.text.messages import ToolCall
-from llama4_jax.text.tool_calls import CODE_INTERPRETER, SEARCH_TOOLS
+from llama4_jax.text.tool_calls import CODE_INTERPRETER, SEARCH_TOOLS, is_word
 from llama4_jax.untrusted import is_deep
 
 _MAX_DEPTH = 64
@@ -21,8 +21,14 @@ _SEARCH_LINE = re.compile(rf"^[ \t]*{_SEARCH.pattern}[ \t]*$", re.MULTILINE)
 _TAG = re.compile(r"<function=([^<>{}\s]+)>\s*(?=\{)")
 _TAG_END = re.compile(r"\s*</function>")
 _SEPARATORS = re.compile(r"[\s;,]*")
-_BRACKETS_AND_TEXTS = re.compile(
-    r"""[\[({]|[\])}]|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'|["']""", re.DOTALL
+_TEXT = r"""\"{3}(?:[^\\]|\\.)*?\"{3}|"(?:[^"\\]|\\.)*"|'(?:[^'\\]|\\.)*'"""
+_BRACKETS_AND_TEXTS = re.compile(rf"""[\[({{]|[\])}}]|{_TEXT}|["']""", re.DOTALL)
+# Texts, and names of functions and arguments, which need not be Python's: `from`, `max-results`.
+_TEXTS_AND_NAMES = re.compile(
+    rf"(?P<text>{_TEXT})|(?<![\w.-])(?P<name>[^\W\d][\w.-]*+)(?=\s*\(|\s*=(?!=))", re.DOTALL
+)
+_FENCED = re.compile(
+    r"\s*```[ \t]*(?:json|python|tool_code|tool_call)?[ \t]*\n(.*)\n[ \t]*```\s*", re.DOTALL
 )
 _WORDS = {"true": True, "false": False, "null": None}
 
@@ -63,8 +69,10 @@ def _numbered(calls: Sequence[ToolCall]) -> tuple[ToolCall, ...]:
 
 
 def _read_only_calls(text: str) -> list[ToolCall]:
-    """Read a text made of calls alone; nothing when anything else is in it."""
+    """Read a text made of calls alone, fenced or not; nothing when anything else is in it."""
     calls: list[ToolCall] = []
+    fenced = _FENCED.fullmatch(text)
+    text = fenced[1] if fenced else text
     position = _after_separators(text, 0)
     while position < len(text):
         for read in (_read_json, _read_python_list, _read_search, _read_tag):
@@ -146,7 +154,14 @@ def _call_of_object(value: Any) -> ToolCall | None:
     value = value.get("function", value)
     if not isinstance(value, dict) or not isinstance(value.get("name"), str):
         return None
-    arguments = value.get("parameters", value.get("arguments"))
+    given = [value[key] for key in ("parameters", "arguments") if key in value]
+    if not given and not value.keys() <= {"type", "name", "id"}:
+        return None  # an object with a name is no call yet
+    arguments = given[0] if given else None
+    if isinstance(arguments, str):
+        found = _read_json_value(arguments, 0)
+        arguments = found[0] if found and not arguments[found[1] :].strip() else arguments
+    arguments = {} if arguments is None else arguments
     return _call(value["name"], arguments) if isinstance(arguments, dict) else None
 
 
@@ -171,13 +186,34 @@ def _read_python_list(text: str, position: int) -> _Read:
     if text[position] != "[":
         return None
     end = _closing(text, position)
-    tree = _parse_expression(text[position:end]) if end else None
+    if not end:
+        return None
+    source, names = _with_plain_names(text[position:end])
+    tree = _parse_expression(source)
     if not isinstance(tree, ast.List) or not tree.elts:
         return None
     try:
-        return [_call_of_node(node) for node in tree.elts], end
+        return [_call_of_node(node, names) for node in tree.elts], end
     except ValueError:
         return None
+
+
+def _with_plain_names(text: str) -> tuple[str, dict[str, str]]:
+    """Name functions and arguments as Python can, and end no text at the end of a line.
+
+    Returns:
+        The text, and what its names stand for.
+    """
+    names: dict[str, str] = {}
+
+    def replace(match: re.Match[str]) -> str:
+        if match["text"] is not None:
+            return match["text"].replace("\n", "\\n").replace("\r", "\\r")
+        name = f"name_{len(names)}"
+        names[name] = match["name"]
+        return name
+
+    return _TEXTS_AND_NAMES.sub(replace, text), names
 
 
 def _closing(text: str, position: int) -> int:
@@ -206,30 +242,24 @@ def _parse_expression(text: str) -> ast.expr | None:
         return None
 
 
-def _call_of_node(node: ast.expr) -> ToolCall:
-    if not isinstance(node, ast.Call) or node.args:
+def _call_of_node(node: ast.expr, names: dict[str, str]) -> ToolCall:
+    if not isinstance(node, ast.Call) or node.args or not isinstance(node.func, ast.Name):
         raise ValueError("not a call with keyword arguments")
     arguments: dict[str, Any] = {}
     for item in node.keywords:
         value = _value_of(item.value)
         if item.arg is not None:
-            arguments[item.arg] = value
+            arguments[names[item.arg]] = value
         elif isinstance(value, dict):
             arguments.update(value)
         else:
             raise ValueError("** of something else than names and values")
-    name = _name_of(node.func)
+    name = names[node.func.id]
+    if not all(map(is_word, name.split("."))):
+        raise ValueError("not the name of a function")
     if name.endswith(".call") and name.removesuffix(".call") in SEARCH_TOOLS:
         name = name.removesuffix(".call")
     return _call(name, arguments)
-
-
-def _name_of(node: ast.expr) -> str:
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        return f"{_name_of(node.value)}.{node.attr}"
-    raise ValueError("not the name of a function")
 
 
 def _value_of(node: ast.expr) -> Any:
@@ -245,6 +275,8 @@ def _value_of(node: ast.expr) -> Any:
             return value
         case ast.UnaryOp(op=ast.USub(), operand=ast.Constant(value=int() | float())):
             return -_value_of(node.operand)
+        case ast.UnaryOp(op=ast.UAdd(), operand=ast.Constant(value=int() | float())):
+            return _value_of(node.operand)
         case ast.Name(id="true" | "false" | "null"):
             return _WORDS[node.id]
         case ast.List() | ast.Tuple():

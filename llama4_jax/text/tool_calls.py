@@ -10,11 +10,12 @@ tokens python_start and python_end. `tool_call_reader.py` reads all of them.
 
 Source: `encode_tool_call` in `llama3/tool_utils.py` of Meta's `llama-models` package, 0.3.0. Where
 that writes a Python list that cannot be read again (quotes in texts, objects, several calls), this
-writes valid Python; everything else is the same to the character.
+writes one that can; everything else is the same to the character, names such as `from` and
+`max-results` too, which are no Python. Meta's package writes code without its two tokens, though it
+reads it with them, as the model writes it: so does this.
 """
 
 import json
-import keyword
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -80,20 +81,21 @@ def _write_json_call(call: ToolCall, form: ToolFormat) -> str:
 
 
 def _write_python_call(call: ToolCall) -> str:
-    if not all(_is_plain_name(word) for word in call.name.split(".")):
+    if not all(is_word(word) for word in call.name.split(".")):
         raise ValueError(
             f"A Python list cannot say the name {call.name!r}; use tool_format='json'."
         )
-    plain = {k: v for k, v in call.arguments.items() if _is_plain_name(k)}
-    others = {k: v for k, v in call.arguments.items() if k not in plain}
-    arguments = [f"{k}={python_literal(v)}" for k, v in plain.items()]
-    if others:  # such as from=, which is no Python
+    words = {k: v for k, v in call.arguments.items() if is_word(k)}
+    others = {k: v for k, v in call.arguments.items() if k not in words}
+    arguments = [f"{k}={python_literal(v)}" for k, v in words.items()]
+    if others:
         arguments.append(f"**{python_literal(others)}")
     return f"{call.name}({', '.join(arguments)})"
 
 
-def _is_plain_name(word: str) -> bool:
-    return word.isidentifier() and not keyword.iskeyword(word)
+def is_word(name: str) -> bool:
+    """Tell whether a Python list may name an argument or a part of a function so."""
+    return not name.startswith("-") and name.replace("-", "_").isidentifier()
 
 
 def python_literal(value: Any) -> str:

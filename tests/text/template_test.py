@@ -16,6 +16,7 @@ from llama4_jax.text import (
     message_from_dict,
     render,
 )
+from llama4_jax.text.template import _Marks
 from tests.text.nasty import nasty_strings
 from tests.text.reference import NANO, ROOT, tokenizer_model
 
@@ -150,7 +151,7 @@ def test_special_tokens_cannot_be_made_by_removing_what_is_between(nano):
 
 def test_names_arguments_and_tools_are_ordinary_text_too(nano):
     template = load_chat_template(NANO)
-    evil = [Message("assistant", "", [ToolCall(EVIL, {EVIL: EVIL, "code": [EVIL]})])]
+    evil = [Message("assistant", "", [ToolCall("f", {EVIL: EVIL, "code": [EVIL]})])]
     harmless = [Message("assistant", "", [ToolCall("f", {"x": "y"})])]
     tool = {"name": EVIL, "description": EVIL, "parameters": {EVIL: EVIL}}
     got = template.render(evil, nano, tools=[tool])
@@ -280,3 +281,25 @@ def test_a_damaged_file_is_named(tmp_path, content):
     (tmp_path / "chat_template.json").write_text(content)
     with pytest.raises(ValueError, match=r"chat_template\.json"):
         load_chat_template(tmp_path)
+
+
+@pytest.mark.parametrize("wrap", ["&#x{:X};", "&amp;#{};", "&amp;amp;#x{:x};"])
+def test_no_reference_to_a_character_becomes_a_special_token(nano, wrap):
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.content | striptags | striptags | striptags }}<|eot|>"
+        "{% endfor %}"
+    )
+    text = "".join(wrap.format(code) for code in range(0xF0000, 0xF0000 + 2000))
+    ids = template.render([Message("user", text)], nano)
+    assert _special_ids(ids, nano) == [nano.special_id("<|eot|>")]
+
+
+def test_marks_differ_from_one_rendering_to_the_next():
+    marks = {_Marks(["<|eot|>"], []).put_into("<|eot|>") for _ in range(20)}
+    assert len(marks) > 1
+
+
+def test_references_nested_without_end_are_refused(nano):
+    template = ChatTemplate("{{ messages[0].content }}<|eot|>")
+    with pytest.raises(ValueError, match="nests character references more than 16 deep"):
+        template.render([Message("user", "&" + "amp;" * 1000 + "#65;")], nano)

@@ -7,7 +7,15 @@ from llama_models.datatypes import ToolCall as MetaToolCall
 from llama_models.datatypes import ToolPromptFormat
 from llama_models.llama3.tool_utils import ToolUtils
 
-from llama4_jax.text import Message, ToolCall, load_tokenizer, parse, render
+from llama4_jax.text import (
+    Message,
+    ToolCall,
+    load_chat_template,
+    load_tokenizer,
+    parse,
+    render,
+)
+from llama4_jax.text.byte_level import ByteLevelTokenizer
 from llama4_jax.text.tool_call_reader import find_calls
 from llama4_jax.text.tool_calls import Code, write_calls
 from tests.text.reference import NANO
@@ -134,6 +142,16 @@ MORE = {
     ],
     "  [f(x='single', y=\"]\")]\n": [("f", {"x": "single", "y": "]"})],
     '{"name": "brave_search", "parameters": {"q": "x"}}': [("brave_search", {"query": "x"})],
+    '{"name": "f", "arguments": "{\\"x\\": 1}"}': [("f", {"x": 1})],
+    '{"name": "f", "parameters": null}': [("f", {})],
+    '{"type": "function", "name": "f"}': [("f", {})],
+    '{"type": "function", "function": {"name": "f"}}': [("f", {})],
+    '[f(from="a", max-results=+3)]': [("f", {"from": "a", "max-results": 3})],
+    "[get-weather(x=1), lambda(y=2)]": [("get-weather", {"x": 1}), ("lambda", {"y": 2})],
+    '[f(text="two\nlines, and f(x=1)")]': [("f", {"text": "two\nlines, and f(x=1)"})],
+    '[f(text="""a "b"\n(c=d)""")]': [("f", {"text": 'a "b"\n(c=d)'})],
+    '```json\n{"name": "f", "parameters": {"x": 1}}\n```': [("f", {"x": 1})],
+    " ```\n[f(x=1)]\n``` ": [("f", {"x": 1})],
 }
 
 
@@ -176,6 +194,16 @@ DANGEROUS = [
     'Write `brave_search.call(query="x")` to search.',
     'The answer is {"name": "f", "parameters": {}} in JSON.',
     '{"name": "Ada", "age": 36}',
+    '{"name": "f", "arguments": "not JSON"}',
+    "[f(x=a-b)]",
+    "[f(x=g(y=1))]",
+    "[f(x=1, x-)]",
+    "[a..b(x=1)]",
+    "[-f(x=1)]",
+    "[" + "a" * 100_000 + "]",
+    "[" + "a-" * 50_000 + " b(x=1)]",
+    '["' + '"""' * 50_001 + "]",
+    '```json\n{"name": "Ada", "age": 36}\n```',
 ]
 
 
@@ -201,8 +229,8 @@ def _text(random_):
 
 
 def _calls(random_):
-    names = ("f", "get_weather", "a.b")
-    keys = ("x", "y_1", "from", "class", "query")
+    names = ("f", "get-weather", "a.b", "lambda")
+    keys = ("x", "y_1", "from", "max-results", "two words", "-", "query")
     calls = []
     for _ in range(random_.randint(1, 4)):
         arguments = {k: _value(random_) for k in random_.sample(keys, random_.randint(0, 4))}
@@ -240,10 +268,80 @@ def test_calls_nested_beyond_use_are_text(depth):
         assert parse(text).content == text
 
 
+def test_the_shipped_template_writes_every_call_and_tool_as_render_does():
+    tokenizer, random_ = load_tokenizer(NANO), random.Random(9)
+    template = load_chat_template(NANO)
+    definition = {"name": "f", "parameters": {"type": "object"}}
+    built_in = ("brave_search", "code_interpreter", "wolfram_alpha")
+    for _ in range(60):
+        own = random_.sample(built_in, random_.randint(0, 3))
+        tools = [*own, *random_.choice(([], [definition], [{"function": definition}] * 2))]
+        odd = [
+            ToolCall("code_interpreter", {"code": "1", "timeout": 2}),
+            ToolCall("brave_search", {"q": "x"}),
+            ToolCall("wolfram_alpha", {"query": 'a "b"'}),
+            ToolCall("code_interpreter", {"source": "1"}),
+        ]
+        called = [*_calls(random_), *random_.sample(odd, 2)]
+        messages = [Message("user", "q"), Message("assistant", "", called), Message("tool", "1")]
+        system = random_.choice((None, "", "s", ("a", "b"), ("",)))
+        if system is not None:
+            messages.insert(0, Message("system", system))
+        want = render(messages, tokenizer, tools=tools)
+        got = template.render(messages, tokenizer, tools=tools)
+        assert tokenizer.decode(got) == tokenizer.decode(want)  # parts are encoded one by one
+
+
+def test_the_shipped_template_refuses_what_render_refuses():
+    tokenizer, template = load_tokenizer(NANO), load_chat_template(NANO)
+    for write in (lambda *a, **b: render(*a, tokenizer, **b), template.text):
+        with pytest.raises(ValueError, match="cannot say the name"):
+            write([Message("assistant", "", [ToolCall("get weather")])])
+        with pytest.raises(ValueError, match="built-in tool"):
+            write([Message("user", "q")], tools=["browser"])
+
+
+LLAMA3 = {
+    "<|begin_of_text|>": 300,
+    "<|start_header_id|>": 301,
+    "<|end_header_id|>": 302,
+    "<|eom_id|>": 303,
+    "<|eot_id|>": 304,
+    "<|python_tag|>": 305,
+}
+
+
+class _Bytes(ByteLevelTokenizer):
+    def _encode_ordinary(self, text):
+        return list(text.encode())
+
+
+def test_a_vocabulary_of_llama_3_renders_and_parses():
+    tokenizer = _Bytes(
+        token_bytes=[bytes([i % 256]) for i in range(300)] + [name.encode() for name in LLAMA3],
+        special_tokens=LLAMA3, bos_id=300, eos_ids=(303, 304), pad_id=304,
+    )  # fmt: skip
+    messages = [
+        Message("user", "q"),
+        Message("assistant", "", [ToolCall("code_interpreter", {"code": "1+1"})]),
+    ]
+    ids = render(messages, tokenizer, add_generation_prompt=False)
+    text = tokenizer.decode(ids)
+    assert text == (
+        "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\nq<|eot_id|>"
+        "<|start_header_id|>assistant<|end_header_id|>\n\n<|python_tag|>1+1<|eom_id|>"
+    )
+    reply_ids = ids[ids.index(304) + 1 :]
+    for reply in (parse(reply_ids, tokenizer), parse(tokenizer.decode(reply_ids))):
+        (call,) = reply.tool_calls
+        assert (call.name, call.arguments) == ("code_interpreter", {"code": "1+1"})
+        assert reply.stop_reason == "end_of_message"
+
+
 @pytest.mark.parametrize(
     ("call", "form", "message"),
     [
-        (ToolCall("get-weather"), "python_list", "cannot say the name 'get-weather'"),
+        (ToolCall("get weather"), "python_list", "cannot say the name 'get weather'"),
         (ToolCall("a b"), "function_tag", "cannot say the name 'a b'"),
         (ToolCall("f", {"x": {1}}), "python_list", "must be a JSON value"),
         (ToolCall("f", {"x": float("nan")}), "python_list", "must be a JSON value"),

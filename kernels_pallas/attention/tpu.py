@@ -22,6 +22,7 @@ from kernels_pallas.attention.visibility import (
     sees_all,
     summarize,
 )
+from kernels_pallas.tpu_primitives import LANES, dot
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -39,7 +40,7 @@ def refusal(x: Inputs, how: Settings) -> str | None:
 
 def _cut(x: Inputs) -> tb.Shape:
     """Choose the blocks: some thousand rows of queries for each copy of a block of keys."""
-    return tb.cut(x, "forward", q=tb.query_block(x), kv=512, q_tile=16, kv_tile=tb.LANES)
+    return tb.cut(x, "forward", q=tb.query_block(x), kv=512, q_tile=16, kv_tile=LANES)
 
 
 def _kernel(s: tb.Shape, how: Settings):
@@ -62,7 +63,7 @@ def _kernel(s: tb.Shape, how: Settings):
             mask = tb.mask(columns, kv_marks[slot]) if is_masked else None
 
             def begin(g):
-                logits = tb.dot(q_ref[g], k_buf[slot], (1, 1))
+                logits = dot(q_ref[g], k_buf[slot], (1, 1))
                 logits *= tb.factor(factors, how, s.bkv)
                 return logits if mask is None else jnp.where(mask, logits, tb.HIDDEN)
 
@@ -70,9 +71,9 @@ def _kernel(s: tb.Shape, how: Settings):
                 new_top = jnp.maximum(top[g], logits.max(1, keepdims=True))
                 weights = jnp.exp2(logits - tb.wide(new_top, s.bkv))
                 shrink = jnp.exp2(top[g] - new_top)
-                lanes = [weights[:, n : n + tb.LANES] for n in range(0, s.bkv, tb.LANES)]
+                lanes = [weights[:, n : n + LANES] for n in range(0, s.bkv, LANES)]
                 total[g] = total[g] * shrink + sum(lanes[1:], lanes[0])
-                seen = tb.dot(weights.astype(v_buf.dtype), v_buf[slot], (1, 0))
+                seen = dot(weights.astype(v_buf.dtype), v_buf[slot], (1, 0))
                 acc[g] = acc[g] * tb.wide(shrink, s.H) + seen
                 top[g] = new_top
 
@@ -135,7 +136,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
 
     q_spec = pl.BlockSpec((None, None, s.G, s.bq, s.H), lambda b, h, i: (b, h, 0, i, 0))
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    row = (s.bq, tb.LANES)
+    row = (s.bq, LANES)
     out_size = s.B * s.K * s.G * s.T * s.H
     out_BKGTH, lse_BKnGT = pl.pallas_call(
         _kernel(s, how),

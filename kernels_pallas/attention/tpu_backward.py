@@ -23,6 +23,7 @@ from kernels_pallas.attention.visibility import (
     sees_all,
     summarize,
 )
+from kernels_pallas.tpu_primitives import LANES, dot
 
 
 def _queries_kernel(s: tb.Shape, how: Settings):
@@ -45,17 +46,17 @@ def _queries_kernel(s: tb.Shape, how: Settings):
             mask = tb.mask(columns, kv_marks[slot]) if is_masked else None
 
             def begin(g):
-                logits = tb.dot(q_ref[g], k_buf[slot], (1, 1))
+                logits = dot(q_ref[g], k_buf[slot], (1, 1))
                 logits *= tb.factor(factors, how, s.bkv)
                 if mask is not None:
                     logits = jnp.where(mask, logits, tb.HIDDEN)
-                return logits, tb.dot(dout_ref[g], v_buf[slot], (1, 1))
+                return logits, dot(dout_ref[g], v_buf[slot], (1, 1))
 
             def finish(g, begun):
                 logits, dweights = begun
                 weights = jnp.exp2(logits - tb.wide(row_columns[g], s.bkv))
                 dlogits = weights * (dweights - tb.wide(row_columns[s.G + g], s.bkv))
-                acc[g] += tb.dot(dlogits.astype(k_buf.dtype), k_buf[slot], (1, 0))
+                acc[g] += dot(dlogits.astype(k_buf.dtype), k_buf[slot], (1, 0))
 
             tb.heads_ahead(s.G, begin, finish)
 
@@ -132,16 +133,16 @@ def _keys_kernel(s: tb.Shape, how: Settings):
                 factor *= attention_temperature(q_marks[slot, :1], how.temperature)
 
             def head(g):
-                logits = tb.dot(k_ref[...], q_buf[slot, g], (1, 1)) * (factor * tb.LOG2_E)
+                logits = dot(k_ref[...], q_buf[slot, g], (1, 1)) * (factor * tb.LOG2_E)
                 if mask is not None:
                     logits = jnp.where(mask, logits, tb.HIDDEN)
                 weights = jnp.exp2(logits - rows[slot, pl.ds(g, 1)])
-                dv[...] += tb.dot(weights.astype(dout_buf.dtype), dout_buf[slot, g], (1, 0))
-                dweights = tb.dot(v_ref[...], dout_buf[slot, g], (1, 1))
+                dv[...] += dot(weights.astype(dout_buf.dtype), dout_buf[slot, g], (1, 0))
+                dweights = dot(v_ref[...], dout_buf[slot, g], (1, 1))
                 dlogits = weights * (dweights - rows[slot, pl.ds(s.G + g, 1)])
                 if how.temperature is not None:
                     dlogits *= factor
-                dk[...] += tb.dot(dlogits.astype(q_buf.dtype), q_buf[slot, g], (1, 0))
+                dk[...] += dot(dlogits.astype(q_buf.dtype), q_buf[slot, g], (1, 0))
 
             tb.heads(s.G, head)
 
@@ -191,7 +192,7 @@ def _backward_queries(
     x: Inputs, how: Settings, lse_BTN: jax.Array, delta_BTN: jax.Array, dout_BTNH: jax.Array
 ) -> jax.Array:
     """Return dq_BTNH."""
-    s = tb.cut(x, "backward_dq", q=tb.query_block(x), kv=512, q_tile=16, kv_tile=tb.LANES)
+    s = tb.cut(x, "backward_dq", q=tb.query_block(x), kv=512, q_tile=16, kv_tile=LANES)
     q_summary, kv_summary = summarize(x, how.chunk_size, s.bq, s.bkv)
     q_marks = tb.marks(x.q_positions_BT, x.q_segments_BT, s.bq)
     kv_marks = tb.marks(x.kv_positions_BS, x.kv_segments_BS, s.bkv)
@@ -199,7 +200,7 @@ def _backward_queries(
 
     q_spec = pl.BlockSpec((None, None, s.G, s.bq, s.H), lambda b, h, i: (b, h, 0, i, 0))
     in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
-    row = (s.bq, tb.LANES)
+    row = (s.bq, LANES)
     dq_BKGTH = pl.pallas_call(
         _queries_kernel(s, how),
         grid=(s.B, s.K, s.nq),
@@ -249,7 +250,7 @@ def _backward_keys(
     x: Inputs, how: Settings, lse_BTN: jax.Array, delta_BTN: jax.Array, dout_BTNH: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return dk_BSKH and dv_BSKH."""
-    s = tb.cut(x, "backward_dkv", q=tb.query_block(x), kv=512, q_tile=tb.LANES, kv_tile=16)
+    s = tb.cut(x, "backward_dkv", q=tb.query_block(x), kv=512, q_tile=LANES, kv_tile=16)
     q_summary, kv_summary = summarize(x, how.chunk_size, s.bq, s.bkv)
     q_marks = tb.marks(x.q_positions_BT, x.q_segments_BT, s.bq)
     kv_marks = tb.marks(x.kv_positions_BS, x.kv_segments_BS, s.bkv)
@@ -275,7 +276,7 @@ def _backward_keys(
         out_specs=[kv_spec, kv_spec],
         out_shape=[kv_shape, kv_shape],
         scratch_shapes=[
-            pltpu.VMEM((m, s.bkv, tb.LANES), jnp.int32),
+            pltpu.VMEM((m, s.bkv, LANES), jnp.int32),
             pltpu.VMEM((s.bkv, s.H), jnp.float32),
             pltpu.VMEM((s.bkv, s.H), jnp.float32),
             pltpu.VMEM((2, m, s.bq), jnp.int32),

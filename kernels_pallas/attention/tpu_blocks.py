@@ -24,8 +24,8 @@ from kernels_pallas.attention.visibility import (
     attention_temperature,
     first_visible,
 )
+from kernels_pallas.tpu_primitives import LANES, round_up
 
-LANES = 128
 HIDDEN = -3e38  # a logit that is not seen; far below NEGATIVE, where the running maximum starts
 LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
@@ -57,13 +57,9 @@ class Shape(NamedTuple):
         return pl.cdiv(self.S, self.bkv)
 
 
-def _up(n: int, multiple: int) -> int:
-    return -(-n // multiple) * multiple
-
-
 def _fit(n: int, size: int, tile: int) -> int:
     """Return the block size, or all of n if that is not much more."""
-    return _up(n if n <= 1.5 * size else size, tile)
+    return round_up(n if n <= 1.5 * size else size, tile)
 
 
 def cut(x: Inputs, operation: str, *, q: int, kv: int, q_tile: int, kv_tile: int) -> Shape:
@@ -200,18 +196,6 @@ def mask(columns: Any, kv_marks: jax.Array) -> jax.Array:
     if kv_marks.shape[0] == 2:
         is_seen &= kv_marks[1:] == wide(columns[2], width)
     return is_seen
-
-
-def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
-    """Multiply matrices into float32; float32 operands in full precision."""
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x,
-        y,
-        (((contract[0],), (contract[1],)), ((), ())),
-        precision=precision,
-        preferred_element_type=jnp.float32,
-    )
 
 
 def copies(sources: Sequence[Any], buffers: Sequence[Any], slot: jax.Array, arrived: Any):

@@ -17,12 +17,12 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.attention.tpu_blocks import LANES
 from kernels_pallas.experts import tpu_outer as to
 from kernels_pallas.experts import tpu_plan as tp
 from kernels_pallas.experts import tpu_rows as tr
 from kernels_pallas.experts import tpu_sizes as ts
 from kernels_pallas.experts.inputs import Inputs, expected_rows, stored_as
+from kernels_pallas.tpu_primitives import LANES, tile_rows
 
 
 def _run(
@@ -142,7 +142,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, "Sa
     """
     (T, X), (_, D), dtype = x.expert_TX.shape, x.x_TD.shape, x.x_TD.dtype
     x = _filled(x)
-    p = tp.plan(x.expert_TX.reshape(T * X), num_experts, ts.unit(dtype))
+    p = tp.plan(x.expert_TX.reshape(T * X), num_experts, tile_rows(dtype))
     token_P = p.source_P // X
     gate_P = jnp.where(p.is_held_P, x.gate_TX.reshape(T * X)[p.source_P], 0)
     rows, by = tr.Rows([x.x_TD[token_P]], _column(gate_P)), _matrices(x, "gate", "up")
@@ -277,7 +277,7 @@ def grouped_matmul(
     """
     (R, _), (E,), dtype = x_RD.shape, group_sizes_E.shape, x_RD.dtype
     F, x_RD, w_NDF = w_NDF.shape[1 if is_transposed else 2], _fill_lanes(x_RD), _fill_lanes(w_NDF)
-    p = tp.plan(tp.experts_of(group_sizes_E, R), E, ts.unit(dtype))
+    p = tp.plan(tp.experts_of(group_sizes_E, R), E, tile_rows(dtype))
     by = tr.Matrices([w_NDF], None, is_transposed, "float", jnp.asarray(first, jnp.int32))
     (y_PF,) = _run("forward", tr.Rows([x_RD[p.source_P]]), by, _add, [dtype], p=p)
     return tp.from_places(y_PF, p)[:, :F]
@@ -299,7 +299,7 @@ def grouped_outer(
     """
     (R, D), F, (E,) = x_RD.shape, dy_RF.shape[1], group_sizes_E.shape
     x_RD, dy_RF = _fill_lanes(x_RD), _fill_lanes(dy_RF)
-    p = tp.plan(tp.experts_of(group_sizes_E, R), E, ts.unit(x_RD.dtype))
+    p = tp.plan(tp.experts_of(group_sizes_E, R), E, tile_rows(x_RD.dtype))
     dy_PF = jnp.where(p.is_held_P[:, None], dy_RF[p.source_P], 0)
     dw_EDF = jax.ShapeDtypeStruct((E, x_RD.shape[1], dy_RF.shape[1]), dtype)
     return _outer(x_RD[p.source_P], dy_PF, p, dw_EDF, jnp.int32(0))[:, :D, :F]

@@ -15,9 +15,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend
-from kernels_pallas.attention.tpu_blocks import dot
 from kernels_pallas.experts.tpu_plan import Blocks, read_block
 from kernels_pallas.experts.tpu_rows import VMEM_LIMIT, Cut
+from kernels_pallas.tpu_primitives import dot
 
 _PIECE = 512  # rows of the matrix that are summed at once
 

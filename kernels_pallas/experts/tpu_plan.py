@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import chips
+from kernels_pallas.tpu_primitives import round_up
 
 FEW_ROWS = 512  # up to which a row is compared with every other, rather than sorted
 SCALARS_BUDGET = chips.TPU7X.smem // 2  # every TPU has as much SMEM
@@ -35,11 +36,6 @@ class Plan(NamedTuple):
     place_R: jax.Array
     starts_E: jax.Array
     sizes_E: jax.Array
-
-
-def round_up(n: int, unit: int) -> int:
-    """Return the next multiple of a unit."""
-    return -(-n // unit) * unit
 
 
 def places(num_rows: int, num_experts: int, unit: int) -> int:

@@ -20,10 +20,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend, chips
-from kernels_pallas.attention.tpu_blocks import LANES, dot
 from kernels_pallas.experts.inputs import INT4_GROUP
 from kernels_pallas.experts.quantize import FP8_MAX, ROW_MAX
 from kernels_pallas.experts.tpu_plan import Block, Blocks, read_block
+from kernels_pallas.tpu_primitives import LANES, dot
 
 VMEM_LIMIT = chips.LEAST_VMEM - 12 * 2**20  # the compiler has the rest
 VMEM_BUDGET = VMEM_LIMIT - 8 * 2**20  # for buffers; the rest for the products of a chunk

@@ -8,16 +8,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas import backend, tuning
-from kernels_pallas.attention.tpu_blocks import LANES
 from kernels_pallas.experts import tpu_outer as to
-from kernels_pallas.experts import tpu_plan as tp
 from kernels_pallas.experts import tpu_rows as tr
 from kernels_pallas.experts.inputs import expected_rows
-
-
-def unit(dtype: jnp.dtype) -> int:
-    """Return the rows of a vector tile."""
-    return 32 // jnp.dtype(dtype).itemsize
+from kernels_pallas.tpu_primitives import LANES, round_up, tile_rows
 
 
 def row_cut(
@@ -71,7 +65,7 @@ def _fit(
 
     A tile should not be narrower than the multiplier, nor a chunk shorter, if there are such.
     """
-    tile_rows, multiplier = unit(dtype), backend.multiplier()
+    unit, multiplier = tile_rows(dtype), backend.multiplier()
     default = {
         "window": 1024,
         "chunk": multiplier,
@@ -83,15 +77,15 @@ def _fit(
     cores = tuned["cores"] if width % (tuned["cores"] * LANES) == 0 else 1
     tiles = [n for n in tr.TILES if n <= tuned["tile"] and width % (cores * n) == 0]
     tiles = [n for n in tiles if n >= multiplier] or tiles
-    chunk = min(tuned["chunk"], tp.round_up(num_rows, tile_rows))
+    chunk = min(tuned["chunk"], round_up(num_rows, unit))
     while chunk:
-        chunks = min(tuned["window"], tp.round_up(num_rows, chunk)) // chunk
+        chunks = min(tuned["window"], round_up(num_rows, chunk)) // chunk
         while chunks:
             for tile in tiles:
                 if needed(chunks * chunk, tile) <= tr.VMEM_BUDGET:
-                    return tr.Cut(chunks * chunk, chunk, tile, tile_rows, cores)
+                    return tr.Cut(chunks * chunk, chunk, tile, unit, cores)
             chunks //= 2
-        chunk = chunk // (2 * tile_rows) * tile_rows
+        chunk = chunk // (2 * unit) * unit
     return None
 
 

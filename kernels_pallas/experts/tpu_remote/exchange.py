@@ -23,13 +23,13 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend, chips, tuning
-from kernels_pallas.attention.tpu_blocks import LANES
 from kernels_pallas.experts.inputs import expected_rows
-from kernels_pallas.experts.tpu_plan import SCALARS_BUDGET, round_up
+from kernels_pallas.experts.tpu_plan import SCALARS_BUDGET
 from kernels_pallas.experts.tpu_remote.kernel import exchange_kernel
 from kernels_pallas.experts.tpu_remote.order import ExchangeSizes
 from kernels_pallas.experts.tpu_remote.transfers import Mesh
 from kernels_pallas.experts.tpu_rows import TILES
+from kernels_pallas.tpu_primitives import LANES, round_up, tile_rows
 
 _PRODUCTS = 8 * 2**20  # of VMEM, for the products of a chunk
 
@@ -52,7 +52,7 @@ def _fit(peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int) -> Exchan
     }
     shape = {"D": D, "F": F, "E": num_local, "dtype": str(w_gate_NDF.dtype)}
     tuned = tuning.lookup("expert_mlp.exchange", default, **shape)
-    unit = 32 // size
+    unit = tile_rows(w_gate_NDF.dtype)
     chunk, cores = min(tuned["chunk"], round_up(rows, unit)), min(tuned["cores"], peers)
     whole = round_up(rows, chunk)
     groups = [n for n in range(peers // cores, 0, -1) if peers % n == 0]

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas.attention.tpu_blocks import dot
 from kernels_pallas.experts.tpu_remote.order import Chunk, ExchangeSizes, Order, Step
 from kernels_pallas.experts.tpu_remote.transfers import Mesh, Transfers
+from kernels_pallas.tpu_primitives import dot
 
 _PIECE = 1024  # columns of results that are summed at once
 

@@ -170,12 +170,14 @@ def read_requests(path: str, known: Mapping[str, str]) -> list[Request]:
 
 
 def check_images(images: Sequence[Any]) -> None:
-    """Refuse images that are not paths of files.
+    """Refuse images that are neither paths of files nor `data:` URLs.
 
     Raises:
       FlagError: for the first that is not.
     """
     for image in images:
+        if isinstance(image, str) and image.startswith("data:"):
+            continue
         if not isinstance(image, str) or not os.path.isfile(image):
             raise FlagError(f"there is no image file {shown(image)}.")
 

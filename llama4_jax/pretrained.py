@@ -4,9 +4,11 @@ import contextlib
 import dataclasses
 import pathlib
 from contextlib import AbstractContextManager
+from typing import cast, get_args
 
 import jax
 from jax.sharding import Mesh
+from jax.typing import DTypeLike
 
 from llama4_jax import parallel
 from llama4_jax.checkpoint.convert import GENERATION, Format, open_checkpoint, write_source
@@ -17,7 +19,7 @@ from llama4_jax.config import DType, ModelConfig
 from llama4_jax.config.json_section import Section
 from llama4_jax.model import Llama4
 from llama4_jax.text import ChatTemplate, Tokenizer, load_chat_template, load_tokenizer
-from llama4_jax.untrusted import load_json
+from llama4_jax.untrusted import load_json, shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +87,7 @@ def from_pretrained(
     *,
     mesh: Mesh | str | None = None,
     rules: parallel.Rules | None = None,
-    dtype: DType | None = None,
+    dtype: DTypeLike | None = None,
 ) -> Pretrained:
     """Load a checkpoint of any layout onto one device or a mesh.
 
@@ -98,7 +100,8 @@ def from_pretrained(
       mesh: where to lay the model out, such as "expert:4,tensor:2"; None is the default device.
         The result remembers it.
       rules: which mesh axes divide which logical axes; by default `parallel.serving_rules`.
-      dtype: of parameters and activations; by default the checkpoint's own.
+      dtype: of parameters and activations, "bfloat16" or "float32" or jax's name of them; by
+        default the checkpoint's own.
 
     Raises:
       ValueError: the checkpoint is damaged or incomplete, the mesh cannot be made, or a weight
@@ -108,7 +111,7 @@ def from_pretrained(
     if isinstance(mesh, str):
         mesh = parallel.make_mesh(mesh)
     source = open_checkpoint(directory)
-    config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
+    config = dataclasses.replace(source.config, dtype=_name_of(dtype) or source.config.dtype)
     if rules is None:
         sizes = {} if mesh is None else dict(mesh.shape)
         rules = parallel.serving_rules(sizes, num_kv_heads=config.text.num_kv_heads)
@@ -124,6 +127,20 @@ def from_pretrained(
         mesh=mesh,
         rules=rules,
     )
+
+
+def _name_of(dtype: DTypeLike | None) -> DType | None:
+    """Return the name of a precision, whichever way it is given.
+
+    Raises:
+      ValueError: it is not one that a model computes in.
+    """
+    if dtype is None:
+        return None
+    name = getattr(dtype, "__name__", str(dtype))
+    if name not in get_args(DType):
+        raise ValueError(f"dtype {shown(name)} must be {' or '.join(get_args(DType))}")
+    return cast(DType, name)
 
 
 def _read_generation(directory: pathlib.Path, config: ModelConfig) -> GenerationDefaults:
@@ -149,7 +166,7 @@ def save_pretrained(
     directory: str | pathlib.Path,
     *,
     format: Format = "hf",
-    dtype: DType | None = None,
+    dtype: DTypeLike | None = None,
     model_parallel: int | None = None,
     progress: Progress = no_progress,
 ) -> None:
@@ -172,7 +189,7 @@ def save_pretrained(
         ModelSource(model.model if is_pretrained else model),
         pathlib.Path(directory),
         to=format,
-        dtype=dtype,
+        dtype=_name_of(dtype),
         model_parallel=model_parallel,
         origin=model.directory if is_pretrained else None,
         progress=progress,

@@ -1,6 +1,7 @@
 """What `from_pretrained` returns remembers its mesh and needs nothing around the calls it makes."""
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -55,3 +56,21 @@ def test_a_mesh_that_cannot_be_says_why(folder):
 
 def test_the_names_of_the_package_lead_to_one_object():
     assert {name for name in llama4_jax.__all__ if not hasattr(llama4_jax, name)} == set()
+
+
+@pytest.mark.parametrize(
+    "dtype", ["bfloat16", jnp.bfloat16, jnp.dtype("bfloat16"), np.dtype("float32")]
+)
+def test_a_precision_has_many_names(folder, dtype):
+    loaded = from_pretrained(folder, dtype=dtype)
+    assert loaded.config.dtype == jnp.dtype(dtype).name
+    assert {x.dtype for x in jax.tree.leaves(loaded.model)} >= {jnp.dtype(dtype)}
+
+
+def test_a_precision_that_no_model_computes_in_is_refused(folder):
+    with pytest.raises(ValueError, match="'int8' must be float32 or bfloat16"):
+        from_pretrained(folder, dtype=jnp.int8)
+
+
+def test_a_tokenizer_shows_itself_in_a_line(spread):
+    assert repr(spread.tokenizer) == "HFTokenizer(349 ids, 93 special)"

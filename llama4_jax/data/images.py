@@ -9,15 +9,18 @@ Source of the arithmetic: `llama_models.llama4.preprocess` and `Llama4ImageProce
 transformers; they agree on canvases and tiles, and the pixels here are the former's to the bit.
 """
 
+import base64
 import dataclasses
 import functools
 import io
 import math
 import pathlib
+import re
 import struct
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -95,16 +98,26 @@ class ImageTiles:
     cols: int
 
 
-def load_image(source: str | pathlib.Path | bytes) -> Image.Image:
-    """Read a picture file (or its bytes) as upright RGB; transparent parts become white.
+def load_image(source: str | pathlib.Path | bytes | np.ndarray | Image.Image) -> Image.Image:
+    """Read a picture as upright RGB; transparent parts become white.
 
     Any format, colour mode and depth that Pillow reads is accepted; the EXIF orientation is
     applied; of an animation the first frame is taken.
+
+    Args:
+        source: a path, the bytes of a picture file, a `data:` URL of them, an array [H, W, 3] or
+            [H, W] of uint8, or a picture, which is taken as it is.
 
     Raises:
         ValueError: the file is missing, no picture, damaged, truncated, above MAX_PIXELS, or of a
             pixel type without a defined white. The message names the file.
     """
+    if isinstance(source, Image.Image):
+        return source
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, str) and re.match(r"\w+:", source):
+        source = _from_url(source)
     name = "image bytes" if isinstance(source, bytes) else f"image {str(source)!r}"
     try:
         data = source if isinstance(source, bytes) else pathlib.Path(source).read_bytes()
@@ -128,6 +141,38 @@ def load_image(source: str | pathlib.Path | bytes) -> Image.Image:
             f"{name} ({image.format}, {image.width} x {image.height}) is damaged, truncated or "
             f"of an unsupported pixel type: {error}"
         ) from error
+
+
+def _from_array(pixels: np.ndarray) -> Image.Image:
+    if pixels.dtype != np.uint8 or pixels.shape[2:] not in ((), (3,)) or not pixels.size:
+        raise ValueError(
+            f"an image array has shape {pixels.shape} and dtype {pixels.dtype}; it must be "
+            "[H, W, 3] or [H, W] of uint8"
+        )
+    return to_rgb(Image.fromarray(pixels))
+
+
+def _from_url(url: str) -> bytes | str:
+    """Decode a `data:` URL; a name with a colon that is no URL is returned as it is.
+
+    Raises:
+        ValueError: it is damaged, or the picture is elsewhere.
+    """
+    if url.startswith(("http:", "https:", "ftp:", "file:", "gs:", "s3:")):
+        raise ValueError(
+            f"image {url[:80]!r} is somewhere else and is not fetched; read it yourself and pass "
+            "its bytes, or a data: URL of them"
+        )
+    if not url.startswith("data:"):
+        return url
+    header, comma, body = url.partition(",")
+    try:
+        if not comma:
+            raise ValueError("no comma")
+        is_base64 = header.endswith(";base64")
+        return base64.b64decode(body, validate=True) if is_base64 else unquote_to_bytes(body)
+    except ValueError as error:
+        raise ValueError(f"image {url[:40]!r} is no data: URL ({error})") from error
 
 
 def _upright(image: Image.Image) -> Image.Image:

@@ -73,6 +73,11 @@ class Llama4(nnx.Module):
             )
         self.config = config
 
+    def __repr__(self) -> str:
+        """Say which model it is and how large, not what is in it."""
+        size = sum(x.size for x in jax.tree.leaves(self))
+        return f"Llama4({self.config.name}: {size:,} parameters)"
+
     def encode_images(self, tiles_NCHW: jax.Array, *, remat: bool = False) -> jax.Array:
         """Turn tiles in [-1, 1] into features [tiles, tokens_per_tile, D] for the patch tokens.
 

@@ -12,7 +12,7 @@ from llama4_jax.model import Cache
 from llama4_jax.pretrained import Pretrained
 from llama4_jax.serve.batching import BatchingConfig
 from llama4_jax.serve.chunks import bucket, split_prompts
-from llama4_jax.serve.requests import Prompt, Request, RequestError, read_requests
+from llama4_jax.serve.requests import Prompt, RequestError, Requests, read_requests
 from llama4_jax.serve.sampling import Sampling, SamplingRows, row_keys
 from llama4_jax.serve.steps import (
     NO_TOKEN,
@@ -59,7 +59,7 @@ class NewToken:
 
 def generate(
     pretrained: Pretrained,
-    requests: Sequence[Request],
+    requests: Requests,
     *,
     max_new_tokens: int = 256,
     sampling: Sampling | None = None,
@@ -74,7 +74,8 @@ def generate(
 
     Args:
       pretrained: the model, its tokenizer if it has one, and its generation defaults.
-      requests: what to continue.
+      requests: what to continue: one request or several, each a Request, a prompt, or a mapping
+        of a Request's fields.
       max_new_tokens: most tokens of one answer.
       sampling: how tokens are chosen; None takes the checkpoint's defaults.
       on_token: called with every token in the order it comes; tokens of different requests

@@ -25,7 +25,7 @@ from llama4_jax.serve.dialogue import dialogue_tokens, place_images
 from llama4_jax.text import Message, Tokenizer, images_of
 from llama4_jax.untrusted import shown
 
-ImageSource = str | pathlib.Path | bytes | Image.Image
+ImageSource = str | pathlib.Path | bytes | np.ndarray | Image.Image
 
 
 class RequestError(ValueError):
@@ -46,7 +46,8 @@ class Request:
         image part of a content that does not name its own source takes the next of `images`;
         without any such part they stand before the text of the last user message.
       tokens: ids, read as they are. Images fill the patch tokens already among them, in order.
-      images: paths, bytes of picture files, or pictures.
+      images: whatever `data.load_image` reads: paths, bytes of picture files, `data:` URLs, arrays
+        [H, W, 3] or [H, W] of uint8, or pictures.
     """
 
     prompt: str | None = None
@@ -88,13 +89,54 @@ class Prompt:
             slots = np.flatnonzero(self.tokens_T == config.patch_id)
             spans_N2 = slots.reshape(-1, vision.tokens_per_tile)[:, [0, -1]]
             tiles_NCHW = stack_tiles(
-                [preprocess(_load(image), vision, config.max_tiles) for image in self.images],
+                [preprocess(load_image(image), vision, config.max_tiles) for image in self.images],
                 vision,
             )
         return Row(tokens_T=self.tokens_T, tiles_NCHW=tiles_NCHW, tile_spans_N2=spans_N2)
 
 
-def read_requests(pretrained: Pretrained, requests: Sequence[Request]) -> list[Prompt]:
+Requests = Request | str | Mapping[str, Any] | Sequence[Request | str | Mapping[str, Any]]
+"""What a caller may give: one request or several, each a Request, a prompt, or a Request's fields
+by name."""
+
+
+def list_requests(requests: Requests) -> list[Request]:
+    """Return what a caller gives as a list of requests.
+
+    Raises:
+      RequestError: the first that is none.
+    """
+    if isinstance(requests, Request | str | Mapping):
+        requests = [requests]
+    found = []
+    for index, request in enumerate(requests):
+        try:
+            found.append(_as_request(request))
+        except ValueError as error:
+            raise RequestError(f"request {index}: {error}", index) from error
+    return found
+
+
+def _as_request(given: Any) -> Request:
+    if isinstance(given, Request):
+        return given
+    if isinstance(given, str):
+        return Request(prompt=given)
+    fields = [field.name for field in dataclasses.fields(Request)]
+    if isinstance(given, Mapping) and given.keys() <= set(fields):
+        return Request(**given)
+    if isinstance(given, Message) or (isinstance(given, Mapping) and "role" in given):
+        raise ValueError("a message is no request; write Request(messages=[..]) for a dialogue.")
+    if isinstance(given, Mapping):
+        unknown = next(name for name in given if name not in fields)
+        raise ValueError(f"unknown field {shown(unknown)}; a request has {', '.join(fields)}.")
+    raise ValueError(
+        f"{shown(given)} is a {type(given).__name__}; give a text, a Request or its fields by "
+        "name; token ids go into Request(tokens=[..])."
+    )
+
+
+def read_requests(pretrained: Pretrained, requests: Requests) -> list[Prompt]:
     """Turn requests into tokens, and check everything about them that can be checked.
 
     Raises:
@@ -102,7 +144,7 @@ def read_requests(pretrained: Pretrained, requests: Sequence[Request]) -> list[P
         counted from 0.
     """
     prompts = []
-    for index, request in enumerate(requests):
+    for index, request in enumerate(list_requests(requests)):
         try:
             tokens, images = _read(pretrained, request)
             tokens_T = np.asarray(tokens, np.int32)
@@ -164,7 +206,7 @@ def _vision(config: ModelConfig) -> VisionConfig:
 
 def _canvas(config: ModelConfig, image: ImageSource) -> Canvas:
     """Return the grid of tiles that an image is cut into."""
-    size = _load(image).size
+    size = load_image(image).size
     return choose_canvas(*size, tile=_vision(config).image_size, max_tiles=config.max_tiles)
 
 
@@ -191,7 +233,3 @@ def _check_patches(config: ModelConfig, tokens: list[int], images: Sequence[Imag
             f"its tokens are one (id {config.patch_id}); give each image its own, {per_tile} for "
             "every tile."
         )
-
-
-def _load(image: ImageSource) -> Image.Image:
-    return image if isinstance(image, Image.Image) else load_image(image)

@@ -14,7 +14,7 @@ from llama4_jax.model.likelihood import token_logprobs
 from llama4_jax.pretrained import Pretrained
 from llama4_jax.serve.batching import BatchingConfig
 from llama4_jax.serve.chunks import split_prompts
-from llama4_jax.serve.requests import Prompt, Request, RequestError, read_requests
+from llama4_jax.serve.requests import Prompt, RequestError, Requests, read_requests
 
 LOGITS = 1 << 26  # most logits of a batch that exist at once: 256 MiB in float32
 
@@ -37,7 +37,7 @@ class Score:
 
 def score(
     pretrained: Pretrained,
-    requests: Sequence[Request],
+    requests: Requests,
     *,
     on_score: Callable[[Score], None] | None = None,
     batching: BatchingConfig | None = None,
@@ -49,7 +49,8 @@ def score(
 
     Args:
       pretrained: the model, and its tokenizer if it has one.
-      requests: what to score.
+      requests: what to score: one request or several, each a Request, a text, or a mapping of a
+        Request's fields.
       on_score: called with every score in the order of the requests, as soon as it and those
         before it are complete.
       batching: how much is done at once.

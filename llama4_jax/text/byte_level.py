@@ -46,6 +46,10 @@ class ByteLevelTokenizer(abc.ABC):
         self.eos_ids = eos_ids
         self.pad_id = pad_id
 
+    def __repr__(self) -> str:
+        """Say how large it is, not what is in it."""
+        return f"{type(self).__name__}({self.vocab_size} ids, {len(self._special_ids)} special)"
+
     @abc.abstractmethod
     def _encode_ordinary(self, text: str) -> list[int]:
         """Encode well-formed text in which nothing is special."""

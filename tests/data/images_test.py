@@ -1,8 +1,10 @@
 """Pictures become the references' tiles to the bit, and bad files become clear errors."""
 
+import base64
 import io
 import json
 import pathlib
+import urllib.parse
 import zlib
 
 import numpy as np
@@ -280,3 +282,34 @@ def test_decompression_bombs_are_refused_before_they_unpack(side):
 def test_a_damaged_exif_block_does_not_spoil_the_picture():
     plain = encode(Image.new("RGB", (2, 1), (5, 5, 5)), "JPEG", exif=b"Exif\x00\x00garbage")
     assert load_image(plain).size == (2, 1)
+
+
+def test_a_data_url_may_be_base64_or_percent_encoded():
+    image = picture(3, 2)
+    data = encode(image)
+    urls = (
+        "data:image/png;base64," + base64.b64encode(data).decode(),
+        "data:image/png," + urllib.parse.quote(data),
+    )
+    for url in urls:
+        np.testing.assert_array_equal(images.load_image(url), images.load_image(data))
+
+
+@pytest.mark.parametrize("url", ["data:image/png;base64,@@", "data:image/png;base64", "data:"])
+def test_a_damaged_data_url_is_refused(url):
+    with pytest.raises(ValueError, match="no data: URL"):
+        images.load_image(url)
+
+
+@pytest.mark.parametrize("url", ["http://x/a.png", "https://x/a.png", "file:///etc/passwd"])
+def test_a_picture_elsewhere_is_not_fetched(url):
+    with pytest.raises(ValueError, match="pass its bytes, or a data: URL"):
+        images.load_image(url)
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((2, 2, 4), np.uint8), np.zeros((2, 2, 3)), np.zeros((0, 2), np.uint8)]
+)
+def test_an_array_that_is_no_picture_is_refused(array):
+    with pytest.raises(ValueError, match=r"must be \[H, W, 3\] or \[H, W\] of uint8"):
+        images.load_image(array)

@@ -1,5 +1,6 @@
 """Requests become tokens and tiles in the order of reading; what does not fit is refused."""
 
+import base64
 import copy
 import dataclasses
 import io
@@ -193,3 +194,57 @@ def test_a_model_without_vision_takes_no_images_and_any_token(pretrained):
 def test_a_malformed_request_is_refused_at_once(wrong, says):
     with pytest.raises(ValueError, match=says):
         Request(**wrong)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "ab",
+        ["ab"],
+        Request(prompt="ab"),
+        {"prompt": "ab"},
+        [{"prompt": "ab"}],
+        (request for request in ["ab"]),
+        {"tokens": [tiny.BOS, *b"ab"]},
+        Request(tokens=np.array([tiny.BOS, *b"ab"])),
+    ],
+)
+def test_a_request_is_given_in_many_ways(pretrained, given):
+    (prompt,) = read_requests(pretrained, given)
+    assert prompt.tokens_T.tolist() == [tiny.BOS, *b"ab"]
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["a", 3], "request 1: 3 is a int; give a text"),
+        ([1, 2, 3], r"request 0: 1 is a int.*token ids go into Request\(tokens="),
+        ([{"role": "user", "content": "a"}], r"request 0: a message .*Request\(messages="),
+        ([Message("user", "a")], r"request 0: a message .*Request\(messages="),
+        ({"text": "a"}, "request 0: unknown field 'text'; a request has prompt, messages, tokens"),
+        (["a", {"prompt": 1}], "request 1: prompt must be a text"),
+    ],
+)
+def test_what_is_no_request_says_what_to_write(pretrained, given, says):
+    with pytest.raises(RequestError, match=says):
+        read_requests(pretrained, given)
+
+
+def test_a_value_quoted_in_an_error_is_cut(pretrained):
+    with pytest.raises(RequestError) as caught:
+        read_requests(pretrained, [{"x" * 100_000: 1}])
+    assert len(str(caught.value)) < 300
+
+
+@pytest.mark.parametrize("kind", ["array", "data URL"])
+def test_an_image_is_an_array_or_a_data_url(pretrained, kind):
+    picture = tiny.picture(0)
+    file = io.BytesIO()
+    picture.save(file, "PNG")
+    url = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    given = np.asarray(picture) if kind == "array" else url
+    want = read(pretrained, prompt="a", images=[picture])
+    got = read(pretrained, prompt="a", images=[given])
+    assert got.tokens_T.tolist() == want.tokens_T.tolist()
+    found, tiles = (prompt.row(pretrained.config).tiles_NCHW for prompt in (got, want))
+    np.testing.assert_array_equal(found, tiles)

@@ -1,11 +1,9 @@
-"""Decode attention: what it computes, and the checks that every backend shares."""
+"""Decode attention: what it computes."""
 
 import jax
-import jax.numpy as jnp
 
-from kernels_pallas.attention.api import settings
-from kernels_pallas.backend import Backend, choose, vary_alike
-from kernels_pallas.decode.inputs import Inputs
+from kernels_pallas.backend import Backend
+from kernels_pallas.decode.inputs import attend_to_cache
 
 MAX_QUERIES = 8
 
@@ -65,63 +63,26 @@ def decode_attention(
         ValueError: shapes or dtypes disagree, or a number is out of range.
         NotImplementedError: the named backend cannot compute this here; the message says why.
     """
-    (B, T, N, H), (rows, S, K) = q_BTNH.shape, k_BSKH.shape[:3]
+    T = q_BTNH.shape[1]
     if not 1 <= T <= MAX_QUERIES:
         raise ValueError(
             f"decode_attention takes 1 to {MAX_QUERIES} queries a row, not {T}; "
-            "chunked_attention takes any number"
+            "prefill_attention takes any number"
         )
-    if page_table_BP is None and rows != B:
-        raise ValueError(f"the cache has {rows} rows and q_BTNH {B}; only pages may differ")
-    expected: dict[str, tuple[tuple, tuple]] = {
-        "k_BSKH": (k_BSKH.shape, (rows, S, K, H)),
-        "v_BSKH": (v_BSKH.shape, (rows, S, K, H)),
-        "lengths_B": (lengths_B.shape, (B,)),
-        "q_positions_BT": (q_positions_BT.shape, (B, T)),
-    }
-    if kv_start_B is not None:
-        expected["kv_start_B"] = (kv_start_B.shape, (B,))
-    if page_table_BP is not None:
-        expected["page_table_BP"] = (page_table_BP.shape, (B, *page_table_BP.shape[1:2]))
-    for name, (shape, wanted) in expected.items():
-        if shape != wanted:
-            raise ValueError(f"{name} has shape {shape}; q_BTNH {q_BTNH.shape} asks for {wanted}")
-    for name, scales in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scales is not None and scales.shape not in ((K, H), (rows, S, K)):
-            raise ValueError(
-                f"{name} has shape {scales.shape}; give one scale a channel {(K, H)} or one a "
-                f"token and head {(rows, S, K)}"
-            )
-    if k_BSKH.dtype != v_BSKH.dtype:
-        raise ValueError(f"keys are {k_BSKH.dtype} and values {v_BSKH.dtype}; store both alike")
-    how = settings(N, K, H, chunk_size, temperature, scale)
-    per_channel_k, k_scale_BSK = _split(k_scale)
-    per_channel_v, v_scale_BSK = _split(v_scale)
-    q = q_BTNH
-    if per_channel_k is not None:  # (q . (k s)) = ((q s) . k)
-        q = (q * jnp.repeat(per_channel_k, N // K, axis=0)).astype(q_BTNH.dtype)
-    x = Inputs(
-        q,
+    return attend_to_cache(
+        "decode",
+        q_BTNH,
         k_BSKH,
         v_BSKH,
-        jnp.asarray(lengths_B, jnp.int32),
-        jnp.asarray(q_positions_BT, jnp.int32),
-        jnp.zeros((B,), jnp.int32) if kv_start_B is None else jnp.asarray(kv_start_B, jnp.int32),
-        k_scale_BSK,
-        v_scale_BSK,
-        None if page_table_BP is None else jnp.asarray(page_table_BP, jnp.int32),
+        lengths_B=lengths_B,
+        q_positions_BT=q_positions_BT,
+        kv_start_B=kv_start_B,
+        page_table_BP=page_table_BP,
+        k_scale=k_scale,
+        v_scale=v_scale,
+        chunk_size=chunk_size,
+        temperature=temperature,
+        scale=scale,
+        return_lse=return_lse,
+        backend=backend,
     )
-    x, folds_v = vary_alike(x), per_channel_v is not None
-    dtype = jnp.dtype(jnp.float32) if return_lse or folds_v else q_BTNH.dtype
-    out_BTNH, lse_BTN = choose(backend, "decode", x, how).forward(x, how, out_dtype=dtype)
-    if per_channel_v is not None:
-        out_BTNH *= jnp.repeat(per_channel_v, N // K, axis=0)
-    return (out_BTNH, lse_BTN) if return_lse else out_BTNH.astype(q_BTNH.dtype)
-
-
-def _split(scale: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
-    """Return scales of channels [K, H] and of tokens [B, S, K], at most one of them."""
-    if scale is None:
-        return None, None
-    scale = scale.astype(jnp.float32)
-    return (scale, None) if scale.ndim == 2 else (None, scale)

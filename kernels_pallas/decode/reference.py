@@ -1,7 +1,8 @@
 """Decode attention in plain XLA: row by row, block by block, over the slots that are seen.
 
-A row's cache is a list of pages; without a page table it is one page. The loop over blocks has its
-bounds from the lengths, known only at run time, so an empty cache costs nothing however long.
+A row's cache is a list of pages; without a page table it is one page. Small pages make up a block
+together, large ones are cut into blocks. The loop over blocks has its bounds from the lengths,
+known only at run time, so an empty cache costs nothing however long.
 """
 
 import jax
@@ -17,7 +18,7 @@ from kernels_pallas.attention.visibility import (
 from kernels_pallas.backend import vary_alike
 from kernels_pallas.decode.inputs import Inputs, slots_seen
 
-BLOCK = 1024
+BLOCK = 512
 
 
 def refusal(x: Inputs, how: Settings) -> None:
@@ -26,10 +27,21 @@ def refusal(x: Inputs, how: Settings) -> None:
 
 def forward(x: Inputs, how: Settings, *, out_dtype: jax.typing.DTypeLike):
     """Attend. Returns out_BTNH in out_dtype and lse_BTN in float32."""
+    with jax.named_scope("decode_attention"):
+        return attend(x, how, out_dtype=out_dtype, slots=BLOCK)
+
+
+def attend(x: Inputs, how: Settings, *, out_dtype: jax.typing.DTypeLike, slots: int):
+    """Attend by so many slots at a time, however many queries a row has; see `forward`."""
+    x = x.in_pages()
     (B, T, N, H), (_, page, K, _) = x.q_BTNH.shape, x.k_BSKH.shape
-    block = min(BLOCK, page)
-    blocks_of_page = -(-page // block)
-    table_BP = jnp.arange(B)[:, None] if x.page_table_BP is None else x.page_table_BP
+    table_BP = x.page_table_BP
+    assert table_BP is not None
+    pages = max(min(slots // page, table_BP.shape[1]), 1)  # that are read together, a span
+    span = pages * page
+    block = min(slots, span)
+    blocks = -(-span // block)  # of a span
+    table_BP = jnp.pad(table_BP, ((0, 0), (0, -table_BP.shape[1] % pages)))
     # Heads before slots, as a cache is best stored: then these swaps cancel the caller's.
     k_PKSH, v_PKSH = x.k_BSKH.swapaxes(1, 2), x.v_BSKH.swapaxes(1, 2)
     k_scale_PKS = None if x.k_scale_BSK is None else x.k_scale_BSK.swapaxes(1, 2)
@@ -38,26 +50,30 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jax.typing.DTypeLike):
 
     def number(slot: jax.Array) -> jax.Array:
         """Return the block that holds a slot."""
-        return slot // page * blocks_of_page + slot % page // block
+        return slot // span * blocks + slot % span // block
 
-    def attend(q_TNH, positions_T, table_P, start, begin, end):
+    def of_row(q_TNH, positions_T, table_P, start, begin, end):
         q_KGTH = q_TNH.reshape(T, K, N // K, H).transpose(1, 2, 0, 3)
         scale_T = jnp.full((T,), how.scale, jnp.float32)
         if how.temperature is not None:
             scale_T *= attention_temperature(positions_T, how.temperature)
 
         def add(i: jax.Array, seen: Partial) -> Partial:
-            # The last block of a page starts early enough to be whole.
-            wanted = i % blocks_of_page * block
-            first = jnp.minimum(wanted, page - block)
+            # The last block of a span starts early enough to be whole.
+            wanted = i % blocks * block
+            first = jnp.minimum(wanted, span - block)
 
             def part(x_PKS: jax.Array) -> jax.Array:
-                at = (table_P[i // blocks_of_page], 0, first) + (0,) * (x_PKS.ndim - 3)
-                return jax.lax.dynamic_slice(x_PKS, at, (1, K, block, *x_PKS.shape[3:]))[0]
+                if pages == 1:
+                    at = (table_P[i // blocks], 0, first) + (0,) * (x_PKS.ndim - 3)
+                    return jax.lax.dynamic_slice(x_PKS, at, (1, K, block, *x_PKS.shape[3:]))[0]
+                ids = jax.lax.dynamic_slice(table_P, (i * pages,), (pages,))
+                read = x_PKS.at[ids].get(mode="clip").swapaxes(0, 1)
+                return read.reshape(K, block, *x_PKS.shape[3:])
 
             slot_S = first + jnp.arange(block)
             is_new_S = slot_S >= wanted
-            slot_S += i // blocks_of_page * page
+            slot_S += i // blocks * span
             held_S = is_new_S & (slot_S >= begin) & (slot_S < end)
             mask_TS = held_S & visible(
                 positions_T[:, None], start + slot_S[None], None, None, how.chunk_size
@@ -81,7 +97,6 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jax.typing.DTypeLike):
         out_TKGH = out_KGTH.transpose(2, 0, 1, 3)
         return out_TKGH.reshape(T, N, H).astype(out_dtype), lse_KGT.transpose(2, 0, 1)
 
-    with jax.named_scope("decode_attention"):
-        rows = (x.q_BTNH, x.q_positions_BT, table_BP, x.kv_start_B, begin_B, end_B)
-        out_BTNH, lse_BTKG = jax.lax.map(lambda row: attend(*row), rows)
+    rows = (x.q_BTNH, x.q_positions_BT, table_BP, x.kv_start_B, begin_B, end_B)
+    out_BTNH, lse_BTKG = jax.lax.map(lambda row: of_row(*row), rows)
     return out_BTNH, lse_BTKG.reshape(B, T, N)

@@ -1,115 +1,11 @@
-import contextlib
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import kernels_pallas
 from kernels_pallas import chunked_attention, decode_attention, merge_attention
 from kernels_pallas.decode import reference
-from tests.kernels_pallas import definition
-
-# float32: sums of a few hundred terms. bfloat16: results and probabilities rounded to 8 bits beside
-# values of about 4.
-TOLERANCE = {"float32": 2e-5, "bfloat16": 4e-2}
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Case:
-    """One problem: a row for each length; slots past it hold NaN, or the type's largest number.
-
-    Attributes:
-      name: what it shows.
-      lengths: of the cached rows.
-      queries: T; the last of them stands at the last token of its row, unless `ahead` moves it.
-      starts: position of slot 0 of each row.
-      stored: dtype of the cache; None is that of the queries.
-      scales: "channel", "token" or None.
-      page: slots of a page, or None for no page table.
-    """
-
-    name: str
-    lengths: tuple[int, ...]
-    queries: int = 1
-    slots: int = 304
-    starts: tuple[int, ...] | None = None
-    ahead: int = 0
-    chunk: int | None = None
-    temperature: tuple[int, float] | None = None
-    heads: int = 4
-    kv_heads: int = 2
-    head_dim: int = 64
-    stored: str | None = None
-    scales: str | None = None
-    page: int | None = None
-
-    def build(self, dtype):
-        """Arguments of decode_attention, and (out, lse) by definition."""
-        rng = np.random.default_rng(1)
-        B, T, S, N, K, H = (
-            len(self.lengths), self.queries, self.slots, self.heads, self.kv_heads, self.head_dim
-        )  # fmt: skip
-        starts = np.array(self.starts or (0,) * B, np.int32)
-        lengths = np.array(self.lengths, np.int32)
-        positions = (starts + lengths - T + self.ahead)[:, None] + np.arange(T, dtype=np.int32)
-        positions = np.maximum(positions, -1)
-        q = np.asarray(jnp.asarray(rng.normal(size=(B, T, N, H)), dtype))
-        q = np.where(positions[..., None, None] < 0, np.nan, q.astype(np.float64))
-        stored = self.stored or dtype
-        spread = 40 if stored == "int8" else 1
-        k, v = (np.asarray(jnp.asarray(spread * rng.normal(size=(B, S, K, H)), stored))
-                for _ in range(2))  # fmt: skip
-        held = np.arange(S)[None] < lengths[:, None]
-        scale_shape = {"channel": (K, H), "token": (B, S, K), None: ()}[self.scales]
-        k_scale, v_scale = (rng.uniform(0.5, 1.5, scale_shape) / spread for _ in range(2))
-        k_scale, v_scale = k_scale.astype(np.float32), v_scale.astype(np.float32)
-
-        def true(x, scale):
-            scale = scale[..., None] if self.scales == "token" else scale
-            return np.where(held[..., None, None], x.astype(np.float64) * scale, 0)
-
-        slots = starts[:, None] + np.arange(S)
-        mask = definition.mask_of(positions, np.where(held, slots, -1), None, None, self.chunk)
-        if self.scales is None:
-            k_scale, v_scale = np.float64(1), np.float64(1)
-        want = definition.attention(
-            np.nan_to_num(q), true(k, k_scale), true(v, v_scale), mask, positions,
-            self.temperature,
-        )  # fmt: skip
-        garbage = 127 if stored == "int8" else np.nan
-        k, v = (np.where(held[..., None, None], a, np.asarray(garbage, a.dtype)) for a in (k, v))
-        if self.scales == "token":
-            k_scale, v_scale = (np.where(held[..., None], a, np.nan) for a in (k_scale, v_scale))
-        table = None
-        if self.page:
-            (k, v), table = self.paged((k, v), lengths, rng)
-            if self.scales == "token":
-                (k_scale, v_scale), _ = self.paged((k_scale, v_scale), lengths, None, table)
-        arguments = {
-            "q_BTNH": jnp.asarray(q, dtype), "k_BSKH": jnp.asarray(k), "v_BSKH": jnp.asarray(v),
-            "lengths_B": lengths, "q_positions_BT": positions, "kv_start_B": starts,
-            "page_table_BP": table,
-        }  # fmt: skip
-        if self.scales:
-            arguments |= {"k_scale": jnp.asarray(k_scale), "v_scale": jnp.asarray(v_scale)}
-        return arguments, want
-
-    def paged(self, arrays, lengths, rng, table=None):
-        """Cut rows into pages in shuffled order; entries that hold no token point nowhere."""
-        B, S = arrays[0].shape[:2]
-        per_row = S // self.page
-        order = rng.permutation(B * per_row).reshape(B, per_row) if table is None else table
-        needed = np.arange(per_row)[None] * self.page < lengths[:, None]
-        pages = []
-        for array in arrays:
-            cut = array.reshape(B, per_row, self.page, *array.shape[2:])
-            pool = np.zeros((B * per_row, *cut.shape[2:]), array.dtype)
-            pool[order[needed]] = cut[needed]
-            pages.append(pool)
-        return pages, np.where(needed, order, 2**30).astype(np.int32)
-
+from tests.kernels_pallas.cache_cases import Case, check
 
 CASES = [
     Case(name="lengths_differ", lengths=(1, 304, 129, 128)),
@@ -141,37 +37,25 @@ CASES = [
 ]  # fmt: skip
 
 
-def check(case, backend, dtype):
-    arguments, want = case.build(dtype)
-    how = {"chunk_size": case.chunk, "temperature": case.temperature, "backend": backend}
-    simulated = contextlib.nullcontext() if backend == "reference" else kernels_pallas.interpreted()
-    with simulated:
-        got = jax.jit(lambda a: decode_attention(**a, **how, return_lse=True))(arguments)
-    for name, a, b in zip(("out", "lse"), got, want, strict=True):
-        np.testing.assert_allclose(
-            np.asarray(a, np.float64), b, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype], err_msg=name
-        )
-
-
-@pytest.mark.parametrize("block", [1024, 24])
+@pytest.mark.parametrize("block", [512, 24])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_reference_equals_the_definition(monkeypatch, case, block):
     monkeypatch.setattr(reference, "BLOCK", block)
-    check(case, "reference", "float32")
+    check(decode_attention, case, "reference", "float32")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_tpu_kernel_equals_the_definition_in_the_interpreter(case):
-    check(case, "tpu", "float32")
+    check(decode_attention, case, "tpu", "float32")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_gpu_kernel_equals_the_definition_in_the_interpreter(case):
     if case.slots % 8:
         with pytest.raises(NotImplementedError, match="a multiple of 8 slots, not 301"):
-            check(case, "gpu", "bfloat16")
+            check(decode_attention, case, "gpu", "bfloat16")
     else:
-        check(case, "gpu", "bfloat16")
+        check(decode_attention, case, "gpu", "bfloat16")
 
 
 @pytest.mark.parametrize("parts", [2, 4, 8])
@@ -242,7 +126,7 @@ def test_bad_arguments_are_refused_with_the_remedy():
     def changed(**other):
         return decode_attention(**{**arguments, **other})
 
-    with pytest.raises(ValueError, match=r"1 to 8 queries a row, not 9; chunked_attention"):
+    with pytest.raises(ValueError, match=r"1 to 8 queries a row, not 9; prefill_attention"):
         changed(q_BTNH=jnp.zeros((1, 9, 4, 64)))
     with pytest.raises(ValueError, match="lengths_B has shape"):
         changed(lengths_B=np.zeros(2, np.int32))

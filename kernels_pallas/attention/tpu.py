@@ -14,15 +14,15 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import backend
 from kernels_pallas.attention import tpu_blocks as tb
 from kernels_pallas.attention.tpu_backward import backward
+from kernels_pallas.attention.tpu_softmax import Softmax
 from kernels_pallas.attention.visibility import (
-    NEGATIVE,
     Inputs,
     Settings,
     may_see,
     sees_all,
     summarize,
 )
-from kernels_pallas.tpu_primitives import LANES, dot
+from kernels_pallas.tpu_primitives import LANES
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -40,7 +40,7 @@ def refusal(x: Inputs, how: Settings) -> str | None:
 
 def _cut(x: Inputs) -> tb.Shape:
     """Choose the blocks: some thousand rows of queries for each copy of a block of keys."""
-    return tb.cut(x, "forward", q=tb.query_block(x), kv=512, q_tile=16, kv_tile=LANES)
+    return tb.cut(x, "forward", q_tile=16, kv_tile=LANES)
 
 
 def _kernel(s: tb.Shape, how: Settings):
@@ -49,7 +49,7 @@ def _kernel(s: tb.Shape, how: Settings):
     def kernel(
         q_scalars, kv_scalars, q_marks, q_ref, kv_marks_hbm, k_hbm, v_hbm,
         out_ref, lse_ref,
-        columns, factors, acc, top, total, kv_marks, k_buf, v_buf, slot_ref, arrived,
+        columns, factors, softmax, kv_marks, k_buf, v_buf, slot_ref, arrived,
     ):  # fmt: skip
         b, h, i = (pl.program_id(axis) for axis in range(3))
         q = tb.q_at(q_scalars, i)
@@ -62,22 +62,11 @@ def _kernel(s: tb.Shape, how: Settings):
         def attend(slot, is_masked):
             mask = tb.mask(columns, kv_marks[slot]) if is_masked else None
 
-            def begin(g):
-                logits = dot(q_ref[g], k_buf[slot], (1, 1))
-                logits *= tb.factor(factors, how, s.bkv)
-                return logits if mask is None else jnp.where(mask, logits, tb.HIDDEN)
-
-            def finish(g, logits):
-                new_top = jnp.maximum(top[g], logits.max(1, keepdims=True))
-                weights = jnp.exp2(logits - tb.wide(new_top, s.bkv))
-                shrink = jnp.exp2(top[g] - new_top)
-                lanes = [weights[:, n : n + LANES] for n in range(0, s.bkv, LANES)]
-                total[g] = total[g] * shrink + sum(lanes[1:], lanes[0])
-                seen = dot(weights.astype(v_buf.dtype), v_buf[slot], (1, 0))
-                acc[g] = acc[g] * tb.wide(shrink, s.H) + seen
-                top[g] = new_top
-
-            tb.heads_ahead(s.G, begin, finish)
+            softmax.add(
+                *(q_ref, k_buf.at[slot], v_buf.at[slot]),
+                factor=lambda: tb.factor(factors, how, s.bkv),
+                mask=mask,
+            )
 
         def visit(j, slot):
             kv = tb.kv_at(kv_scalars, j)
@@ -90,17 +79,8 @@ def _kernel(s: tb.Shape, how: Settings):
             pl.when(is_whole)(lambda: attend(slot, False))
             pl.when(~is_whole)(lambda: attend(slot, True))
 
-        def finish(g):
-            sum_ = total[g].sum(1, keepdims=True)
-            is_seen = sum_ > 0
-            out_ref[g] = (acc[g] * jnp.where(is_seen, 1.0 / sum_, 0.0)).astype(out_ref.dtype)
-            lse = jnp.where(is_seen, top[g] * tb.LN_2 + jnp.log(sum_), NEGATIVE)
-            lse_ref[pl.ds(g, 1)] = lse.T[:1]
-
         tb.set_columns(columns, factors, q_marks, how)
-        acc[...] = jnp.zeros_like(acc)
-        total[...] = jnp.zeros_like(total)
-        top[...] = jnp.full_like(top, NEGATIVE)
+        softmax.clear()
         tb.walk(
             i,
             s.nq,
@@ -110,7 +90,7 @@ def _kernel(s: tb.Shape, how: Settings):
             slot_ref=slot_ref,
             visit=visit,
         )
-        tb.heads(s.G, finish)
+        softmax.write(out_ref, lse_ref)
 
     return kernel
 
@@ -161,9 +141,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
         scratch_shapes=[
             pltpu.VMEM((m + 1, *row), jnp.int32),
             pltpu.VMEM(row, jnp.float32),
-            pltpu.VMEM((s.G, s.bq, s.H), jnp.float32),
-            pltpu.VMEM((s.G, *row), jnp.float32),
-            pltpu.VMEM((s.G, *row), jnp.float32),
+            Softmax.scratch(s.G, s.bq, s.H),
             pltpu.VMEM((2, m, s.bkv), jnp.int32),
             pltpu.VMEM((2, s.bkv, s.H), dtype),
             pltpu.VMEM((2, s.bkv, s.H), dtype),

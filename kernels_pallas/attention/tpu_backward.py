@@ -192,7 +192,7 @@ def _backward_queries(
     x: Inputs, how: Settings, lse_BTN: jax.Array, delta_BTN: jax.Array, dout_BTNH: jax.Array
 ) -> jax.Array:
     """Return dq_BTNH."""
-    s = tb.cut(x, "backward_dq", q=tb.query_block(x), kv=512, q_tile=16, kv_tile=LANES)
+    s = tb.cut(x, "backward_dq", q_tile=16, kv_tile=LANES)
     q_summary, kv_summary = summarize(x, how.chunk_size, s.bq, s.bkv)
     q_marks = tb.marks(x.q_positions_BT, x.q_segments_BT, s.bq)
     kv_marks = tb.marks(x.kv_positions_BS, x.kv_segments_BS, s.bkv)
@@ -250,7 +250,7 @@ def _backward_keys(
     x: Inputs, how: Settings, lse_BTN: jax.Array, delta_BTN: jax.Array, dout_BTNH: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return dk_BSKH and dv_BSKH."""
-    s = tb.cut(x, "backward_dkv", q=tb.query_block(x), kv=512, q_tile=LANES, kv_tile=16)
+    s = tb.cut(x, "backward_dkv", q_tile=LANES, kv_tile=16)
     q_summary, kv_summary = summarize(x, how.chunk_size, s.bq, s.bkv)
     q_marks = tb.marks(x.q_positions_BT, x.q_segments_BT, s.bq)
     kv_marks = tb.marks(x.kv_positions_BS, x.kv_segments_BS, s.bkv)

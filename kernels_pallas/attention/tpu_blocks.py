@@ -31,6 +31,7 @@ LOG2_E = 1.4426950408889634
 LN_2 = 0.6931471805599453
 VMEM_LIMIT = chips.LEAST_VMEM - 16 * 2**20  # the compiler has the rest
 UNROLLED_HEADS = 8
+KV_BLOCK = 512
 SMEM_BUDGET = chips.TPU7X.smem * 3 // 4  # every TPU has as much
 
 
@@ -57,28 +58,28 @@ class Shape(NamedTuple):
         return pl.cdiv(self.S, self.bkv)
 
 
-def _fit(n: int, size: int, tile: int) -> int:
+def fit(n: int, size: int, tile: int) -> int:
     """Return the block size, or all of n if that is not much more."""
     return round_up(n if n <= 1.5 * size else size, tile)
 
 
-def cut(x: Inputs, operation: str, *, q: int, kv: int, q_tile: int, kv_tile: int) -> Shape:
-    """Choose the blocks of an operation: those measured, else q and kv, fitted to T and S."""
+def cut(x: Inputs, operation: str, *, q_tile: int, kv_tile: int) -> Shape:
+    """Choose the blocks of an operation: those measured, or the usual ones, fitted to T and S."""
     (B, T, N, H), (S, K) = x.q_BTNH.shape, x.k_BSKH.shape[1:3]
     sizes = tuning.lookup(
         f"chunked_attention.{operation}",
-        {"q": q, "kv": kv},
+        {"q": query_block(N // K), "kv": KV_BLOCK},
         head_dim=H,
         group=N // K,
         dtype=str(x.q_BTNH.dtype),
     )
-    bq, bkv = _fit(T, sizes["q"], q_tile), _fit(S, sizes["kv"], kv_tile)
+    bq, bkv = fit(T, sizes["q"], q_tile), fit(S, sizes["kv"], kv_tile)
     return Shape(B, T, S, K, N // K, H, bq, bkv)
 
 
-def query_block(x: Inputs) -> int:
+def query_block(group: int) -> int:
     """Return how many queries make a block: with all heads of a group, some thousands of rows."""
-    per_head = max(4096 // (x.q_BTNH.shape[2] // x.k_BSKH.shape[2]), 1)
+    per_head = max(4096 // group, 1)
     return max(128, min(512, 1 << (per_head.bit_length() - 1)))
 
 
@@ -124,12 +125,12 @@ def head_rows(x_BTN: jax.Array, K: int, size: int) -> jax.Array:
     return x_BTN.reshape(B, -1, size, K, N // K).transpose(0, 3, 1, 4, 2)
 
 
-def scalars(summary: QueryBlocks | KeyBlocks) -> jax.Array:
+def scalars(summary: Sequence[jax.Array]) -> jax.Array:
     """Stack a summary into int32 [B, fields, blocks], for SMEM."""
     return jnp.stack(summary, axis=1)
 
 
-def scalars_spec(summary: QueryBlocks | KeyBlocks) -> pl.BlockSpec:
+def scalars_spec(summary: Sequence[jax.Array]) -> pl.BlockSpec:
     """Return the block that holds the scalars of one batch row."""
     fields, blocks = len(summary), summary[0].shape[1]
     return pl.BlockSpec(
@@ -245,10 +246,10 @@ def walk(
     owners: int,
     *,
     bounds: Callable[[jax.Array], tuple[jax.Array, jax.Array]],
-    seen: Callable[[jax.Array, jax.Array], jax.Array],
     copies: Callable[[jax.Array, jax.Array], Sequence[Any]],
     slot_ref: Any,
     visit: Callable[[jax.Array, jax.Array], None],
+    seen: Callable[[jax.Array, jax.Array], jax.Array] | None = None,
 ) -> None:
     """Visit the blocks that block i meets, each copied while the one before is computed.
 
@@ -259,15 +260,17 @@ def walk(
         i: the block that this program owns.
         owners: how many such blocks there are.
         bounds: of a block i, the begin and end of the blocks it may meet.
-        seen: whether block i meets block j.
         copies: the copies that bring block j to a buffer slot, 0 or 1.
         slot_ref: SMEM int32 [1], the slot of the next first block; kept between programs.
         visit: computes with block j in a slot.
+        seen: whether block i meets block j; None if it meets all within the bounds.
     """
 
     def next_seen(owner: jax.Array, j: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return the first block from j on that the owner meets, and the end."""
         end = bounds(owner)[1]
+        if seen is None:
+            return j, end
 
         def missed(j: jax.Array) -> jax.Array:
             return (j < end) & ~seen(owner, jnp.clip(j, 0, jnp.maximum(end - 1, 0)))
@@ -309,7 +312,7 @@ def walk(
     slot_ref[0] = slot
 
 
-def pairs(s: Shape, how: Settings) -> int:
+def pairs(s: Any, how: Settings) -> int:
     """Estimate how many (query, key) pairs of one head are seen.
 
     Positions are not known when a program is compiled: the queries are taken for the last T of S
@@ -320,7 +323,7 @@ def pairs(s: Shape, how: Settings) -> int:
     return s.T * s.S - s.T * s.T // 2 if s.T < s.S else s.T * s.S // 2
 
 
-def cost(s: Shape, how: Settings, *, products: int, owned: int, walked: int) -> pl.CostEstimate:
+def cost(s: Any, how: Settings, *, products: int, owned: int, walked: int) -> pl.CostEstimate:
     """Estimate what a kernel costs.
 
     Args:

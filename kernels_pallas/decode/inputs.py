@@ -57,6 +57,16 @@ def slots_seen(x: Inputs, how: Settings) -> tuple[jax.Array, jax.Array]:
     return jnp.minimum(begin_B, end_B), end_B
 
 
+def slots_seen_by_all(x: Inputs, how: Settings) -> tuple[jax.Array, jax.Array]:
+    """Return the slots [begin, end) of each row that every query sees, padding left out."""
+    real_BT = x.q_positions_BT >= 0
+    lo_BT = first_visible(x.q_positions_BT, how.chunk_size)
+    begin_B = jnp.where(real_BT, lo_BT, 0).max(1) - x.kv_start_B
+    last_B = jnp.where(real_BT, x.q_positions_BT, jnp.iinfo(jnp.int32).max).min(1)
+    _, end_B = slots_seen(x, how)
+    return begin_B, jnp.minimum(last_B - x.kv_start_B, end_B - 1) + 1
+
+
 def attend_to_cache(
     operation: str,
     q_BTNH: jax.Array,

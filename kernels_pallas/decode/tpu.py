@@ -15,8 +15,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend, tuning
-from kernels_pallas.attention.visibility import NEGATIVE, Settings, first_visible
-from kernels_pallas.decode.inputs import Inputs, slots_seen
+from kernels_pallas.attention.visibility import NEGATIVE, Settings
+from kernels_pallas.decode.inputs import Inputs, slots_seen, slots_seen_by_all
 from kernels_pallas.decode.tpu_kernel import (
     LANES,
     TILE,
@@ -101,11 +101,7 @@ def _plan(x: Inputs, how: Settings, sizes: Sizes) -> jax.Array:
     """Return the fields of every `Row`, int32 [splits * batch * fields]."""
     B, splits = sizes.batch, sizes.splits
     begin_B, end_B = slots_seen(x, how)
-    real_BT = x.q_positions_BT >= 0
-    lo_BT = first_visible(x.q_positions_BT, how.chunk_size)
-    clear_begin_B = jnp.where(real_BT, lo_BT, 0).max(1) - x.kv_start_B
-    last_B = jnp.where(real_BT, x.q_positions_BT, jnp.iinfo(jnp.int32).max).min(1)
-    clear_end_B = jnp.minimum(last_B - x.kv_start_B, end_B - 1) + 1
+    clear_begin_B, clear_end_B = slots_seen_by_all(x, how)
 
     # Blocks of pages start at multiples of themselves, so that none straddles two windows.
     unit = LANES if sizes.page is None else sizes.block

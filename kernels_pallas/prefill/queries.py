@@ -1,9 +1,12 @@
-"""Blocks of queries: the unit that walks over the cache, as a row of its own."""
+"""Blocks of queries, each of which walks over the part of the cache that it sees."""
+
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.decode.inputs import Inputs
+from kernels_pallas.attention.visibility import Settings
+from kernels_pallas.decode.inputs import Inputs, slots_seen, slots_seen_by_all
 
 
 def in_blocks(x: Inputs, block: int) -> Inputs:
@@ -36,3 +39,43 @@ def in_blocks(x: Inputs, block: int) -> Inputs:
         kv_start_B=repeat(x.kv_start_B),
         page_table_BP=repeat(x.page_table_BP),
     )
+
+
+class Blocks(NamedTuple):
+    """What each block of queries sees; int32 [B, blocks]. Scalars inside a kernel.
+
+    Attributes:
+        begin, end: the slots from the first to after the last that some query sees.
+        all_begin, all_end: the slots that every query sees, padding left out.
+        row_begin, row_end: the slots that some query of the row sees.
+        start: the position of slot 0.
+    """
+
+    begin: Any
+    end: Any
+    all_begin: Any
+    all_end: Any
+    row_begin: Any
+    row_end: Any
+    start: Any
+
+    @staticmethod
+    def read(plan_ref: Any, i: Any) -> "Blocks":
+        """Read the fields of a block of queries from [fields, blocks]."""
+        return Blocks(*(plan_ref[field, i] for field in range(len(Blocks._fields))))
+
+    def bounds(self, size: int) -> tuple[Any, Any]:
+        """Return the first block of so many slots that is seen, and one past the last."""
+        first = jax.lax.div(self.begin, size)
+        return first, jnp.where(self.end > self.begin, jax.lax.div(self.end - 1, size) + 1, first)
+
+
+def summarize(x: Inputs, how: Settings, block: int) -> Blocks:
+    """Return what blocks of so many queries see."""
+    B = x.q_BTNH.shape[0]
+    rows = in_blocks(x, block)
+    of_blocks = (*slots_seen(rows, how), *slots_seen_by_all(rows, how))
+    fields = [field.reshape(B, -1) for field in of_blocks]
+    of_rows = (*slots_seen(x, how), x.kv_start_B)
+    fields += [jnp.broadcast_to(field[:, None], fields[0].shape) for field in of_rows]
+    return Blocks(*fields)

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import decode_attention, merge_attention, prefill_attention
+from kernels_pallas import decode_attention, merge_attention, prefill_attention, tuning
 from kernels_pallas.decode import reference as decode_reference
 from kernels_pallas.prefill import reference
 from tests.kernels_pallas.cache_cases import Case, check
@@ -42,7 +42,7 @@ CASES = [
         queries=20, lengths=(170, 70), slots=192, page=64, stored="float8_e4m3fn", scales="token",
         chunk=48,
     ),
-    Case(name="fp8", queries=20, lengths=(304, 70), stored="float8_e4m3fn"),
+    Case(name="fp8", queries=20, lengths=(304, 70), slots=320, stored="float8_e4m3fn"),
 ]  # fmt: skip
 
 
@@ -52,6 +52,12 @@ def test_reference_equals_the_definition(monkeypatch, case, block):
     monkeypatch.setattr(reference, "BLOCK", block)
     monkeypatch.setattr(reference, "SLOTS", 2 * block)
     check(prefill_attention, case, "reference", "float32")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_tpu_kernel_equals_the_definition_in_the_interpreter(case):
+    with tuning.overridden({"prefill_attention": {"q": 16, "kv": 128}}):
+        check(prefill_attention, case, "tpu", "float32")
 
 
 @pytest.mark.parametrize("queries", [5, 12])

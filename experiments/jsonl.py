@@ -99,7 +99,7 @@ class LineWriter:
 
     def write(self, value: dict[str, Any]) -> None:
         """Append one object as one line, and hand it to the operating system at once."""
-        self._file.write(json.dumps(value, ensure_ascii=False) + "\n")
+        self._file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
 
     def __exit__(self, kind, error, traceback) -> None:

@@ -21,7 +21,7 @@ def show(new: NewToken) -> None:
 
 def print_line(line: dict[str, Any]) -> None:
     """Print one answer as JSON."""
-    print(json.dumps(line, ensure_ascii=False), flush=True)
+    print(json.dumps(line, ensure_ascii=False, allow_nan=False), flush=True)
 
 
 class ConsoleWriter:

@@ -1,5 +1,7 @@
 """What `from_pretrained` returns remembers its mesh and needs nothing around the calls it makes."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,6 +9,7 @@ import pytest
 
 import llama4_jax
 from llama4_jax import Request, from_pretrained, save_pretrained, score
+from llama4_jax.layers.param import leaf_name
 from tests.serve import tiny
 
 MESH = "expert:4,tensor:2"
@@ -74,3 +77,13 @@ def test_a_precision_that_no_model_computes_in_is_refused(folder):
 
 def test_a_tokenizer_shows_itself_in_a_line(spread):
     assert repr(spread.tokenizer) == "HFTokenizer(349 ids, 93 special)"
+
+
+def test_a_model_that_is_not_finite_is_not_saved_and_the_leaf_is_named(spread, tmp_path):
+    def damage(path, array):
+        return array * np.inf if leaf_name(path) == "final_norm.scale_D" else array
+
+    model = jax.tree_util.tree_map_with_path(damage, spread.model)
+    with pytest.raises(ValueError, match=r"not saved: final_norm.scale_D holds NaN or inf"):
+        save_pretrained(dataclasses.replace(spread, model=model), tmp_path / "saved")
+    assert not any(tmp_path.iterdir())

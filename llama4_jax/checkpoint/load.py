@@ -10,6 +10,7 @@ from jax.sharding import Sharding, SingleDeviceSharding
 from llama4_jax import parallel
 from llama4_jax.checkpoint.file_tensors import check_tensors
 from llama4_jax.checkpoint.parameters import Index, Leaf, Source, model_leaves, overlap
+from llama4_jax.checkpoint.soundness import check_finite
 from llama4_jax.config import ModelConfig
 from llama4_jax.layers.param import leaf_name
 from llama4_jax.model import Llama4
@@ -80,7 +81,7 @@ class ModelSource:
 
     Raises:
       ValueError: the model is not the one that its config describes, so that a checkpoint would
-        lack part of it, or part of it lives in other processes.
+        lack part of it, part of it lives in other processes, or a weight is not finite.
     """
 
     def __init__(self, model: Llama4) -> None:
@@ -100,6 +101,7 @@ class ModelSource:
             )
         shapes = {name: array.shape for name, array in arrays.items()}
         check_tensors("the model", {name: leaf.shape for name, leaf in leaves.items()}, shapes)
+        check_finite(arrays, what="the model")
         self._places: dict[str, tuple[jax.Array, int | None]] = {}
         for leaf_key, leaf in leaves.items():
             for row, name in enumerate(leaf.names):

@@ -123,6 +123,8 @@ class RunConfig:
         eval_batches: Batches of one evaluation of each held-out set.
         checkpoint_interval: Steps between two checkpoints; the last step is always saved.
         keep_checkpoints: Newest checkpoints kept on disk.
+        max_skipped_in_a_row: Steps in a row with a loss or gradient that is not finite, each of
+            which changes nothing, after which the run gives up.
     """
 
     name: str
@@ -142,6 +144,7 @@ class RunConfig:
     eval_batches: int = 1
     checkpoint_interval: int = 1000
     keep_checkpoints: int = 2
+    max_skipped_in_a_row: int = 10
 
     def __post_init__(self) -> None:
         for name in (
@@ -152,6 +155,7 @@ class RunConfig:
             "eval_batches",
             "checkpoint_interval",
             "keep_checkpoints",
+            "max_skipped_in_a_row",
         ):
             value = getattr(self, name)
             _require(value >= 1, f"{name} ({value}) must be at least 1.")

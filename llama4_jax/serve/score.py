@@ -59,8 +59,8 @@ def score(
       One score per request, in the order of the requests.
 
     Raises:
-      RequestError: a request cannot be read or is longer than the model's positions. Nothing has
-        been scored then.
+      RequestError: a request cannot be read or is longer than the model's positions; nothing has
+        been scored then. Or a log probability is not finite; those before it have been delivered.
     """
     batching = batching or BatchingConfig()
     prompts = read_requests(pretrained, requests)
@@ -74,10 +74,22 @@ def score(
         while len(scores) in found:
             values = found.pop(len(scores)).tolist()
             tokens = prompts[len(scores)].tokens_T.tolist()
+            _refuse_non_finite(values, index=len(scores))
             scores.append(Score(tokens=tokens, logprobs=values, nll=-math.fsum(values)))
             if on_score is not None:
                 on_score(scores[-1])
     return scores
+
+
+def _refuse_non_finite(logprobs: Sequence[float], *, index: int) -> None:
+    """Refuse a log probability that is no number, as damaged weights give it."""
+    for place, value in enumerate(logprobs, start=1):
+        if not math.isfinite(value):
+            raise RequestError(
+                f"request {index}: the log probability of token {place} is {value}; the checkpoint "
+                "is damaged, or overflows in this dtype: try float32.",
+                index,
+            )
 
 
 def _checked_length(pretrained: Pretrained, prompt: Prompt) -> int:

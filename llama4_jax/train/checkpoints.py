@@ -1,17 +1,24 @@
 """Save a run so that it resumes as if it had never stopped, and refuse to resume another run."""
 
+import contextlib
 import dataclasses
+import json
+import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Self
 
 import grain
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
+from llama4_jax.checkpoint.soundness import bit_sums, check_finite
 from llama4_jax.config.runs import RunConfig
 from llama4_jax.train.state import TrainState, name_leaves, replace_leaves
 
 FOLDER = "checkpoints"  # in the folder of a run
+_MOST_REASON = 300  # characters shown of what Orbax says of a damaged checkpoint
 
 # Fields that a resumed run may change without becoming another run.
 _FREE_FIELDS = frozenset(
@@ -25,8 +32,12 @@ _FREE_FIELDS = frozenset(
         "eval_batches",
         "checkpoint_interval",
         "keep_checkpoints",
+        "max_skipped_in_a_row",
     }
 )
+
+# Leaves that are noted beside the arrays; an older checkpoint lacks them.
+_COUNTERS = frozenset({"skipped", "skipped_in_a_row"})
 
 
 class Checkpoints:
@@ -57,16 +68,25 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, state: TrainState, iterator: grain.DatasetIterator) -> None:
-        """Save the state and the iterator's position, unless this step is already saved."""
+        """Save the state and the iterator's position, unless this step is already saved.
+
+        Raises:
+            ValueError: A leaf of the state is not finite; what is saved stays as it is.
+        """
         step = int(state.step)
         if step == self.latest_step:
             return
+        leaves = name_leaves(state)
+        check_finite(leaves, what=f"the state at step {step}")
+        counters = {name: int(leaves.pop(name)) for name in _COUNTERS}
+        notes = {"counters": counters, "sums": _sums(leaves, iterator)}
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(name_leaves(state)),
+                state=ocp.args.StandardSave(leaves),
                 data=grain.checkpoint.CheckpointSave(iterator),
                 run=ocp.args.JsonSave(_describe(self._run)),
+                notes=ocp.args.JsonSave(notes),
             ),
         )
 
@@ -78,20 +98,46 @@ class Checkpoints:
             iterator: Is set to the saved position.
 
         Raises:
-            ValueError: The checkpoint belongs to another run, or nothing is saved.
+            ValueError: The checkpoint belongs to another run or is damaged, or nothing is saved.
         """
         step = self.latest_step
         if step is None:
             raise ValueError("nothing is saved here; start from the initial state.")
         self._check_run(step)
-        restored = self._manager.restore(
-            step,
-            args=ocp.args.Composite(
-                state=ocp.args.StandardRestore(name_leaves(_with_devices(shapes))),
-                data=grain.checkpoint.CheckpointRestore(iterator),
-            ),
-        )
-        return replace_leaves(shapes, restored["state"])
+        wanted = name_leaves(_with_devices(shapes))
+        for name in _COUNTERS:
+            del wanted[name]
+        with self._naming_damage(step):
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(wanted),
+                    data=grain.checkpoint.CheckpointRestore(iterator),
+                    **({"notes": ocp.args.JsonRestore()} if self._has_notes(step) else {}),
+                ),
+            )
+            leaves = restored["state"]
+            if (notes := restored.get("notes")) is not None:
+                _check_sums(saved=notes["sums"], found=_sums(leaves, iterator))
+            counters = dict.fromkeys(_COUNTERS, 0) if notes is None else notes["counters"]
+            leaves |= {name: jnp.asarray(n, jnp.int32) for name, n in counters.items()}
+        return replace_leaves(shapes, leaves)
+
+    def _has_notes(self, step: int) -> bool:
+        """Return whether a checkpoint is young enough to have notes."""
+        return (self._manager.directory / str(step) / "notes").exists()
+
+    @contextlib.contextmanager
+    def _naming_damage(self, step: int) -> Iterator[None]:
+        """Say of whatever is wrong inside that the checkpoint is damaged, and what to do."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError, OSError) as error:
+            reason = " ".join(str(error).split())[:_MOST_REASON]
+            raise ValueError(
+                f"{self._manager.directory / str(step)} is damaged ({reason}); remove it to go on "
+                "from the checkpoint before it."
+            ) from error
 
     def is_complete(self) -> bool:
         """Return whether the run has taken all its steps, and no more.
@@ -106,7 +152,9 @@ class Checkpoints:
 
     def _check_run(self, step: int) -> None:
         """Raise ValueError if a checkpoint belongs to another run."""
-        saved = self._manager.restore(step, args=ocp.args.Composite(run=ocp.args.JsonRestore()))
+        wanted = ocp.args.Composite(run=ocp.args.JsonRestore())
+        with self._naming_damage(step):
+            saved = self._manager.restore(step, args=wanted)
         asked = _describe(self._run)
         _refuse_other_run(saved=_complete(saved["run"], asked, self._run), asked=asked)
 
@@ -127,6 +175,18 @@ def is_complete(run: RunConfig, workdir: Path) -> bool:
         return False
     with Checkpoints(directory, run) as checkpoints:
         return checkpoints.is_complete()
+
+
+def _sums(leaves: dict[str, jax.Array], iterator: grain.DatasetIterator) -> dict[str, int]:
+    """Add up the bits of all that is saved, by name; "data" is the position in the data."""
+    position = json.dumps(iterator.get_state(), sort_keys=True, default=str)
+    return {**bit_sums(leaves), "data": zlib.crc32(position.encode())}
+
+
+def _check_sums(*, saved: dict[str, int], found: dict[str, int]) -> None:
+    for name in found.keys() | saved.keys():
+        if found.get(name) != saved.get(name):
+            raise ValueError(f"{name} is not what was saved")
 
 
 def _with_devices(shapes: Any) -> Any:

@@ -1,5 +1,6 @@
 """Train: batches in, a model, checkpoints and metrics out."""
 
+import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -18,11 +19,13 @@ from llama4_jax.config.runs import RunConfig
 from llama4_jax.train.checkpoints import FOLDER, Checkpoints
 from llama4_jax.train.interrupt import StopRequest, catch_stop_signals
 from llama4_jax.train.metrics import SpeedMeter, name_metrics
-from llama4_jax.train.objective import Batch
+from llama4_jax.train.objective import Batch, Metrics
 from llama4_jax.train.optimizer import make_optimizer
 from llama4_jax.train.state import TrainState, initial_state, start_state
 from llama4_jax.train.step import make_eval_step, pretraining_step
 from llama4_jax.train.writers import Writer, WriterGroup, open_writers
+
+_MOST_POSITION = 300  # characters shown of a position in the data
 
 HeldOut = Mapping[str, Iterable[Batch]]
 """Held-out sets by name; each is iterated from its beginning at every evaluation."""
@@ -103,7 +106,8 @@ def fit(
 
     Begins from the newest checkpoint in `workdir`/checkpoints when there is one, and then takes
     exactly the steps that an uninterrupted run would have taken. Saves at the run's interval, at
-    the last step and when asked to stop.
+    the last step and when asked to stop. A step with a loss or gradient that is not finite changes
+    nothing and is written among the metrics.
 
     Args:
         run: The run.
@@ -114,6 +118,10 @@ def fit(
             model; its arrays are given up.
         held_out: Held-out sets to evaluate on.
         writers: Take the metrics in addition to the files in `workdir`.
+
+    Raises:
+        ValueError: `workdir` holds another run, `run.max_skipped_in_a_row` steps in a row were not
+            finite, or a parameter is not; the newest checkpoint stays.
     """
     workdir = workdir.resolve()
     with (
@@ -148,6 +156,16 @@ def fit(
             writer.close()
 
 
+def _nothing() -> None:
+    """Settle no step."""
+
+
+def _size(batch: Batch) -> dict[str, int]:
+    rows, row_length = batch["tokens_BT"].shape
+    tiles = batch["tiles_NCHW"].shape[0] if "tiles_NCHW" in batch else 0
+    return {"rows": rows, "row_length": row_length, "tiles": tiles}
+
+
 def _make_meter(run: RunConfig) -> SpeedMeter:
     num_devices = math.prod(parallel.parse_mesh(run.mesh).values())
     kind = jax.devices()[0].device_kind
@@ -172,34 +190,50 @@ class _Loop:
         """Take steps until the end or a request to stop, then save."""
         run, step = self.run, int(state.step)
         scores: dict[str, float] = {}
+        settle = _nothing
         while step < run.steps and not self.stop.requested:
             batch = place_batch(next(self.iterator))
             state, metrics = self.train_step(state, batch)
             step += 1
-            self._count(batch)
-            if self._is_due(step, run.log_interval):
-                named = name_metrics(metrics, moe_layers=run.model.text.moe_layers)
-                self.writer.write(step, named | self.meter.take())
+            settle()  # the step before this one, while the devices are at work
+            settle = partial(self._settle, step, metrics, **_size(batch))
             is_eval_due = self._is_due(step, run.eval_interval)
             is_save_due = self._is_due(step, run.checkpoint_interval)
             if is_eval_due or is_save_due or not self.meter.is_running:
-                jax.block_until_ready(state)
+                settle()
+                settle = _nothing
                 self.meter.pause()
                 if is_eval_due:
                     scores = self._evaluate(step, state)
                 if is_save_due:
                     self.checkpoints.save(state, self.iterator)
                 self.meter.start()  # from the second step on: the first one compiles
+        settle()
         self.checkpoints.save(state, self.iterator)
         return FitResult(state=state, is_finished=step >= run.steps, scores=scores)
 
     def _is_due(self, step: int, interval: int) -> bool:
         return step == self.run.steps or (interval > 0 and step % interval == 0)
 
-    def _count(self, batch: Batch) -> None:
-        rows, row_length = batch["tokens_BT"].shape
-        tiles = batch["tiles_NCHW"].shape[0] if "tiles_NCHW" in batch else 0
-        self.meter.count(rows=rows, row_length=row_length, tiles=tiles)
+    def _settle(self, step: int, metrics: Metrics, **size: int) -> None:
+        """Wait for a step, count it, write its metrics if they are due or bad, or give up."""
+        in_a_row = int(metrics["skipped_in_a_row"])
+        self.meter.count(**size)
+        if in_a_row or self._is_due(step, self.run.log_interval):
+            named = name_metrics(metrics, moe_layers=self.run.model.text.moe_layers)
+            self.writer.write(step, named | self.meter.take())
+        if in_a_row >= self.run.max_skipped_in_a_row:
+            first, latest = step - in_a_row + 1, self.checkpoints.latest_step
+            where = json.dumps(self.iterator.get_state(), default=str)
+            raise ValueError(
+                f"{in_a_row} steps in a row, {first} to {step}, had a loss or gradient that is "
+                f"not finite (the last: loss {metrics['loss']:.4g}, gradient norm "
+                f"{metrics['gradient_norm']:.4g}) and changed nothing. Look at batches {first} to "
+                f"{step} of the data, whose position is now {where[:_MOST_POSITION]}; lower the "
+                f"learning rate in a new workdir; or raise max_skipped_in_a_row "
+                f"({self.run.max_skipped_in_a_row}). The newest checkpoint is "
+                f"{'not there yet' if latest is None else f'of step {latest}'}."
+            )
 
     def _evaluate(self, step: int, state: TrainState) -> dict[str, float]:
         scores = {}

@@ -3,6 +3,7 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from llama4_jax.config.runs import OptimizerConfig
@@ -52,6 +53,23 @@ def decay_mask(parameters: Any) -> Any:
     return jax.tree.map(mark, parameters, is_leaf=is_parameter)
 
 
+def clip_by_norm(limit: float) -> optax.GradientTransformationExtraArgs:
+    """Scale gradients of a larger global norm down to `limit`; the step has computed the norm.
+
+    Source: arXiv 1211.5063, algorithm 1.
+    """
+
+    def update(
+        updates: Any, state: Any, params: Any = None, *, norm: jax.Array | None = None, **_: Any
+    ) -> tuple[Any, Any]:
+        del params
+        norm = optax.tree.norm(updates) if norm is None else norm
+        scale = jnp.minimum(1.0, limit / norm)
+        return jax.tree.map(lambda u: (u * scale).astype(u.dtype), updates), state
+
+    return optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
+
+
 def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTransformationExtraArgs:
     """Chain clipping by global norm and AdamW with decay on matrices only.
 
@@ -63,7 +81,7 @@ def make_optimizer(config: OptimizerConfig, *, steps: int) -> optax.GradientTran
     """
     return optax.with_extra_args_support(
         optax.chain(
-            optax.clip_by_global_norm(config.clip_norm),
+            clip_by_norm(config.clip_norm),
             optax.adamw(
                 make_schedule(config, steps=steps),
                 b1=config.beta1,

@@ -17,13 +17,17 @@ class TrainState:
     """An immutable training state, a pytree.
 
     Attributes:
-        step: int32 scalar, optimizer steps taken.
+        step: int32 scalar, steps taken: batches seen.
+        skipped: int32 scalar, steps among them that changed nothing, as a number was not finite.
+        skipped_in_a_row: int32 scalar, how many of the last steps did so.
         model: The model, an immutable pytree of parameters.
         opt_state: State of the optimizer; its moments are shaped and sharded like the parameters
             that are trained.
     """
 
     step: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
     model: Any
     opt_state: Any
 
@@ -42,8 +46,14 @@ def start_state(
         trainable: Which parameters are trained, and so have moments.
     """
     trained, _ = partition(model, trainable)
-    step = jnp.zeros((), jnp.int32)
-    return TrainState(step=step, model=model, opt_state=optimizer.init(trained))
+    step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return TrainState(
+        step=step,
+        skipped=skipped,
+        skipped_in_a_row=in_a_row,
+        model=model,
+        opt_state=optimizer.init(trained),
+    )
 
 
 def initial_state(

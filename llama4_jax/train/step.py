@@ -28,19 +28,23 @@ def make_train_step(
     """Compile a training step.
 
     The state that goes in is given up (donated): its memory holds the state that comes out.
-    Gradients carry the shardings of their parameters, and so do the moments and the update.
+    Gradients carry the shardings of their parameters, and so do the moments and the update. A loss
+    or gradient norm that is not finite leaves parameters, moments and what `after_update` changes
+    as they were, and is counted: a branch, since to choose between old and new arrays would copy
+    the old ones.
 
     Args:
         objective: What is minimised.
-        optimizer: Made for the trained parameters, like the state (`start_state`).
+        optimizer: Made for the trained parameters, like the state (`start_state`); is given the
+            gradients' norm as `norm`.
         trainable: Which parameters are trained; the others have neither gradient nor moments.
         schedule: Of the learning rate, for the metrics.
         after_update: (model, metrics) -> model, a rule beside the gradient.
         seed: Of the keys that the objective gets, one for each step.
 
     Returns:
-        (state, batch) -> (next state, the objective's metrics with "loss", "gradient_norm" and, if
-        there is a schedule, "learning_rate").
+        (state, batch) -> (next state, the objective's metrics with "loss", "gradient_norm",
+        "skipped", "skipped_in_a_row" and, if there is a schedule, "learning_rate").
     """
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
@@ -51,15 +55,33 @@ def make_train_step(
             return objective(combine(trained, frozen), batch, key)
 
         (loss, metrics), gradients = jax.value_and_grad(loss_of, has_aux=True)(trained)
-        with jax.named_scope("update"):
-            updates, opt_state = optimizer.update(gradients, state.opt_state, trained)
+        norm = optax.tree.norm(gradients)
+        is_finite = jnp.isfinite(loss) & jnp.isfinite(norm)
+
+        def update(model: Any, opt_state: Any) -> tuple[Any, Any]:
+            trained, frozen = partition(model, trainable)
+            updates, opt_state = optimizer.update(gradients, opt_state, trained, norm=norm)
             model = combine(optax.apply_updates(trained, updates), frozen)
-            if after_update is not None:
-                model = after_update(model, metrics)
-        metrics = {"loss": loss, **metrics, "gradient_norm": optax.tree.norm(gradients)}
+            return model if after_update is None else after_update(model, metrics), opt_state
+
+        def skip(model: Any, opt_state: Any) -> tuple[Any, Any]:
+            return model, opt_state
+
+        with jax.named_scope("update"):
+            model, opt_state = jax.lax.cond(is_finite, update, skip, state.model, state.opt_state)
+        following = TrainState(
+            step=state.step + 1,
+            skipped=state.skipped + ~is_finite,
+            skipped_in_a_row=jnp.where(is_finite, 0, state.skipped_in_a_row + 1),
+            model=model,
+            opt_state=opt_state,
+        )
+        metrics = {"loss": loss, **metrics, "gradient_norm": norm}
+        metrics |= {name: getattr(following, name) for name in ("skipped", "skipped_in_a_row")}
         if schedule is not None:
-            metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
-        return TrainState(step=state.step + 1, model=model, opt_state=opt_state), metrics
+            rate = schedule(state.step - state.skipped)
+            metrics["learning_rate"] = jnp.asarray(rate, jnp.float32)
+        return following, metrics
 
     return jax.jit(step, donate_argnums=0)
 

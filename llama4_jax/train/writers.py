@@ -1,9 +1,10 @@
 """Write training metrics where people and programs read them."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from tensorboardX import SummaryWriter
 
@@ -24,19 +25,22 @@ class Writer(Protocol):
 class JsonLinesWriter:
     """Append one JSON object per call to a file: {"step": 10, "train/loss": 2.5}; lists as lists.
 
-    A run that resumes from an earlier step drops the lines beyond it, so that the file reads like
-    that of an uninterrupted run.
+    JSON has no number that is not finite; null stands for it. A run that resumes from an earlier
+    step drops the lines beyond it, so that the file reads like that of an uninterrupted run.
     """
 
     def __init__(self, path: Path, *, resume_step: int = 0) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        kept = _lines_up_to(path, resume_step) if path.exists() else []
-        self._file = path.open("w", encoding="utf-8")
-        self._file.writelines(line + "\n" for line in kept)
-        self._file.flush()
+        if path.exists():  # replaced in one step: a kill in between loses no line
+            kept = path.with_name(path.name + ".new")
+            lines = _lines_up_to(path, resume_step)
+            kept.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+            kept.replace(path)
+        self._file = path.open("a", encoding="utf-8")
 
     def write(self, step: int, metrics: Metrics) -> None:
-        self._file.write(json.dumps({"step": step, **metrics}) + "\n")
+        line = {"step": step} | {name: _or_null(value) for name, value in metrics.items()}
+        self._file.write(json.dumps(line, allow_nan=False) + "\n")
         self._file.flush()
 
     def close(self) -> None:
@@ -99,6 +103,12 @@ def open_writers(workdir: Path, *, resume_step: int = 0) -> WriterGroup:
             TensorBoardWriter(workdir / "tensorboard", resume_step=resume_step),
         ]
     )
+
+
+def _or_null(value: float | list[float]) -> Any:
+    if isinstance(value, list):
+        return [_or_null(item) for item in value]
+    return value if math.isfinite(value) else None
 
 
 def _lines_up_to(path: Path, step: int) -> list[str]:

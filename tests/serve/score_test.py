@@ -1,5 +1,6 @@
 """Scores equal the log softmax of the full forward, whatever the chunks, the mesh."""
 
+import dataclasses
 import importlib
 
 import jax
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 
 from llama4_jax.data import preprocess, stack_tiles
+from llama4_jax.layers.param import leaf_name
 from llama4_jax.serve import BatchingConfig, Request, score
 from tests.serve import tiny
 
@@ -73,3 +75,17 @@ def test_a_request_longer_than_the_model_s_positions_is_refused(pretrained):
     long = Request(tokens=tiny.random_tokens(0, tiny.LONGEST + 1))
     with pytest.raises(ValueError, match="request 1 has 129 tokens, more than the model's 128"):
         score(pretrained, [Request(prompt="a"), long])
+
+
+def test_a_score_that_is_not_finite_is_refused_after_those_before_it(pretrained, requests):
+    def break_token_7(path, array):
+        is_table = leaf_name(path) == "embed.table_VD"
+        return array.at[7].set(np.nan) if is_table else array
+
+    model = jax.tree_util.tree_map_with_path(break_token_7, pretrained.model)
+    broken = dataclasses.replace(pretrained, model=model)
+    bad = Request(tokens=[tiny.BOS, 5, 7, 9])
+    delivered = []
+    with pytest.raises(ValueError, match=r"request 1: the log probability of token \d is nan; the"):
+        score(broken, [requests[3], bad], batching=SMALL, on_score=delivered.append)
+    assert [one.tokens for one in delivered] == [requests[3].tokens]

@@ -1,9 +1,11 @@
 import dataclasses
 import json
 import os
+import shutil
 import signal
 from itertools import islice
 
+import grain
 import jax
 import numpy as np
 import pytest
@@ -32,7 +34,8 @@ class StopAt:
 
 
 def train(workdir, run=None, **options):
-    return fit(run or make_run(), build=build, batches=make_dataset(), workdir=workdir, **options)
+    parts = {"build": build, "batches": make_dataset()} | options
+    return fit(run or make_run(), workdir=workdir, **parts)
 
 
 def assert_same_bits(state, other):
@@ -154,6 +157,109 @@ def test_a_run_on_a_mesh_trains_like_one_device_and_resumes_on_it(tmp_path):
     # Sums over devices are taken in another order.
     for a, b in zip(jax.tree.leaves(single.state), jax.tree.leaves(resumed.state), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+def with_bad(batches, *places):
+    """Return batches of which those at `places`, counted from 1, make the loss NaN."""
+
+    class Numbered(grain.DatasetIterator):
+        def __init__(self):
+            super().__init__()
+            self.source, self.place = iter(batches), 0
+
+        def __next__(self):
+            self.place += 1
+            batch = next(self.source)
+            weight = np.nan if self.place in places else 1.0
+            return batch | {"loss_mask_BT": batch["loss_mask_BT"] * np.float32(weight)}
+
+        def get_state(self):
+            return {"source": self.source.get_state(), "place": self.place}
+
+        def set_state(self, state):
+            self.source.set_state(state["source"])
+            self.place = state["place"]
+
+    class Dataset(grain.IterDataset):
+        def __iter__(self):
+            return Numbered()
+
+    return Dataset()
+
+
+def read_strictly(workdir):
+    def refuse(constant):
+        pytest.fail(f"{constant} is no JSON")
+
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line, parse_constant=refuse) for line in lines]
+
+
+def test_a_batch_that_is_not_finite_is_skipped_counted_and_logged(tmp_path):
+    run = make_run(steps=8, log_interval=8, checkpoint_interval=3)
+    result = train(tmp_path, run, batches=with_bad(make_dataset(), 2, 3, 5))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(result.state))
+    assert (result.state.step, result.state.skipped) == (8, 3)
+    records = [record for record in read_strictly(tmp_path) if "train/loss" in record]
+    assert [record["step"] for record in records] == [2, 3, 5, 8]
+    assert [record["train/loss"] is None for record in records] == [True, True, True, False]
+    assert [record["train/skipped_in_a_row"] for record in records] == [1, 2, 1, 0]
+
+
+def test_counts_of_skipped_steps_go_on_after_a_stop(tmp_path):
+    run, bad = make_run(steps=5), with_bad(make_dataset(), 2, 3, 4)
+    whole = train(tmp_path / "whole", run, batches=bad)
+    half = train(tmp_path / "cut", run, batches=bad, writers=[StopAt(2)])
+    assert half.state.skipped_in_a_row == half.state.step - 1
+    resumed = train(tmp_path / "cut", run, batches=bad)
+    assert_same_bits(resumed.state, whole.state)
+    assert read_strictly(tmp_path / "cut")[-1]["train/skipped"] == 3
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run_by_name_and_keep_its_checkpoint(tmp_path):
+    run = make_run(checkpoint_interval=2, max_skipped_in_a_row=2, steps=9)
+    with pytest.raises(ValueError, match=r"2 steps in a row, 4 to 5, had a loss") as gave_up:
+        train(tmp_path, run, batches=with_bad(make_dataset(), 2, 4, 5, 6))
+    assert "(the last: loss nan, gradient norm nan)" in str(gave_up.value)
+    assert 'batches 4 to 5 of the data, whose position is now {"source": {"' in str(gave_up.value)
+    assert "The newest checkpoint is of step 4." in str(gave_up.value)
+    assert {path.name for path in (tmp_path / "checkpoints").iterdir()} == {"2", "4"}
+    more = dataclasses.replace(run, max_skipped_in_a_row=4)
+    assert train(tmp_path, more, batches=with_bad(make_dataset(), 2, 4, 5, 6)).is_finished
+
+
+def test_a_state_that_is_not_finite_is_not_saved_and_the_leaf_is_named(tmp_path):
+    def build_bad():
+        model = build()
+        model.scale_D[...] = model.scale_D[...].at[3].set(np.inf)
+        return model
+
+    with pytest.raises(ValueError, match=r"step 1 is not saved: model.scale_D.value holds NaN"):
+        train(tmp_path, make_run(checkpoint_interval=1), build=build_bad)
+    assert not any(path.name == "1" for path in (tmp_path / "checkpoints").iterdir())
+
+
+def test_a_checkpoint_of_an_older_version_without_notes_goes_on(tmp_path):
+    train(tmp_path, writers=[StopAt(3)])
+    (older,) = (tmp_path / "checkpoints").iterdir()
+    shutil.rmtree(older / "notes")
+    resumed = train(tmp_path)
+    assert_same_bits(resumed.state, train(tmp_path / "whole").state)
+
+
+# Orbax leaves the other reads to a closed event loop when one fails.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_flipped_byte_of_a_checkpoint_is_noticed(tmp_path):
+    train(tmp_path, make_run(steps=2))
+    for name in ("state/manifest.ocdbt", "state/d/*", "data/process*", "notes/m*"):
+        (file,) = tmp_path.glob(f"checkpoints/2/{name}")
+        content = file.read_bytes()
+        place = len(content) // 2
+        file.write_bytes(content[:place] + bytes([content[place] ^ 4]) + content[place + 1 :])
+        with pytest.raises(ValueError, match=r"checkpoints/2 is damaged \(.*; remove it to go on"):
+            train(tmp_path, make_run(steps=4))
+        file.write_bytes(content)
+    assert train(tmp_path, make_run(steps=4)).is_finished
 
 
 def test_an_unknown_preset_is_refused_before_anything_is_built(tmp_path):

@@ -1,8 +1,17 @@
 import jax
+import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from llama4_jax.config.runs import LossConfig
-from llama4_jax.train import batch_loss, initial_state, make_optimizer, pretraining_step
+from llama4_jax.train import (
+    batch_loss,
+    initial_state,
+    make_optimizer,
+    make_train_step,
+    pretraining_step,
+    start_state,
+)
 from llama4_jax.train.state import name_leaves
 from tests.train.toy import build, make_batch, make_run
 
@@ -46,3 +55,55 @@ def test_an_abstract_state_costs_nothing_and_tells_shapes():
     leaf = name_leaves(shapes)["model.w_DV.value"]
     assert isinstance(leaf, jax.ShapeDtypeStruct)
     assert leaf.shape == (8, 16)
+
+
+def bad_loss(model, batch, key):
+    """Divide by the batch's first weight: a zero makes the loss, and with it gradients, bad."""
+    return jnp.square(model.w_DV[...]).mean() / batch["loss_mask_BT"][0, 0], {}
+
+
+def bad_gradient(model, batch, key):
+    """Have a finite loss whose gradient, that of a root at zero, is not."""
+    return jnp.sqrt(jnp.square(model.w_DV[...] * batch["loss_mask_BT"][0, 0]).sum()), {}
+
+
+@pytest.mark.parametrize("objective", [bad_loss, bad_gradient])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(objective):
+    run = make_run()
+    optimizer = make_optimizer(run.optimizer, steps=run.steps)
+    step = make_train_step(
+        objective,
+        optimizer,
+        schedule=lambda count: 1.0 * count,
+        after_update=lambda model, _: jax.tree.map(lambda x: x + 1, model),
+    )
+    bad = BATCH | {"loss_mask_BT": np.zeros((4, 8), np.float32)}
+
+    def after(*batches):
+        state, rows = start_state(build(), optimizer=optimizer), []
+        for batch in batches:
+            state, metrics = step(state, batch)
+            rows.append(tuple(int(metrics[n]) for n in ("skipped", "skipped_in_a_row")))
+        return state, rows, metrics
+
+    good, _, found = after(BATCH, BATCH)
+    state, counts, metrics = after(BATCH, bad, bad, BATCH)
+    assert counts == [(0, 0), (1, 1), (2, 2), (2, 0)]
+    assert metrics["learning_rate"] == found["learning_rate"] == 1
+    assert (state.step, good.step) == (4, 2)
+    assert np.isfinite(metrics["gradient_norm"])
+    for one, other in ((state.model, good.model), (state.opt_state, good.opt_state)):
+        jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_skipping_copies_nothing():
+    """Scratch memory is gradients and what makes them: no old parameter or moment is copied."""
+    run = make_run()
+    optimizer = make_optimizer(run.optimizer, steps=run.steps)
+    wide = lambda: type(build())(jax.random.key(0), embed_dim=512)  # noqa: E731
+    shapes = jax.eval_shape(initial_state(wide, optimizer))
+    step = make_train_step(bad_loss, optimizer)
+    memory = step.lower(shapes, BATCH).compile().memory_analysis()
+    gradients = sum(4 * leaf.size for leaf in jax.tree.leaves(shapes.model))
+    # Moments chosen after the update, by `jnp.where`, need 1.9 times as much.
+    assert memory.temp_size_in_bytes < 1.6 * gradients

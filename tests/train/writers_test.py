@@ -1,6 +1,8 @@
 import json
+import pathlib
 import struct
 
+import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from llama4_jax.train.writers import JsonLinesWriter, open_writers
@@ -31,6 +33,27 @@ def test_metrics_are_lines_of_json(tmp_path):
         {"step": 2, "train/loss": 2.0},
     ]
     assert list((tmp_path / "tensorboard").glob("events.*"))
+
+
+def test_what_is_not_finite_is_null_so_that_every_line_is_json(tmp_path):
+    writer = JsonLinesWriter(tmp_path / "metrics.jsonl")
+    writer.write(1, {"loss": float("nan"), "shares": [1.0, float("inf")], "count": 2})
+    writer.close()
+    expected = '{"step": 1, "loss": null, "shares": [1.0, null], "count": 2}\n'
+    assert (tmp_path / "metrics.jsonl").read_text() == expected
+
+
+def test_a_kill_while_a_run_resumes_loses_no_line(tmp_path, monkeypatch):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n')
+
+    def die(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pathlib.Path, "replace", die)
+    with pytest.raises(KeyboardInterrupt):
+        JsonLinesWriter(path, resume_step=1)
+    assert read(path) == [{"step": 1}, {"step": 2}]
 
 
 def test_a_list_is_a_list_in_json_and_bars_in_tensorboard(tmp_path):

@@ -13,7 +13,9 @@ import jinja2
 import jinja2.ext
 import jinja2.nodes
 import jinja2.parser
-import jinja2.sandbox
+
+from llama4_jax.text.template_limits import RENDER_ERRORS, BoundedEnvironment, allowance
+from llama4_jax.untrusted import shown
 
 
 class _Generation(jinja2.ext.Extension):
@@ -37,20 +39,25 @@ def compile_template(source: str) -> jinja2.Template:
         ValueError: The source is not Jinja.
     """
     try:
-        return _sandbox().from_string(source)
+        with allowance(source):
+            return _sandbox().bounded(source)
     except jinja2.TemplateSyntaxError as error:
         raise ValueError(
-            f"The chat template is not Jinja: {error.message} (line {error.lineno})."
+            f"The chat template is not Jinja: {shown(error.message)} (line {error.lineno})."
         ) from error
+    except RENDER_ERRORS as error:
+        raise ValueError(f"The chat template does not compile: {shown(str(error))}.") from error
 
 
 @functools.cache
-def _sandbox() -> jinja2.sandbox.ImmutableSandboxedEnvironment:
+def _sandbox() -> BoundedEnvironment:
     """Make the environment; a template cannot change it, so one serves all."""
-    environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
+    environment = BoundedEnvironment(
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=[_Generation, jinja2.ext.loopcontrols],
+        filters={"tojson": _tojson},
     )
-    environment.filters["tojson"] = _tojson
     functions: dict[str, Any] = {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
     environment.globals.update(functions)
     return environment
@@ -64,13 +71,12 @@ def _tojson(
     sort_keys: bool = False,
 ) -> str:
     """Write JSON as it is, where Jinja's own filter would escape it for HTML."""
-    return json.dumps(
-        value,
-        ensure_ascii=ensure_ascii,
-        indent=indent,
-        separators=separators,
-        sort_keys=sort_keys,
+    encoder = json.JSONEncoder(
+        ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
+    if indent is None and separators is None:
+        return encoder.encode(value)
+    return BoundedEnvironment.concat(encoder.iterencode(value))
 
 
 def _raise_exception(message: str) -> NoReturn:
@@ -78,4 +84,4 @@ def _raise_exception(message: str) -> NoReturn:
 
 
 def _strftime_now(pattern: str) -> str:
-    return datetime.datetime.now().strftime(pattern)
+    return datetime.datetime.now().strftime(pattern[:100])

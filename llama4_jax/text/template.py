@@ -2,11 +2,11 @@
 
 A template is a Jinja program that writes one long text in which special tokens are spelled. To
 encode that text naively is to accept special tokens from everybody whose words are in it. Here
-the template is rendered with every special token in *its* source replaced by a character of a
-private-use plane that occurs in none of the data, drawn anew each time. After rendering, these
-characters, and nothing else, are the special tokens; the text between them is encoded as ordinary
-text. Data passes through the template untouched, so trimming, comparing and JSON quoting work as
-the author meant.
+the template is rendered with every special token in *its* source replaced by a mark: private-use
+characters drawn at random, which nobody can type or have a filter make. After rendering, these
+marks, and nothing else, are the special tokens; the text between them is encoded as ordinary text.
+Data passes through the template untouched, so trimming, comparing and JSON quoting work as the
+author meant.
 
 The one thing that this cannot follow is a template that assembles a special token from pieces
 (`'<|' + name + '|>'`); such a template is recognised and refused.
@@ -14,15 +14,13 @@ The one thing that this cannot follow is a template that assembles a special tok
 Jinja runs sandboxed: templates come with checkpoints, and checkpoints come from anywhere.
 """
 
-import html
+import functools
 import os
 import pathlib
-import random
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+import secrets
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any
-
-import jinja2
 
 from llama4_jax.text import special_tokens as names
 from llama4_jax.text.jinja_sandbox import compile_template
@@ -34,27 +32,16 @@ from llama4_jax.text.messages import (
     images_of,
     message_to_dict,
 )
+from llama4_jax.text.template_limits import RENDER_ERRORS, allowance
 from llama4_jax.text.tokenizer import Tokenizer
 from llama4_jax.untrusted import load_json, read_bytes, shown
 
-_PRIVATE = range(0xF0000, 0x10FFFE)
-"""Planes 15 and 16, the private-use ones: no text of meaning has these characters."""
+_PRIVATE = range(0xF0000, 0xFFFFE)
+"""Plane 15, a private-use one: no text of meaning has these characters."""
+_MARK_LENGTH = 8
 
 MAX_SOURCE_BYTES = 1 << 20
 """Largest chat_template.jinja; published ones have 20 KB."""
-_MAX_NESTED_REFERENCES = 16
-"""How often `&amp;amp;#65;` may be wrapped."""
-
-_TEMPLATE_ERRORS = (
-    jinja2.TemplateError,
-    ArithmeticError,
-    AttributeError,
-    LookupError,
-    RecursionError,
-    TypeError,
-    ValueError,
-)
-"""What a program in Jinja may die of."""
 
 
 class ChatTemplate:
@@ -120,11 +107,9 @@ class ChatTemplate:
         messages = list(messages)
         spellings = tuple(tokenizer.special_tokens)
         data = self._data(messages, tools, add_generation_prompt, variables)
-        marks = self._marks(spellings, data)
-        rendered = self._run(
-            marks.put_into(self.source),
-            {**data, **marks.put_into_each(self.variables), **variables},
-        )
+        marks = self._marks(spellings)
+        variables = {**marks.put_into_each(self.variables), **variables}
+        rendered = self._run(marks.put_into(self.source), {**data, **variables}, marks)
         pieces = marks.split(rendered)
         texts = [piece for is_special, piece in pieces if not is_special]
         if not allow_special and any(name in text for text in texts for name in spellings):
@@ -158,17 +143,22 @@ class ChatTemplate:
             **variables,
         }
 
-    def _marks(self, spellings: Sequence[str], data: Any) -> "_Marks":
-        """Choose marks for the special tokens that the template itself writes."""
+    def _marks(self, spellings: Sequence[str]) -> "_Marks":
+        """Return marks for the special tokens that the template itself writes."""
         own = [self.source, *(v for v in self.variables.values() if isinstance(v, str))]
-        return _Marks([n for n in spellings if any(n in text for text in own)], [own, data])
+        return _Marks([n for n in spellings if any(n in text for text in own)])
 
-    def _run(self, source: str, data: Mapping[str, Any]) -> str:
+    def _run(self, source: str, data: Mapping[str, Any], marks: "_Marks | None" = None) -> str:
         template = compile_template(source)
         try:
-            return template.render(data)
-        except _TEMPLATE_ERRORS as error:
-            raise ValueError(f"The chat template does not render this dialogue: {error}") from error
+            with allowance(data):
+                return template.render(data)
+        except RENDER_ERRORS as error:
+            # Whoever reads the error must not learn the marks.
+            reason = "".join(piece for _, piece in (marks or _Marks([])).split(str(error)))
+            raise ValueError(
+                f"The chat template does not render this dialogue: {reason[:500]}"
+            ) from error
 
     def _refuse_assembled(self, data: Mapping[str, Any], spellings: Sequence[str]) -> None:
         """Raise ValueError when spelled special tokens come from the template, not the data.
@@ -178,7 +168,7 @@ class ChatTemplate:
         first = {spelling[0] for spelling in spellings}
         settings = {key: data[key] for key in self.variables if key in data}
         harmless = {**_without(data, first), **settings}
-        text = self._run(self._marks(spellings, data).put_into(self.source), harmless)
+        text = self._run(self._marks(spellings).put_into(self.source), harmless)
         for value in settings.values():
             text = text.replace(value, "") if isinstance(value, str) and value else text
         found = next((name for name in spellings if name in text), None)
@@ -190,26 +180,25 @@ class ChatTemplate:
             )
 
 
+@functools.lru_cache(maxsize=1 << 14)
+def _mark_of(spelling: str) -> str:
+    """Draw the mark of a special token, once in this process so that templates compile once."""
+    return "".join(chr(secrets.choice(_PRIVATE)) for _ in range(_MARK_LENGTH))
+
+
 class _Marks:
-    """Private-use characters that stand for special tokens.
+    """The marks that stand for special tokens.
 
     Args:
         spellings: The special tokens to stand for.
-        taken: Strings, and mappings and lists of them, whose characters are not to be used.
     """
 
-    def __init__(self, spellings: Sequence[str], taken: Any) -> None:
-        used = {ord(c) for text in _strings(taken) for c in _not_ascii(text)}
-        enough = len(spellings) + sum(code in _PRIVATE for code in used)
-        if enough > len(_PRIVATE):
-            raise ValueError("The dialogue uses up the private-use characters of Unicode.")
-        drawn = random.SystemRandom().sample(_PRIVATE, enough)
-        free = (chr(code) for code in drawn if code not in used)
-        self._mark_of = dict(zip(spellings, free, strict=False))
+    def __init__(self, spellings: Sequence[str]) -> None:
+        self._mark_of = {spelling: _mark_of(spelling) for spelling in spellings}
         self._spelling_of = {mark: name for name, mark in self._mark_of.items()}
         longest_first = sorted(spellings, key=len, reverse=True)
         self._spelled = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._marked = re.compile(f"([{''.join(self._spelling_of)}])" if spellings else r"((?!))")
+        self._marked = re.compile(f"({'|'.join(self._spelling_of) or '(?!)'})")
 
     def put_into(self, text: str) -> str:
         """Replace every special token by its mark."""
@@ -224,37 +213,6 @@ class _Marks:
         pieces = self._marked.split(text)
         named = ((i % 2 == 1, self._spelling_of.get(p, p)) for i, p in enumerate(pieces))
         return [(is_special, piece) for is_special, piece in named if piece]
-
-
-def _not_ascii(text: str) -> Iterator[str]:
-    """Yield the characters of a text that are not ASCII, those that it refers to as in HTML too.
-
-    A template may resolve references (Jinja's `striptags` does), and what comes out of that may
-    hold others.
-    """
-    for _ in range(_MAX_NESTED_REFERENCES):
-        if not text.isascii():
-            yield from text
-        if "&" not in text or (resolved := html.unescape(text)) == text:
-            return
-        text = resolved
-    raise ValueError(
-        f"A text of the dialogue nests character references more than {_MAX_NESTED_REFERENCES} "
-        "deep; resolve them first."
-    )
-
-
-def _strings(value: Any) -> Iterator[str]:
-    """Yield every string of a JSON-like value, keys too."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, Mapping):
-        for key, item in value.items():
-            yield from _strings(key)
-            yield from _strings(item)
-    elif isinstance(value, Iterable):
-        for item in value:
-            yield from _strings(item)
 
 
 def _without(value: Any, characters: Set[str]) -> Any:

@@ -16,7 +16,6 @@ from llama4_jax.text import (
     message_from_dict,
     render,
 )
-from llama4_jax.text.template import _Marks
 from tests.text.nasty import nasty_strings
 from tests.text.reference import NANO, ROOT, tokenizer_model
 
@@ -159,7 +158,13 @@ def test_names_arguments_and_tools_are_ordinary_text_too(nano):
     assert _special_ids(got, nano) == _special_ids(want, nano)
 
 
-def test_the_characters_that_stand_for_special_tokens_cannot_be_typed(nano, template):
+def test_an_error_does_not_tell_the_marks(nano):
+    template = ChatTemplate("{{ raise_exception('no ' + '<|eot|>' + messages[0].content) }}")
+    with pytest.raises(ValueError, match=r"dialogue: no <\|eot\|>x$"):
+        template.render([Message("user", "x")], nano)
+
+
+def test_the_characters_that_marks_are_made_of_may_be_typed(nano, template):
     every_mark = "".join(chr(code) for code in range(0xF0000, 0xF0000 + 4096))
     ids = template.render([Message("user", every_mark)], nano)
     assert _special_ids(ids, nano) == _special_ids(
@@ -289,17 +294,6 @@ def test_no_reference_to_a_character_becomes_a_special_token(nano, wrap):
         "{% for m in messages %}{{ m.content | striptags | striptags | striptags }}<|eot|>"
         "{% endfor %}"
     )
-    text = "".join(wrap.format(code) for code in range(0xF0000, 0xF0000 + 2000))
+    text = "".join(wrap.format(code) for code in range(0xF0000, 0xFFFFE))
     ids = template.render([Message("user", text)], nano)
     assert _special_ids(ids, nano) == [nano.special_id("<|eot|>")]
-
-
-def test_marks_differ_from_one_rendering_to_the_next():
-    marks = {_Marks(["<|eot|>"], []).put_into("<|eot|>") for _ in range(20)}
-    assert len(marks) > 1
-
-
-def test_references_nested_without_end_are_refused(nano):
-    template = ChatTemplate("{{ messages[0].content }}<|eot|>")
-    with pytest.raises(ValueError, match="nests character references more than 16 deep"):
-        template.render([Message("user", "&" + "amp;" * 1000 + "#65;")], nano)

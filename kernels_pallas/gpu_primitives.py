@@ -30,3 +30,15 @@ def widen(stored: Any, wide: Any) -> None:
             if tile.dtype == jnp.float8_e4m3fn:
                 tile = tile.astype(jnp.float32)
             wide[at] = tile.astype(wide.dtype)
+
+
+def clear_lines(tile: Any, begin: jax.Array, end: jax.Array) -> None:
+    """Zero the lines of a tile in shared memory outside of [begin, end); shapes as for `widen`."""
+    lines, columns = tile.shape
+    for column in range(0, columns, PART):
+        for line in range(0, lines, _SLICE):
+            at = pl.ds(line, _SLICE), pl.ds(column, PART)
+            number = plgpu.broadcasted_iota(jnp.int32, (_SLICE, PART), 0, layout=LINES) + line
+            value = plgpu.load(tile.at[at], layout=LINES)
+            is_kept = (number >= begin) & (number < end)
+            tile[at] = jnp.where(is_kept, value, jnp.zeros_like(value))

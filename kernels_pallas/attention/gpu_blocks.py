@@ -19,7 +19,7 @@ from kernels_pallas.attention import visibility
 from kernels_pallas.attention.visibility import Inputs, KeyBlocks, QueryBlocks, Settings
 
 ROWS = 64  # of the tile that one warpgroup multiplies
-PRODUCER_REGISTERS, CONSUMER_REGISTERS = 40, 232  # of a thread, where a third warpgroup copies
+_REGISTERS = 512  # of one thread of each warpgroup, together
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
 _TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
@@ -56,14 +56,20 @@ def multipliers(head_dim: int) -> int:
     return 2 if head_dim <= 128 else 1
 
 
-def set_registers(is_consumer: bool, head_dim: int) -> None:
-    """Move registers from the warpgroup that copies to those that multiply, if these are two."""
+def set_registers(is_consumer: bool, head_dim: int, copier: int = 40) -> None:
+    """Move registers from the warpgroup that copies to those that multiply, if these are two.
+
+    Args:
+        is_consumer: whether this warpgroup multiplies.
+        head_dim: H.
+        copier: registers of a thread of the warpgroup that copies.
+    """
     if multipliers(head_dim) == 1:
         return
     if is_consumer:
-        plgpu.set_max_registers(CONSUMER_REGISTERS, action="increase")
+        plgpu.set_max_registers((_REGISTERS - copier) // 16 * 8, action="increase")
     else:
-        plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        plgpu.set_max_registers(copier, action="decrease")
 
 
 def pad(x: jax.Array, axis: int, multiple: int, value: int = 0) -> jax.Array:

@@ -56,7 +56,7 @@ class Softmax(NamedTuple):
             k_ref, v_ref: [bkv, H].
             factor: returns what is on the products, to logits in base 2; [bq, bkv] or a number.
             mask: [bq, bkv] of what is seen; None is all.
-            k_scale, v_scale: [1, bkv] factors on keys and values.
+            k_scale, v_scale: [1, bkv] finite factors on keys and values.
         """
         bkv, (G, _, H) = k_ref.shape[0], self.acc.shape
 
@@ -74,27 +74,19 @@ class Softmax(NamedTuple):
             self.total[g] = self.total[g] * shrink + sum(lanes[1:], lanes[0])
             if v_scale is not None:
                 weights *= v_scale
-                weights = weights if mask is None else jnp.where(mask, weights, 0.0)
             seen = dot(weights.astype(v_ref.dtype), v_ref[...], (1, 0))
             self.acc[g] = self.acc[g] * tb.wide(shrink, H) + seen
             self.top[g] = new_top
 
         tb.heads_ahead(G, begin, finish)
 
-    def write(self, out_ref: Any, lse_ref: Any, is_real: jax.Array | None = None) -> None:
-        """Write outputs [G, bq, H] and log-sum-exps [G, bq], 0 and NEGATIVE where nothing is seen.
-
-        Args:
-            out_ref, lse_ref: where to.
-            is_real: [bq, 1], if queries that are none may have seen something.
-        """
+    def write(self, out_ref: Any, lse_ref: Any) -> None:
+        """Write outputs [G, bq, H] and log-sum-exps [G, bq]; see `api.chunked_attention`."""
 
         def finish(g: Any) -> None:
             total = self.total[g].sum(1, keepdims=True)
-            is_seen = total > 0 if is_real is None else (total > 0) & is_real
-            out = self.acc[g] * jnp.where(is_seen, 1.0 / total, 0.0)
-            out = out if is_real is None else jnp.where(is_real, out, 0.0)
-            out_ref[g] = out.astype(out_ref.dtype)
+            is_seen = total > 0
+            out_ref[g] = (self.acc[g] * jnp.where(is_seen, 1.0 / total, 0.0)).astype(out_ref.dtype)
             lse = jnp.where(is_seen, self.top[g] * tb.LN_2 + jnp.log(total), NEGATIVE)
             lse_ref[pl.ds(g, 1)] = lse.T[:1]
 

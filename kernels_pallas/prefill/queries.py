@@ -46,7 +46,7 @@ class Blocks(NamedTuple):
 
     Attributes:
         begin, end: the slots from the first to after the last that some query sees.
-        all_begin, all_end: the slots that every query sees, padding left out.
+        all_begin, all_end: the slots that every query sees; none if there is padding.
         row_begin, row_end: the slots that some query of the row sees.
         start: the position of slot 0.
     """
@@ -74,8 +74,29 @@ def summarize(x: Inputs, how: Settings, block: int) -> Blocks:
     """Return what blocks of so many queries see."""
     B = x.q_BTNH.shape[0]
     rows = in_blocks(x, block)
-    of_blocks = (*slots_seen(rows, how), *slots_seen_by_all(rows, how))
-    fields = [field.reshape(B, -1) for field in of_blocks]
+    begin, end = slots_seen(rows, how)
+    all_begin, all_end = slots_seen_by_all(rows, how)
+    all_end = jnp.where((rows.q_positions_BT >= 0).all(1), all_end, 0)
+    fields = [field.reshape(B, -1) for field in (begin, end, all_begin, all_end)]
     of_rows = (*slots_seen(x, how), x.kv_start_B)
     fields += [jnp.broadcast_to(field[:, None], fields[0].shape) for field in of_rows]
     return Blocks(*fields)
+
+
+def scales_in_order(
+    x: Inputs, how: Settings, scale_PSK: jax.Array | None, block: int
+) -> jax.Array | None:
+    """Return the scales of tokens in the order of rows, [B, K, slots] in whole blocks.
+
+    They are 3 % of the cache. Those of slots that nobody sees are 0.
+    """
+    if scale_PSK is None:
+        return None
+    assert x.page_table_BP is not None
+    scale_BPKS = scale_PSK.swapaxes(1, 2).at[x.page_table_BP].get(mode="clip")
+    B, _, K, _ = scale_BPKS.shape
+    scale_BKS = scale_BPKS.swapaxes(1, 2).reshape(B, K, x.num_slots)
+    begin_B, end_B = (bound[:, None, None] for bound in slots_seen(x, how))
+    slots = jnp.arange(x.num_slots)
+    scale_BKS = jnp.where((slots >= begin_B) & (slots < end_B), scale_BKS, 0)
+    return jnp.pad(scale_BKS, ((0, 0), (0, 0), (0, -x.num_slots % block)))

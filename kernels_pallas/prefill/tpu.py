@@ -22,7 +22,7 @@ from kernels_pallas.attention import tpu_blocks as tb
 from kernels_pallas.attention.tpu_softmax import Softmax
 from kernels_pallas.attention.visibility import Settings
 from kernels_pallas.decode.inputs import Inputs
-from kernels_pallas.prefill.queries import Blocks, summarize
+from kernels_pallas.prefill.queries import Blocks, scales_in_order, summarize
 from kernels_pallas.tpu_primitives import LANES, in_hbm, round_up, tile_rows
 
 _WINDOW = 1024  # entries of the page table in SMEM at a time
@@ -224,21 +224,18 @@ def _kernel(s: _Sizes, how: Settings):
             slot_ref=scratch.slot,
             visit=visit,
         )
-        scratch.softmax.write(out_ref, lse_ref, tb.column(q_marks[:1])[:, :1] >= 0)
+        scratch.softmax.write(out_ref, lse_ref)
 
     return kernel
 
 
-def _heads_first(x: Inputs, s: _Sizes) -> _Cache:
+def _heads_first(x: Inputs, how: Settings, s: _Sizes) -> _Cache:
     """Return the cache with slots after heads, held in HBM, and scales in the order of rows."""
-    assert x.page_table_BP is not None
 
     def in_order(scale_PSK: jax.Array | None) -> jax.Array | None:
-        if scale_PSK is None:
+        scale_BKS = scales_in_order(x, how, scale_PSK, s.bkv)
+        if scale_BKS is None:
             return None
-        scale_BPKS = scale_PSK.swapaxes(1, 2).at[x.page_table_BP].get(mode="clip")
-        scale_BKS = scale_BPKS.swapaxes(1, 2).reshape(s.B, s.K, s.S)
-        scale_BKS = tb.padded(scale_BKS, 2, s.bkv)
         return in_hbm(scale_BKS.reshape(s.B, s.K, -1, 1, s.bkv))
 
     k, v = (in_hbm(a.swapaxes(1, 2)) for a in (x.k_BSKH, x.v_BSKH))
@@ -285,7 +282,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
     assert x.page_table_BP is not None
     s, dtype = _sizes(x), _compute_dtype(x)
     plan = summarize(x, how, s.bq)
-    cache, windows = _heads_first(x, s), _windows(x.page_table_BP)
+    cache, windows = _heads_first(x, how, s), _windows(x.page_table_BP)
     q = tb.head_major(x.q_BTNH.astype(dtype), s.K)
     nq = pl.cdiv(s.T, s.bq)
     q_spec = pl.BlockSpec((None, None, s.G, s.bq, s.H), lambda b, h, i: (b, h, 0, i, 0))

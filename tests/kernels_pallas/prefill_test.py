@@ -60,6 +60,12 @@ def test_tpu_kernel_equals_the_definition_in_the_interpreter(case):
         check(prefill_attention, case, "tpu", "float32")
 
 
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_gpu_kernel_equals_the_definition_in_the_interpreter(case):
+    with tuning.overridden({"prefill_attention": {"kv_block": 64}}):
+        check(prefill_attention, case, "gpu", "bfloat16")
+
+
 @pytest.mark.parametrize("queries", [5, 12])
 def test_parts_of_a_cache_that_were_attended_one_way_or_the_other_merge_to_the_whole(queries):
     case = Case(

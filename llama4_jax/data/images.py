@@ -17,19 +17,26 @@ import math
 import pathlib
 import re
 import struct
+import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from typing import Protocol
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, features
 
 from llama4_jax.config import VisionConfig
+from llama4_jax.untrusted import read_bytes, shown
 
 # Pillow warns from here on that a small file may unpack to gigabytes. The model sees at most 16
 # tiles of 336 x 336 (1.8 megapixels), so nothing is lost by asking for a smaller picture.
 MAX_PIXELS = 89_478_485
+MAX_BYTES = 1 << 29
+"""Largest picture file: MAX_PIXELS uncompressed, in six bytes each."""
+
+FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
+"""What is read. Pillow knows others, one of which (EPS) it hands to a program of its own."""
 
 # What Pillow's decoders raise on truncated, damaged or foreign bytes, besides OSError.
 _DECODE_ERRORS = (
@@ -101,8 +108,8 @@ class ImageTiles:
 def load_image(source: str | pathlib.Path | bytes | np.ndarray | Image.Image) -> Image.Image:
     """Read a picture as upright RGB; transparent parts become white.
 
-    Any format, colour mode and depth that Pillow reads is accepted; the EXIF orientation is
-    applied; of an animation the first frame is taken.
+    Any colour mode and depth of FORMATS is accepted; the EXIF orientation is applied; of an
+    animation the first frame is taken.
 
     Args:
         source: a path, the bytes of a picture file, a `data:` URL of them, an array [H, W, 3] or
@@ -118,17 +125,27 @@ def load_image(source: str | pathlib.Path | bytes | np.ndarray | Image.Image) ->
         return _from_array(source)
     if isinstance(source, str) and re.match(r"\w+:", source):
         source = _from_url(source)
-    name = "image bytes" if isinstance(source, bytes) else f"image {str(source)!r}"
+    name = "image bytes" if isinstance(source, bytes) else f"image {shown(str(source))}"
     try:
-        data = source if isinstance(source, bytes) else pathlib.Path(source).read_bytes()
+        data = source if isinstance(source, bytes) else read_bytes(pathlib.Path(source), MAX_BYTES)
     except OSError as error:
         raise ValueError(f"{name} cannot be read: {error.strerror or error}") from error
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of what is damaged, which is then refused or left out
+        return _decode(data, name)
+
+
+def _decode(data: bytes, name: str) -> Image.Image:
+    """Read the bytes of a picture file, which messages call `name`."""
+    formats = [kind for kind in FORMATS if kind != "AVIF" or features.check("avif")]
     try:
-        image = Image.open(io.BytesIO(data))
+        image = Image.open(io.BytesIO(data), formats=formats)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(f"{name} has over {MAX_PIXELS} pixels; downscale it first") from error
     except _DECODE_ERRORS as error:
-        raise ValueError(f"{name} ({len(data)} bytes) is not a picture Pillow can read") from error
+        raise ValueError(
+            f"{name} ({len(data)} bytes) is not a picture in one of {', '.join(FORMATS)}"
+        ) from error
     if image.width * image.height > MAX_PIXELS:
         raise ValueError(
             f"{name} has {image.width} x {image.height} pixels, above {MAX_PIXELS}; downscale it"

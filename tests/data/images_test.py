@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import os
 import pathlib
 import urllib.parse
 import zlib
@@ -243,9 +244,7 @@ def test_one_pixel_and_first_frame():
     assert load_image(moving).getpixel((0, 0)) == (9, 9, 9)
 
 
-# Pillow reports a cut TIFF directory by this warning before it gives up.
-@pytest.mark.filterwarnings("ignore:.*EXIF data:UserWarning")
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])
+@pytest.mark.parametrize("kind", images.FORMATS)
 def test_truncated_files_are_refused_by_name(kind, tmp_path):
     data = encode(picture(60, 50), kind)
     path = tmp_path / "cut.picture"
@@ -261,6 +260,33 @@ def test_foreign_files_are_refused_by_name(content, tmp_path):
     path.write_bytes(content)
     with pytest.raises(ValueError, match=r"notes\.txt"):
         load_image(str(path))
+
+
+@pytest.mark.parametrize("kind", images.FORMATS)
+def test_every_format_that_is_named_is_read(kind):
+    assert load_image(encode(picture(20, 10), kind)).size == (20, 10)
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PDF", "TGA", "JPEG2000", "ICNS"])
+def test_a_format_that_is_not_named_is_refused(kind, monkeypatch):
+    def start_a_program(*_, **__):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr("subprocess.Popen", start_a_program)
+    with pytest.raises(ValueError, match="is not a picture in one of PNG, JPEG"):
+        load_image(encode(picture(16, 16), kind))
+
+
+def test_pipes_devices_and_vast_files_are_refused_before_they_are_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match=r"pipe\.png is a device or a pipe"):
+        load_image(tmp_path / "pipe.png")
+    with pytest.raises(ValueError, match="/dev/zero is a device or a pipe"):
+        load_image("/dev/zero")
+    with (tmp_path / "vast.png").open("wb") as file:
+        file.truncate(1 << 40)
+    with pytest.raises(ValueError, match=r"vast\.png has 1099511627776 bytes"):
+        load_image(tmp_path / "vast.png")
 
 
 def test_missing_files_and_folders_are_refused_by_name(tmp_path):

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark.schedule import Work
-from kernels_pallas.experts import tpu_plan, tpu_rows, tpu_sizes
+from kernels_pallas.experts import tpu_rows, tpu_sizes
+from kernels_pallas.experts.dispatch import most_units
 from kernels_pallas.shapes import Experts
 
 LANES = 128  # numbers beside a row that a kernel reads as one
@@ -138,7 +139,7 @@ def tpu_work(shape: Experts, direction: str) -> Work | None:
             return None
         flops, traffic = flops + outer[0], traffic + outer[1]
         texts.append(outer[2])
-    around = _around(shape, direction, tpu_plan.places(R, shape.E, unit)) + 2 * copied
+    around = _around(shape, direction, most_units(R, shape.E, unit) * unit) + 2 * copied
     return Work(
         flops=flops,
         bytes=traffic + around,

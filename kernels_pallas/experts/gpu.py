@@ -1,6 +1,6 @@
 """Experts on Hopper GPUs: two grouped products, gate and up with SwiGLU, then down.
 
-Rows are arranged by expert (`gpu_rows`); the products are persistent kernels (`gpu_product`) that
+Rows lie by expert (`gpu_rows`); the products are persistent kernels (`gpu_product`) that
 read the matrices of experts with rows and of no others. The gate folds into the epilogue of the
 first, silu(g a) * (g b), in float32. With few rows, where time goes by bytes of the matrices,
 blocks are 64 rows of which groups of 8 are copied if there are any, two programs share a
@@ -26,9 +26,10 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import backend, chips, tuning
-from kernels_pallas.experts import gpu_backward, gpu_quantized, gpu_rows
+from kernels_pallas.experts import gpu_backward, gpu_quantized
 from kernels_pallas.experts.gpu_backward import Saved, cost
 from kernels_pallas.experts.gpu_product import Term, product
+from kernels_pallas.experts.gpu_rows import Rows
 from kernels_pallas.experts.gpu_work import (
     DEPTH,
     OF_ROWS,
@@ -184,9 +185,10 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Sav
     D, F = x.x_TD.shape[1], x.w_gate_NDF.shape[2]
     up, down = _plans(x, num_experts, saves=saves)
     block = ROWS if x.scales is not None else up.rows
-    rows = gpu_rows.arrange(x.expert_TX, num_experts, x.first, rows=block, granule=up.granule)
-    P = rows.source_P.shape[0]
-    x_PD = gpu_rows.spread(x.x_TD, rows.source_P, X)
+    expert_R = x.expert_TX.reshape(-1)
+    rows = Rows.of(expert_R, num_experts, x.first, size=block, granule=up.granule)
+    x_PD = rows.spread(x.x_TD, X)
+    P = x_PD.shape[0]
     hidden, few = jax.ShapeDtypeStruct((P, F), dtype), up.granule < ROWS
     hidden_PF, *products = _product(
         x,
@@ -195,7 +197,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Sav
         rows.blocks_BF,
         up,
         functools.partial(_up_epilogue, plan=up),
-        extras=[gpu_rows.spread_gates(x.gate_TX, rows.source_P), *([x.w_down_NFD] * few)],
+        extras=[rows.spread_gates(x.gate_TX), *([x.w_down_NFD] * few)],
         afterwards=functools.partial(_prefetch_down, x=x, plan=down) if few else None,
         out_type=(hidden,) * (3 if saves else 1),
         scratch=[_staging(x, up, dtype)],
@@ -217,7 +219,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Sav
         name="expert_mlp_down",
         cost=cost(x, num_experts, matrices=1, rows=D + F),
     )
-    y_TD = gpu_rows.gather(y_APD, rows.place_R, X)
+    y_TD = rows.gather(y_APD, X)
     if x.shared_TD is not None:
         y_TD += x.shared_TD.astype(jnp.float32)
     return y_TD.astype(dtype), Saved(rows, *products) if saves else None

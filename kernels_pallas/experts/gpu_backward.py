@@ -16,7 +16,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import tuning
-from kernels_pallas.experts import gpu_rows
 from kernels_pallas.experts.gpu_outer import outer
 from kernels_pallas.experts.gpu_product import Term, product
 from kernels_pallas.experts.gpu_rows import Rows
@@ -39,7 +38,7 @@ _SLICE = 32  # and of these, as many as registers hold
 
 
 class Saved(NamedTuple):
-    """What the backward pass wants besides the inputs: the arrangement and the two products."""
+    """What the backward pass wants besides the inputs: the places and the two products."""
 
     rows: Rows
     a_PF: jax.Array
@@ -200,13 +199,13 @@ def backward(
     """Return dx_TD, the gradients of the three matrices, and dgate_TX."""
     (T, X), dtype, rows = x.expert_TX.shape, x.x_TD.dtype, saved.rows
     D, F = x.x_TD.shape[1], x.w_gate_NDF.shape[2]
-    x_PD = gpu_rows.spread(x.x_TD, rows.source_P, X)
-    dy_PD = gpu_rows.spread(dy_TD.astype(dtype), rows.source_P, X)
-    gate_P = gpu_rows.spread_gates(x.gate_TX, rows.source_P)
+    x_PD = rows.spread(x.x_TD, X)
+    dy_PD = rows.spread(dy_TD.astype(dtype), X)
+    gate_P = rows.spread_gates(x.gate_TX)
     da, db, hidden, dgate_CP = _hidden_gradients(x, num_experts, saved, gate_P, dy_PD)
     dx_PD = _token_gradients(x, num_experts, rows, da, db)
-    dx_TD = gpu_rows.gather(dx_PD[None], rows.place_R, X).astype(dtype)
-    dgate_RC = gpu_rows.gather(dgate_CP[:, :, None], rows.place_R, 1)
+    dx_TD = rows.gather(dx_PD[None], X).astype(dtype)
+    dgate_RC = rows.gather(dgate_CP[:, :, None], 1)
     dgate_TX = dgate_RC.reshape(T, X).astype(x.gate_TX.dtype)
     for_two = cost(x, num_experts, matrices=2, rows=D + 2 * F)
     for_one = cost(x, num_experts, matrices=1, rows=D + F)

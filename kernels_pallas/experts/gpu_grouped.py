@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels_pallas.experts import gpu_rows
+from kernels_pallas.experts.dispatch import experts_of
 from kernels_pallas.experts.gpu_outer import outer
 from kernels_pallas.experts.gpu_product import Term, product
+from kernels_pallas.experts.gpu_rows import Rows
 from kernels_pallas.experts.gpu_work import ROWS, Plan, fitting, staging, write
 from kernels_pallas.experts.inputs import expected_rows
 
@@ -22,11 +23,9 @@ _WIDTH = 256  # columns of a tile at most
 _STAGES = 4  # tiles in the ring
 
 
-def _arranged(sizes_E: jax.Array, num_rows: int, first: jax.Array) -> gpu_rows.Rows:
-    ends_E, row_R = jnp.cumsum(sizes_E), jnp.arange(num_rows, dtype=jnp.int32)
-    expert_R = (ends_E[None] <= row_R[:, None]).sum(1, dtype=jnp.int32)
-    block = _GROUPS * ROWS
-    return gpu_rows.arrange(expert_R, sizes_E.shape[0], first, rows=block, granule=block)
+def _arranged(sizes_E: jax.Array, num_rows: int, first: jax.Array) -> Rows:
+    expert_R, block = experts_of(sizes_E, num_rows), _GROUPS * ROWS
+    return Rows.of(expert_R, sizes_E.shape[0], first, size=block, granule=block)
 
 
 def _cost(num_rows: int, num_experts: int, D: int, F: int, dtype: Any) -> pl.CostEstimate:
@@ -63,7 +62,7 @@ def grouped_matmul(
     rows = _arranged(sizes_E, R, first)
     width = fitting(F, _WIDTH)
     plan = Plan(_GROUPS, _GROUPS * ROWS, width, _STAGES, 1, is_transposed=is_transposed)
-    x_PD = gpu_rows.spread(x_RD, rows.source_P, 1)
+    x_PD = rows.spread(x_RD, 1)
     (y_PF,) = product(
         [Term(x_PD, (w_NDF,))],
         rows.blocks_BF,
@@ -75,7 +74,7 @@ def grouped_matmul(
         name="expert_mlp_grouped",
         cost=_cost(R, sizes_E.shape[0], D, F, dtype),
     )
-    return gpu_rows.gather(y_PF[None], rows.place_R, 1).astype(dtype)
+    return rows.gather(y_PF[None], 1).astype(dtype)
 
 
 def grouped_outer(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: Any) -> jax.Array:
@@ -92,7 +91,7 @@ def grouped_outer(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: 
     """
     (R, D), F = x_RD.shape, dy_RF.shape[1]
     rows = _arranged(sizes_E, R, jnp.int32(0))
-    x_PD, dy_PF = (gpu_rows.spread(part, rows.source_P, 1) for part in (x_RD, dy_RF))
+    x_PD, dy_PF = (rows.spread(part, 1) for part in (x_RD, dy_RF))
     cost = _cost(R, sizes_E.shape[0], D, F, dtype)
     (dw_EDF,) = outer(x_PD, (dy_PF,), rows, dtype, cost, name="expert_mlp_ddown")
     return dw_EDF

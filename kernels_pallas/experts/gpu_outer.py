@@ -146,7 +146,7 @@ def outer(
     Args:
         x_PL: rows; empty ones are zero.
         y: as many rows each [P, C], empty ones finite.
-        rows: their arrangement, by multiples of 64.
+        rows: their places, by multiples of 64.
         dtype: of the results.
         cost: estimate.
         name: of the kernel, and after a dot for its sizes.
@@ -154,7 +154,7 @@ def outer(
     Returns:
         For each y a result [E, L, C].
     """
-    E, L, C, count = rows.starts_E.shape[0], x_PL.shape[1], y[0].shape[1], len(y)
+    E, L, C, count = rows.places.starts_E.shape[0], x_PL.shape[1], y[0].shape[1], len(y)
     default = {"width": 256 // count, "stages": 4}
     sizes = tuning.lookup(name.replace("mlp_", "mlp."), default, dtype=x_PL.dtype.name)
     width, stages = fitting(C, sizes["width"]), sizes["stages"]
@@ -195,7 +195,7 @@ def outer(
 
     return launch(
         body,
-        [x_PL, *y, rows.starts_E, rows.sizes_E],
+        [x_PL, *y, rows.places.starts_E, rows.places.counts_E],
         out_type=(jax.ShapeDtypeStruct((E, L, C), dtype),) * count,
         scratch=(*rings, staging(_GROUPS, dtype)),
         programs=min(backend.gpu().multiprocessors, E * lines * columns),

@@ -15,9 +15,10 @@ import numpy as np
 
 from kernels_pallas.attention.reference import dot_f32
 from kernels_pallas.backend import Backend, choose, vary_alike
-from kernels_pallas.experts import gpu, gpu_grouped, reference, tpu
+from kernels_pallas.experts import gpu, gpu_grouped, tpu
+from kernels_pallas.experts.dispatch import Dispatch, combine_sorted, sort_rows
 from kernels_pallas.experts.inputs import Inputs
-from kernels_pallas.experts.reference import Dispatch, block_rows, locate, schedule
+from kernels_pallas.experts.reference import block_rows, blocks_of_sorted
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
@@ -41,7 +42,7 @@ def dispatch(expert_TX: jax.Array, num_experts: int) -> Dispatch:
     _check_whole("expert_TX", expert_TX)
     if num_experts < 1:
         raise ValueError(f"num_experts is {num_experts}; give one expert at least")
-    return reference.dispatch(expert_TX, num_experts)
+    return sort_rows(expert_TX, num_experts)
 
 
 def combine(y_RD: jax.Array, to: Dispatch, experts_per_token: int) -> jax.Array:
@@ -65,7 +66,7 @@ def combine(y_RD: jax.Array, to: Dispatch, experts_per_token: int) -> jax.Array:
         raise ValueError(f"y_RD has {R} rows and dispatch sorted {rows}; bring all of them back")
     if X < 1 or R % X:
         raise ValueError(f"experts_per_token is {X}, which does not divide {R} rows; give X")
-    return reference.combine(y_RD, to, X)
+    return combine_sorted(y_RD, to, X)
 
 
 def grouped_matmul(
@@ -176,12 +177,12 @@ def _matmul(
     """Multiply blocks of rows one after the other, by w^T if they are [N, F, D]."""
     (R, D), F = x_RD.shape, w_NDF.shape[1 if is_transposed else 2]
     rows = block_rows(R, sizes_E.shape[0])
-    blocks = schedule(sizes_E, rows)
+    blocks = blocks_of_sorted(sizes_E, R, rows)
     x_padded = _pad_rows(x_RD, rows)
     product = "RD,FD->RF" if is_transposed else "RD,DF->RF"
 
     def body(i: jax.Array, y: jax.Array) -> jax.Array:
-        expert, start, _ = locate(blocks, i, rows)
+        expert, start, *_ = jax.tree.map(lambda field: field[i], blocks.fields)
         x = jax.lax.dynamic_slice(x_padded, (start, 0), (rows, D))
         w = jax.lax.dynamic_index_in_dim(w_NDF, first + expert, keepdims=False)
         # Rows past the expert's end are overwritten by the blocks that follow.
@@ -189,7 +190,7 @@ def _matmul(
         return jax.lax.dynamic_update_slice(y, part, (start, 0))
 
     y, *_ = vary_alike((jnp.zeros((R + rows, F), x_RD.dtype), x_RD, w_NDF, sizes_E))
-    y_RF = jax.lax.fori_loop(0, blocks.ends_E[-1], body, y)[:R]
+    y_RF = jax.lax.fori_loop(0, blocks.total, body, y)[:R]
     return jnp.where((jnp.arange(R) < sizes_E.sum())[:, None], y_RF, 0)
 
 
@@ -197,11 +198,11 @@ def _outer(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: Any) ->
     """Sum x^T dy over each expert's rows in float32. Returns dw_EDF in a dtype."""
     (R, D), F, (E,) = x_RD.shape, dy_RF.shape[1], sizes_E.shape
     rows = block_rows(R, E)
-    blocks = schedule(sizes_E, rows)
+    blocks = blocks_of_sorted(sizes_E, R, rows)
     x_padded, dy_padded = _pad_rows(x_RD, rows), _pad_rows(dy_RF, rows)
 
     def body(i: jax.Array, dw: jax.Array) -> jax.Array:
-        expert, start, count = locate(blocks, i, rows)
+        expert, start, count, *_ = jax.tree.map(lambda field: field[i], blocks.fields)
         x = jax.lax.dynamic_slice(x_padded, (start, 0), (rows, D))
         dy = jax.lax.dynamic_slice(dy_padded, (start, 0), (rows, F))
         x, dy = (jnp.where(jnp.arange(rows)[:, None] < count, part, 0) for part in (x, dy))
@@ -210,7 +211,7 @@ def _outer(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: Any) ->
         return jax.lax.dynamic_update_index_in_dim(dw, dw_DF, expert, 0)
 
     dw, *_ = vary_alike((jnp.zeros((E, D, F), jnp.float32), x_RD, dy_RF, sizes_E))
-    return jax.lax.fori_loop(0, blocks.ends_E[-1], body, dw).astype(dtype)
+    return jax.lax.fori_loop(0, blocks.total, body, dw).astype(dtype)
 
 
 def _check_dimensions(name: str, array: jax.Array, ndim: int) -> None:

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 
 from kernels_pallas.backend import Backend, device_kind, is_interpreting, platform, vary_alike
 from kernels_pallas.experts.api import expert_mlp
+from kernels_pallas.experts.dispatch import Dispatch, combine_sorted, sort_rows
 from kernels_pallas.experts.inputs import Arguments, WeightScales, expecting
-from kernels_pallas.experts.reference import Dispatch, combine, dispatch
 from kernels_pallas.experts.tpu_remote import exchange
 
 Axes = str | tuple[str, ...]
@@ -160,7 +160,7 @@ class _Queues(NamedTuple):
     @staticmethod
     def of(plan: _Plan, expert_TX: jax.Array) -> "_Queues":
         peers = jax.lax.axis_size(plan.axes)
-        to = dispatch(expert_TX, peers * plan.num_local)
+        to = sort_rows(expert_TX, peers * plan.num_local)
         length_P = to.group_sizes_E.reshape(peers, plan.num_local).sum(1)
         rows = plan.rows(expert_TX.size)
         rounds = jax.lax.pmax(-(-length_P.max() // rows), plan.axes)
@@ -261,7 +261,7 @@ def _apply(plan: _Plan, arrays: _Arrays) -> jax.Array:
     nothing = jnp.zeros_like(arrays.x_TD, shape=(arrays.expert_TX.size, arrays.x_TD.shape[1]))
     with expecting(plan.share(arrays.expert_TX.size)):
         y_RD = jax.lax.fori_loop(0, queues.rounds, body, nothing)
-    return combine(y_RD, queues.to, arrays.expert_TX.shape[1])
+    return combine_sorted(y_RD, queues.to, arrays.expert_TX.shape[1])
 
 
 def _apply_fwd(plan: _Plan, arrays: _Arrays) -> tuple[jax.Array, _Arrays]:
@@ -303,7 +303,10 @@ def _apply_bwd(plan: _Plan, arrays: _Arrays, dy_TD: jax.Array) -> tuple[_Arrays]
     with expecting(plan.share(R)):
         dx_RD, dgate_R1, d_weights = jax.lax.fori_loop(0, queues.rounds, body, nothing)
     d_gate, d_up, d_down = (dw.astype(w.dtype) for dw, w in zip(d_weights, weights, strict=True))
-    dx_TD, dgate_TX = combine(dx_RD, queues.to, X), combine(dgate_R1, queues.to, 1).reshape(-1, X)
+    dx_TD, dgate_TX = (
+        combine_sorted(dx_RD, queues.to, X),
+        combine_sorted(dgate_R1, queues.to, 1).reshape(-1, X),
+    )
     return (_Arrays(dx_TD, d_gate, d_up, d_down, dgate_TX, None, None, None),)  # type: ignore[arg-type]
 
 

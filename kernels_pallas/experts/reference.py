@@ -12,42 +12,18 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention.reference import dot_f32
 from kernels_pallas.backend import vary_alike
+from kernels_pallas.experts.dispatch import (
+    Blocks,
+    Dispatch,
+    blocks_of,
+    combine_sorted,
+    sort_rows,
+)
 from kernels_pallas.experts.inputs import Inputs, stored_as
 from kernels_pallas.experts.quantize import fp8_rows, unpack_int4
 
 MIN_BLOCK = 8
 MAX_BLOCK = 256
-
-
-class Dispatch(NamedTuple):
-    """Where the routed rows go.
-
-    Attributes:
-        order_R: routed row (token * X + choice) of each sorted row.
-        group_sizes_E: rows of each expert; rows of no expert are sorted last and not counted.
-    """
-
-    order_R: jax.Array
-    group_sizes_E: jax.Array
-
-
-def dispatch(expert_TX: jax.Array, num_experts: int) -> Dispatch:
-    """Sort routed rows by expert, in token order inside one; ids outside 0..E-1 go to nobody."""
-    expert_R = expert_TX.reshape(-1)
-    is_routed_R = (expert_R >= 0) & (expert_R < num_experts)
-    expert_R = jnp.where(is_routed_R, expert_R, num_experts)
-    order_R = jnp.argsort(expert_R, stable=True)
-    group_sizes_E = jnp.bincount(expert_R, length=num_experts + 1)[:num_experts]
-    return Dispatch(order_R, group_sizes_E.astype(jnp.int32))
-
-
-def combine(y_RD: jax.Array, to: Dispatch, experts_per_token: int) -> jax.Array:
-    """Bring sorted rows back to their tokens and add a token's choices up. Returns y_TD."""
-    R, D = y_RD.shape
-    is_routed_R = jnp.arange(R) < to.group_sizes_E.sum()
-    y_RD = jnp.where(is_routed_R[:, None], y_RD, 0)
-    unsorted_RD = jnp.zeros_like(y_RD).at[to.order_R].set(y_RD, unique_indices=True)
-    return unsorted_RD.reshape(-1, experts_per_token, D).sum(1)
 
 
 def block_rows(num_rows: int, num_experts: int) -> int:
@@ -59,27 +35,10 @@ def block_rows(num_rows: int, num_experts: int) -> int:
     return min(MAX_BLOCK, num_rows, max(MIN_BLOCK, 1 << max(share - 1, 0).bit_length()))
 
 
-class Blocks(NamedTuple):
-    """The run-time schedule: blocks of each expert before it, and the first row of each expert."""
-
-    ends_E: jax.Array
-    offsets_E: jax.Array
-    sizes_E: jax.Array
-
-
-def schedule(group_sizes_E: jax.Array, rows: int) -> Blocks:
-    """Cut each expert's rows into blocks of so many rows, the last one partial."""
-    ends_E = jnp.cumsum(-(-group_sizes_E // rows))
+def blocks_of_sorted(group_sizes_E: jax.Array, num_rows: int, size: int) -> Blocks:
+    """List blocks of up to `size` of the rows that `dispatch.sort_rows` sorts."""
     offsets_E = jnp.cumsum(group_sizes_E) - group_sizes_E
-    return Blocks(ends_E, offsets_E, group_sizes_E)
-
-
-def locate(blocks: Blocks, i: jax.Array, rows: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the expert of block i, its first row, and how many rows from there are its own."""
-    expert = jnp.searchsorted(blocks.ends_E, i, side="right").astype(jnp.int32)
-    before = jnp.where(expert > 0, blocks.ends_E[expert - 1], 0)
-    inside = (i - before) * rows
-    return expert, blocks.offsets_E[expert] + inside, blocks.sizes_E[expert] - inside
+    return blocks_of(offsets_E, group_sizes_E, size, num_rows)
 
 
 class _Walk(NamedTuple):
@@ -95,14 +54,14 @@ class _Walk(NamedTuple):
     @staticmethod
     def of(x: Inputs, num_experts: int, to: Dispatch | None = None) -> "_Walk":
         """Plan a walk over all rows; arrays by row are filled up by one block."""
-        to = dispatch(x.expert_TX, num_experts) if to is None else to
+        to = sort_rows(x.expert_TX, num_experts) if to is None else to
         R, X = to.order_R.shape[0], x.expert_TX.shape[1]
         rows = block_rows(R, num_experts)
         gate_R = x.gate_TX.reshape(R)[to.order_R].astype(jnp.float32)
         return _Walk(
             x,
             to,
-            schedule(to.group_sizes_E, rows),
+            blocks_of_sorted(to.group_sizes_E, R, rows),
             jnp.pad(to.order_R // X, (0, rows)),
             jnp.pad(gate_R, (0, rows))[:, None],
             rows,
@@ -110,7 +69,7 @@ class _Walk(NamedTuple):
 
     def at(self, i: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
         """Return block i: number of its matrices, first row, tokens, gates, and which are its."""
-        expert, start, count = locate(self.blocks, i, self.rows)
+        expert, start, count, *_ = jax.tree.map(lambda field: field[i], self.blocks.fields)
         tokens = jax.lax.dynamic_slice_in_dim(self.token_R, start, self.rows)
         gates = jax.lax.dynamic_slice_in_dim(self.gate_R1, start, self.rows)
         return self.x.first + expert, start, tokens, gates, jnp.arange(self.rows)[:, None] < count
@@ -118,7 +77,7 @@ class _Walk(NamedTuple):
     def run(self, body, carry):
         """Fold a function of (block, carry) over the blocks that hold rows."""
         carry, _ = vary_alike((carry, self.x))
-        return jax.lax.fori_loop(0, self.blocks.ends_E[-1], body, carry)
+        return jax.lax.fori_loop(0, self.blocks.total, body, carry)
 
 
 def _pick(w_NDF: jax.Array, number: jax.Array) -> jax.Array:
@@ -178,7 +137,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Sav
     widths = (D, F, F) if saves else (D,)
     with jax.named_scope("expert_mlp"):
         y_RD, *ab = walk.run(body, tuple(jnp.zeros((R + walk.rows, n), dtype) for n in widths))
-        y_TD = combine(y_RD[:R], walk.to, x.expert_TX.shape[1])
+        y_TD = combine_sorted(y_RD[:R], walk.to, x.expert_TX.shape[1])
         if x.shared_TD is not None:
             y_TD += x.shared_TD
     return y_TD, Saved(walk.to, *ab) if saves else None
@@ -232,8 +191,8 @@ def backward(
             *(jnp.zeros((E, *w.shape[1:]), jnp.float32) for w in weights),
         )
         dx_RD, dgate_R1, *d_weights = walk.run(body, zeros)
-        dx_TD = combine(dx_RD[:R], walk.to, X)
-        dgate_TX = combine(dgate_R1[:R], walk.to, 1).reshape(T, X).astype(x.gate_TX.dtype)
+        dx_TD = combine_sorted(dx_RD[:R], walk.to, X)
+        dgate_TX = combine_sorted(dgate_R1[:R], walk.to, 1).reshape(T, X).astype(x.gate_TX.dtype)
     d_gate, d_up, d_down = (
         _among(x.first, dw, w) for dw, w in zip(d_weights, weights, strict=True)
     )

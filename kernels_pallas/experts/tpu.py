@@ -1,7 +1,7 @@
 """Experts on TPUs: rows brought to their experts, two products, and rows brought back.
 
 The products are kernels (`tpu_rows`, `tpu_outer`) whose rows lie sorted by expert in an array that
-XLA gathers (`tpu_plan`). A kernel that gathered them itself would move no fewer bytes: two rows of
+XLA gathers (`dispatch`). A kernel that gathered them itself would move no fewer bytes: two rows of
 bfloat16 share the words of a tile in HBM, so x would first have to be written in another form.
 
 The hidden rows go through HBM between gate and up on one side and down on the other. For Scout's
@@ -18,24 +18,31 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from kernels_pallas.experts import tpu_outer as to
-from kernels_pallas.experts import tpu_plan as tp
 from kernels_pallas.experts import tpu_rows as tr
 from kernels_pallas.experts import tpu_sizes as ts
+from kernels_pallas.experts.dispatch import (
+    Block,
+    Places,
+    arrange,
+    experts_of,
+    list_blocks,
+    most_blocks,
+)
 from kernels_pallas.experts.inputs import Inputs, expected_rows, stored_as
 from kernels_pallas.tpu_primitives import LANES, tile_rows
 
 
 def _run(
-    operation: str, rows: tr.Rows, by: tr.Matrices, epilogue, outs: list, *, p: tp.Plan
+    operation: str, rows: tr.Rows, by: tr.Matrices, epilogue, outs: list, *, p: Places
 ) -> list[jax.Array]:
     """Run one kernel over all blocks."""
-    (R,), (E,) = p.place_R.shape, p.sizes_E.shape
+    (R,), (E,) = p.place_R.shape, p.counts_E.shape
     cut = ts.row_cut(operation, rows, by, outs, R, E)
     assert cut is not None
     return tr.grouped_rows(
         rows,
         by,
-        tp.blocks(p, cut.window, unit=cut.unit),
+        tr.Table.of(list_blocks(p, cut.window, unit=cut.unit)),
         cut,
         epilogue,
         outs,
@@ -97,9 +104,9 @@ def refusal(x: Inputs, num_experts: int) -> str | None:
     for operation, cut in _cuts(x, F, num_experts).items():
         if cut is None:
             return f"the {operation} kernel does not fit into VMEM for D = {D} and F = {F}"
-        needed = 4 * len(tp.Block._fields) * tp.most_blocks(R, num_experts, cut.unit, cut.window)
-        if needed > tp.SCALARS_BUDGET:
-            return f"its list of blocks takes {needed} bytes of SMEM, over {tp.SCALARS_BUDGET}"
+        needed = 4 * len(Block._fields) * most_blocks(R, num_experts, cut.window)
+        if needed > tr.SCALARS_BUDGET:
+            return f"its list of blocks takes {needed} bytes of SMEM, over {tr.SCALARS_BUDGET}"
     return None
 
 
@@ -142,14 +149,14 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, "Sa
     """
     (T, X), (_, D), dtype = x.expert_TX.shape, x.x_TD.shape, x.x_TD.dtype
     x = _filled(x)
-    p = tp.plan(x.expert_TX.reshape(T * X), num_experts, tile_rows(dtype))
+    p = arrange(x.expert_TX.reshape(T * X), num_experts, tile_rows(dtype))
     token_P = p.source_P // X
     gate_P = jnp.where(p.is_held_P, x.gate_TX.reshape(T * X)[p.source_P], 0)
     rows, by = tr.Rows([x.x_TD[token_P]], _column(gate_P)), _matrices(x, "gate", "up")
     outs = [dtype] * (3 if saves else 1)
     h_PF, *ab = _run("forward", rows, by, lambda *a: _swiglu(*a)[: len(outs)], outs, p=p)
     (y_PD,) = _run("forward", tr.Rows([h_PF]), _matrices(x, "down"), _add, [dtype], p=p)
-    y_TD = tp.from_places(y_PD, p).reshape(T, X, -1).astype(jnp.float32).sum(1)
+    y_TD = p.back(y_PD).reshape(T, X, -1).astype(jnp.float32).sum(1)
     if x.shared_TD is not None:
         y_TD += x.shared_TD
     return y_TD[:, :D].astype(dtype), Saved(p, *ab) if saves else None
@@ -158,7 +165,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, "Sa
 class Saved(NamedTuple):
     """What the gradient needs: where rows lie, and their products before the gate, by place."""
 
-    plan: tp.Plan
+    places: Places
     a_PF: jax.Array
     b_PF: jax.Array
 
@@ -179,14 +186,14 @@ def _add(products: list[jax.Array], _, tiles: list[jax.Array]) -> tuple[jax.Arra
 def _outer(
     x_PK: jax.Array,
     dy_PM: jax.Array,
-    p: tp.Plan,
+    p: Places,
     like: Any,
     first: jax.Array,
     *,
     is_transposed=False,
 ) -> jax.Array:
     """Sum x^T dy (or dy^T x) over each expert's rows, among zeros for those of other layers."""
-    (R,), (E,) = p.place_R.shape, p.sizes_E.shape
+    (R,), (E,) = p.place_R.shape, p.counts_E.shape
     cut = ts.outer_cut(x_PK, dy_PM, R, E)
     assert cut is not None
     K, M, size = x_PK.shape[1], dy_PM.shape[1], like.dtype.itemsize
@@ -200,7 +207,7 @@ def _outer(
     return to.grouped_outer_places(
         x_PK,
         dy_PM,
-        tp.blocks(p, cut.window, unit=cut.unit, every_expert=True),
+        tr.Table.of(list_blocks(p, cut.window, unit=cut.unit, every_expert=True), least=0),
         cut,
         first=first,
         num_experts=E,
@@ -226,8 +233,8 @@ def backward(
         saved: from `forward`.
         dy_TD: gradient of its result.
     """
-    del num_experts  # the plan knows
-    (T, X), dtype, p = x.expert_TX.shape, x.x_TD.dtype, saved.plan
+    del num_experts  # the places know
+    (T, X), dtype, p = x.expert_TX.shape, x.x_TD.dtype, saved.places
     (_, D, F), x, dy_TD = x.w_up_NDF.shape, _filled(x), _fill_lanes(dy_TD)
     token_P = p.source_P // X
     gate_R = jnp.where(p.place_R >= 0, x.gate_TX.reshape(T * X), 0).astype(jnp.float32)
@@ -247,7 +254,7 @@ def backward(
     d_up = _outer(z_PD, db_PF, p, x.w_up_NDF, x.first)
     d_down = _outer(dy_PD, h_PF, p, x.w_down_NFD, x.first, is_transposed=True)
 
-    dz_TXD = tp.from_places(dz_PD, p).reshape(T, X, -1).astype(jnp.float32)
+    dz_TXD = p.back(dz_PD).reshape(T, X, -1).astype(jnp.float32)
     dx_TD = (dz_TXD * gate_R.reshape(T, X, 1)).sum(1).astype(dtype)
     x_TXD = jnp.where(p.place_R.reshape(T, X, 1) >= 0, x.x_TD[:, None], 0)
     dgate_TX = (dz_TXD * x_TXD).sum(2).astype(x.gate_TX.dtype)
@@ -277,10 +284,10 @@ def grouped_matmul(
     """
     (R, _), (E,), dtype = x_RD.shape, group_sizes_E.shape, x_RD.dtype
     F, x_RD, w_NDF = w_NDF.shape[1 if is_transposed else 2], _fill_lanes(x_RD), _fill_lanes(w_NDF)
-    p = tp.plan(tp.experts_of(group_sizes_E, R), E, tile_rows(dtype))
+    p = arrange(experts_of(group_sizes_E, R), E, tile_rows(dtype))
     by = tr.Matrices([w_NDF], None, is_transposed, "float", jnp.asarray(first, jnp.int32))
     (y_PF,) = _run("forward", tr.Rows([x_RD[p.source_P]]), by, _add, [dtype], p=p)
-    return tp.from_places(y_PF, p)[:, :F]
+    return p.back(y_PF)[:, :F]
 
 
 def grouped_outer(
@@ -299,7 +306,7 @@ def grouped_outer(
     """
     (R, D), F, (E,) = x_RD.shape, dy_RF.shape[1], group_sizes_E.shape
     x_RD, dy_RF = _fill_lanes(x_RD), _fill_lanes(dy_RF)
-    p = tp.plan(tp.experts_of(group_sizes_E, R), E, tile_rows(x_RD.dtype))
+    p = arrange(experts_of(group_sizes_E, R), E, tile_rows(x_RD.dtype))
     dy_PF = jnp.where(p.is_held_P[:, None], dy_RF[p.source_P], 0)
     dw_EDF = jax.ShapeDtypeStruct((E, x_RD.shape[1], dy_RF.shape[1]), dtype)
     return _outer(x_RD[p.source_P], dy_PF, p, dw_EDF, jnp.int32(0))[:, :D, :F]

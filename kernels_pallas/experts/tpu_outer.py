@@ -15,8 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend
-from kernels_pallas.experts.tpu_plan import Blocks, read_block
-from kernels_pallas.experts.tpu_rows import VMEM_LIMIT, Cut
+from kernels_pallas.experts.tpu_rows import VMEM_LIMIT, Cut, Table, read_block
 from kernels_pallas.tpu_primitives import dot
 
 _PIECE = 512  # rows of the matrix that are summed at once
@@ -39,7 +38,7 @@ class _Item(NamedTuple):
 def _item(table: Any, at: Any, steps: int, unit: int) -> _Item:
     """Find step `at`: experts one after the other, in each its tiles, in each its blocks."""
     some = read_block(table, jax.lax.div(at, steps), unit)
-    first = jax.lax.div(at, steps) - some.inside
+    first = jax.lax.div(at, steps) - some.number
     local = at - first * steps
     column = jax.lax.div(local, some.count)
     number = first + local - column * some.count
@@ -112,7 +111,7 @@ def _kernel(cut: Cut, steps: int, K: int, is_transposed: bool):
             dy_copy(item, slot).wait()
             clear_rest(dy_buffer, slot)
 
-        @pl.when(item.block.inside == 0)
+        @pl.when(item.block.number == 0)
         def _():
             acc[...] = jnp.zeros_like(acc)
 
@@ -130,7 +129,7 @@ def _kernel(cut: Cut, steps: int, K: int, is_transposed: bool):
 
         jax.lax.fori_loop(0, pl.cdiv(item.block.rows, cut.chunk), add, None)
 
-        @pl.when(item.block.inside == item.block.count - 1)
+        @pl.when(item.block.number == item.block.count - 1)
         def _():
             dw[...] = acc[...].astype(dw.dtype)
 
@@ -140,7 +139,7 @@ def _kernel(cut: Cut, steps: int, K: int, is_transposed: bool):
 def grouped_outer_places(
     x_PK: jax.Array,
     dy_PM: jax.Array,
-    blocks: Blocks,
+    table: Table,
     cut: Cut,
     *,
     first: jax.Array,
@@ -156,7 +155,7 @@ def grouped_outer_places(
         x_PK: rows by place, of which a block is kept in VMEM.
         dy_PM: rows by place, of which tiles of columns follow each other. Of the two, one is zero
             in empty places and the other finite.
-        blocks: the list of blocks, of cut.window rows, with one for each expert at least.
+        table: the list of blocks, of cut.window rows, with one for each expert at least.
         cut: static sizes.
         first: number of expert 0's matrix.
         num_experts: E.
@@ -184,7 +183,7 @@ def grouped_outer_places(
         _kernel(cut, steps, K, is_transposed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(cut.cores, blocks.count * steps),
+            grid=(cut.cores, table.count * steps),
             in_specs=[in_hbm] * (2 + len(others)),
             out_specs=pl.BlockSpec((None, *tile), place),
             scratch_shapes=[
@@ -204,4 +203,4 @@ def grouped_outer_places(
         cost_estimate=cost,
         interpret=backend.tpu_interpreter(),
         name=name,
-    )(first.reshape(1), blocks.table, x_PK, dy_PM, *others)
+    )(first.reshape(1), table.fields, x_PK, dy_PM, *others)

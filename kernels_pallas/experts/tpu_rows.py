@@ -20,14 +20,36 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend, chips
+from kernels_pallas.experts.dispatch import Block, Blocks
 from kernels_pallas.experts.inputs import INT4_GROUP
 from kernels_pallas.experts.quantize import FP8_MAX, ROW_MAX
-from kernels_pallas.experts.tpu_plan import Block, Blocks, read_block
 from kernels_pallas.tpu_primitives import LANES, dot
 
 VMEM_LIMIT = chips.LEAST_VMEM - 12 * 2**20  # the compiler has the rest
 VMEM_BUDGET = VMEM_LIMIT - 8 * 2**20  # for buffers; the rest for the products of a chunk
 TILES = (512, 256, 128)
+SCALARS_BUDGET = chips.TPU7X.smem // 2  # every TPU has as much SMEM
+
+
+class Table(NamedTuple):
+    """The blocks that a kernel walks over: the fields of each in turn, and how many they are."""
+
+    fields: jax.Array
+    count: jax.Array
+
+    @staticmethod
+    def of(blocks: Blocks, least: int = 1) -> "Table":
+        """Lay a list out for SMEM: a block at least, of so many rows, if only empty places."""
+        fields = blocks.fields._replace(rows=jnp.maximum(blocks.fields.rows, least))
+        return Table(jnp.stack(fields, axis=1).reshape(-1), jnp.maximum(blocks.total, 1))
+
+
+def read_block(table: Any, i: jax.Array, unit: int) -> Block:
+    """Read entry i of a table in SMEM; its rows are rounded up to whole tiles of memory."""
+    block = Block(*(table[len(Block._fields) * i + n] for n in range(len(Block._fields))))
+    rows = jax.lax.div(block.rows + (unit - 1), unit) * unit
+    start = pl.multiple_of(block.start, unit)
+    return block._replace(start=start, rows=pl.multiple_of(rows, unit))
 
 
 class Matrices(NamedTuple):
@@ -281,7 +303,7 @@ def _kernel(by: Matrices, cut: Cut, steps: int, counts: Sequence[int], num_left:
 def grouped_rows(
     rows: Rows,
     by: Matrices,
-    blocks: Blocks,
+    table: Table,
     cut: Cut,
     epilogue: Callable[[list[jax.Array], jax.Array | None, list[jax.Array]], Sequence[jax.Array]],
     out_dtypes: Sequence[Any],
@@ -294,7 +316,7 @@ def grouped_rows(
     Args:
         rows: the arrays by place. With two matrices and one left array, both take that one.
         by: the matrices.
-        blocks: the list of blocks, of cut.window rows.
+        table: the list of blocks, of cut.window rows.
         cut: static sizes.
         epilogue: from the float32 products of a chunk, its column [chunk, 1] and its tiles, the
             outputs.
@@ -342,7 +364,7 @@ def grouped_rows(
         kernel,
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(cut.cores, blocks.count, steps),
+            grid=(cut.cores, table.count, steps),
             in_specs=[
                 *[in_hbm] * (len(windows) + len(rows.tiles)),
                 *[tile_spec(w) for w in by.weights],
@@ -367,4 +389,4 @@ def grouped_rows(
         cost_estimate=cost,
         interpret=backend.tpu_interpreter(),
         name=name,
-    )(by.first.reshape(1), blocks.table, *windows, *rows.tiles, *by.weights, *scales)
+    )(by.first.reshape(1), table.fields, *windows, *rows.tiles, *by.weights, *scales)

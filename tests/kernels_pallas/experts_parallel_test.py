@@ -8,8 +8,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import kernels_pallas
-from kernels_pallas.experts import reference, tpu_plan
 from kernels_pallas.experts.api import expert_mlp
+from kernels_pallas.experts.dispatch import arrange, list_blocks
 from kernels_pallas.experts.parallel import expert_mlp_parallel
 
 D, F, T = 32, 48, 12  # tokens of one device
@@ -151,7 +151,5 @@ def test_places_of_a_buffer_that_hold_no_row_are_in_no_block():
     held = np.repeat(np.arange(4), 20)
     for empty in (0, 10, 500):
         expert = jnp.int32(np.concatenate([held, np.full(empty, -1)]))
-        plan = tpu_plan.plan(expert, 4, 8)
-        assert tpu_plan.blocks(plan, 8, unit=8).count == 4 * 3
-        sizes = reference.dispatch(expert[:, None], 4).group_sizes_E
-        assert reference.schedule(sizes, 8).ends_E[-1] == 4 * 3
+        for unit in (1, 8):
+            assert list_blocks(arrange(expert, 4, unit), 8, unit=unit).total == 4 * 3

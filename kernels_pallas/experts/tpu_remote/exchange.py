@@ -24,11 +24,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend, chips, tuning
 from kernels_pallas.experts.inputs import expected_rows
-from kernels_pallas.experts.tpu_plan import SCALARS_BUDGET
 from kernels_pallas.experts.tpu_remote.kernel import exchange_kernel
 from kernels_pallas.experts.tpu_remote.order import ExchangeSizes
 from kernels_pallas.experts.tpu_remote.transfers import Mesh
-from kernels_pallas.experts.tpu_rows import TILES
+from kernels_pallas.experts.tpu_rows import SCALARS_BUDGET, TILES
 from kernels_pallas.tpu_primitives import LANES, round_up, tile_rows
 
 _PRODUCTS = 8 * 2**20  # of VMEM, for the products of a chunk

@@ -53,7 +53,8 @@ def test_a_forward_pass_is_read_in_11_files_and_1800_lines():
 
 def test_the_reading_path_leaves_out_nothing_that_a_forward_pass_imports():
     path, beside = reading_path()
-    reached, waiting = set(), [path[0]]
+    by_name = [name for name in path if name.endswith("/reference.py")]  # by backend.choose
+    reached, waiting = set(), [path[0], *by_name]
     while waiting:
         name = waiting.pop()
         if name not in reached:

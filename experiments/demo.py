@@ -19,12 +19,12 @@ from experiments import flags as shared
 from experiments.terminal import show
 from llama4_jax.checkpoint import convert
 from llama4_jax.pretrained import from_pretrained
-from llama4_jax.serve import Request, Sampling, generate
+from llama4_jax.serve import Options, Request, generate
 from llama4_jax.text import Image, Message
 
 MESH = "expert:4,tensor:2"
 QUESTION = "Which digit is this?"
-GREEDY = Sampling(temperature=0)
+GREEDY = Options(temperature=0)
 CODE = '''class Point:
     """A point in the plane."""
 
@@ -63,16 +63,16 @@ def main(values: flags.FlagValues) -> None:
     print(f"\n1. Code, continued as it comes\n\n{CODE}", end="")
     pictures = sorted(folder.glob("examples/digit_*.png"))
     code, digits = [Request(prompt=CODE)], [ask(picture) for picture in pictures]
-    written = generate(model, code, sampling=GREEDY, max_new_tokens=64, on_token=show)
+    written = generate(model, code, options=GREEDY, max_new_tokens=64, on_token=show)
     print("\n\n2. Pictures of digits that it has never seen, in a dialogue")
-    read = generate(model, digits, sampling=GREEDY, max_new_tokens=8)
+    read = generate(model, digits, options=GREEDY, max_new_tokens=8)
     for picture, found in zip(pictures, read, strict=True):
         said, name = (found.text or "").strip(), picture.stem.removeprefix("digit_")
         checks.append(check(f'{picture.name}: "{QUESTION}" "{said}"', said == name))
 
     print(f"\n3. The same on a mesh of 8 virtual devices, {MESH}")
     spread = from_pretrained(folder, mesh=MESH, dtype="float32")
-    again = generate(spread, [*code, *digits], sampling=GREEDY, max_new_tokens=64)
+    again = generate(spread, [*code, *digits], options=GREEDY, max_new_tokens=64)
     alone = [found.tokens for found in [*written, *read]]
     same = [found.tokens[: len(old)] for found, old in zip(again, alone, strict=True)] == alone
     checks.append(check(f"all {sum(map(len, alone))} tokens are the same", same))

@@ -4,6 +4,8 @@ Each command defines its flags on a FlagValues it is given and checks them all b
 anything, so that a mistake costs a second and not a checkpoint's loading time.
 """
 
+import dataclasses
+import json
 import math
 import os
 import pathlib
@@ -19,7 +21,7 @@ from experiments.launch import launch as launch
 from llama4_jax import parallel
 from llama4_jax.checkpoint.location import find_checkpoint
 from llama4_jax.pretrained import Pretrained, from_pretrained
-from llama4_jax.serve import Request, Sampling
+from llama4_jax.serve import EngineConfig, Options, Request
 from llama4_jax.serve.dialogue import place_images
 from llama4_jax.text import images_of
 from llama4_jax.untrusted import shown
@@ -61,36 +63,100 @@ def define_file_flags(values: flags.FlagValues) -> None:
     )  # fmt: skip
 
 
-def define_sampling_flags(values: flags.FlagValues) -> None:
-    """Define how tokens are chosen: --max_new_tokens, --temperature, --top_p, --top_k, --seed."""
+def define_option_flags(values: flags.FlagValues) -> None:
+    """Define how answers are made: --max_new_tokens, --temperature and the like, --options."""
     own = "Default: the checkpoint's own."
-    for define, name, default, meaning in (
+    known: list[tuple[Any, str, Any, str]] = [
         (flags.DEFINE_integer, "max_new_tokens", 256, "Most new tokens of one answer."),
         (flags.DEFINE_float, "temperature", None, f"0 takes the likeliest token. {own}"),
         (flags.DEFINE_float, "top_p", None,
          f"Draw from the likeliest tokens that hold this much of the probability. {own}"),
-        (flags.DEFINE_integer, "top_k", None, f"Draw from this many likeliest tokens. {own}"),
+        (flags.DEFINE_integer, "top_k", None,
+         f"Draw from this many likeliest tokens; 0 from all. {own}"),
         (flags.DEFINE_integer, "seed", 0, "Of the random draws."),
-    ):  # fmt: skip
+        (flags.DEFINE_multi_string, "stop", [],
+         "A text that ends an answer, which then ends before it; may be repeated."),
+        (flags.DEFINE_string, "options", None,
+         'Everything else an answer may be asked, as the fields of a line of --input: '
+         '{"n": 2, "min_p": 0.1, "logprobs": 5}.'),
+    ]  # fmt: skip
+    for define, name, default, meaning in known:
         define(name, default, meaning, flag_values=values)
 
 
-def check_sampling(values: flags.FlagValues) -> dict[str, Any]:
-    """Return the fields of Sampling that the flags set.
+def define_engine_flags(values: flags.FlagValues) -> None:
+    """Define how the engine saves memory and time: --kv_cache, --speculate, --max_rows."""
+    flags.DEFINE_enum(
+        "kv_cache", "auto", ["auto", "int8", "fp8"],
+        "What keys and values are stored in; auto is the model's precision.", flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_enum(
+        "speculate", "none", ["none", "ngram"],
+        "ngram guesses tokens from what was read before, and checks several at once.",
+        flag_values=values,
+    )  # fmt: skip
+    flags.DEFINE_integer(
+        "max_rows", EngineConfig.max_rows, "Most answers in the making at a time.",
+        lower_bound=1, flag_values=values,
+    )  # fmt: skip
+
+
+def check_options(values: flags.FlagValues) -> Options:
+    """Return what the flags ask of an answer.
 
     Raises:
-      FlagError: a value is out of range.
+      FlagError: a value is out of range, or --options is no JSON object of known fields.
     """
-    if values.max_new_tokens < 1:
-        raise FlagError(f"--max_new_tokens={values.max_new_tokens} must be at least 1.")
-    names = ("temperature", "top_p", "top_k", "seed")
-    given = {name: values[name].value for name in names}
-    chosen: dict[str, Any] = {k: v for k, v in given.items() if v is not None}
+    names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
+    fields: dict[str, Any] = {name: values[name].value for name in names}
     try:
-        Sampling(**chosen)
+        options = Options(**fields)
     except ValueError as error:
         raise FlagError(f"--{error}") from error
-    return chosen
+    if values.options is None:
+        return options
+    try:
+        more = json.loads(values.options)
+        if not isinstance(more, dict):
+            raise ValueError(f"expected a JSON object, found {type(more).__name__}")
+        return change_options(options, more)
+    except ValueError as error:
+        raise FlagError(f"--options: {error}") from error
+
+
+def change_options(options: Options, fields: Mapping[str, Any]) -> Options:
+    """Return options with some fields replaced by those of a JSON object.
+
+    Raises:
+      ValueError: a field is unknown, or its value out of range.
+    """
+    for name in fields:
+        if name not in OPTION_FIELDS:
+            known = ", ".join(sorted(OPTION_FIELDS))
+            raise ValueError(f"unknown field {shown(name)}; an answer has {known}.")
+    changed: dict[str, Any] = dict(fields)
+    bias = fields.get("logit_bias")
+    if isinstance(bias, dict):  # keys of JSON objects are texts
+        changed["logit_bias"] = {int(k) if k.isdecimal() else k: v for k, v in bias.items()}
+    return dataclasses.replace(options, **changed)
+
+
+OPTION_FIELDS = frozenset(field.name for field in dataclasses.fields(Options))
+
+
+def engine_config(values: flags.FlagValues) -> EngineConfig:
+    """Return the sizes that the flags ask of the engine.
+
+    Raises:
+      FlagError: they are contradictory.
+    """
+    names = ("kv_cache", "speculate", "max_rows")
+    sizes: dict[str, Any] = {name: values[name].value for name in names}
+    sizes["step_tokens"] = max(EngineConfig.step_tokens, values.max_rows)
+    try:
+        return EngineConfig(**sizes)
+    except ValueError as error:
+        raise FlagError(f"--{error}") from error
 
 
 def check_output(values: flags.FlagValues) -> None:
@@ -136,12 +202,15 @@ def check_one_of(values: flags.FlagValues, names: Sequence[str]) -> str:
     return given[0]
 
 
-def read_requests(path: str, known: Mapping[str, str]) -> list[Request]:
+def read_requests(
+    path: str, known: Mapping[str, str], options: Options | None = None
+) -> list[Request]:
     """Read a file of requests, one JSON object on each line.
 
     Args:
       path: of the file.
       known: the fields that a line may have, and the field of Request that each one is.
+      options: what is asked of an answer where a line does not say so; None is not to be said.
 
     Raises:
       FlagError: there is no such file, or it holds no request.
@@ -151,11 +220,14 @@ def read_requests(path: str, known: Mapping[str, str]) -> list[Request]:
         raise FlagError(f"there is no file {path}.")
 
     def parse(line: dict[str, Any]) -> Request:
-        for name in line:
+        asked = {} if options is None else {k: v for k, v in line.items() if k in OPTION_FIELDS}
+        for name in line.keys() - asked.keys():
             if name not in known:
                 fields = ", ".join(known)
                 raise ValueError(f"unknown field {shown(name)}; a request has {fields}.")
-        request = Request(**{known[name]: value for name, value in line.items()})
+        request = Request(**{known[name]: line[name] for name in line.keys() - asked.keys()})
+        if options is not None:
+            request = dataclasses.replace(request, options=change_options(options, asked))
         images = request.images
         if request.messages is not None:
             placed = place_images(request.messages, request.images)

@@ -8,14 +8,14 @@
 A request is one line, {"prompt": TEXT} or {"messages": [{"role": .., "content": ..}, ..]} or
 {"tokens": [IDS]}, with "images": [PATHS] where there are any: they stand before the text of a
 prompt, take the image parts of messages (or stand before the last user message), or fill the
-patch tokens among the ids. An answer is one line, in the order of the requests:
+patch tokens among the ids; and with any field of `llama4_jax.Options`, such as "n", "stop", "min_p"
+or "logprobs", in place of what the flags say. An answer is one line, in the order of the requests:
 {"tokens": [new IDS], "text": TEXT, "finish_reason": "stop" or "length"}; text lacks the stop token,
 and is absent for a checkpoint without a tokenizer, which serves {"tokens": ..} only.
 
 --chat reads what you say line by line, until the input ends or you say /exit.
 """
 
-import dataclasses
 from typing import Any
 
 from absl import flags
@@ -23,10 +23,15 @@ from absl import flags
 from experiments import flags as shared
 from experiments.jsonl import LineWriter, naming_lines
 from experiments.terminal import print_line, show, talk
-from llama4_jax.serve import Answer, Request, default_sampling, generate
+from llama4_jax.serve import Answer, Options, Request, TokenLogprobs, generate
 from llama4_jax.text import load_tokenizer
 
-FIELDS = {name: name for name in ("prompt", "messages", "tokens", "images")}
+FIELDS = {
+    name: name
+    for name in (
+        "prompt", "messages", "tokens", "images", "continue_final_message", "allow_special",
+    )
+}  # fmt: skip
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -39,16 +44,16 @@ def define_flags(values: flags.FlagValues) -> None:
         "repeated.", flag_values=values,
     )  # fmt: skip
     shared.define_file_flags(values)
-    shared.define_sampling_flags(values)
+    shared.define_option_flags(values)
+    shared.define_engine_flags(values)
 
 
 def main(values: flags.FlagValues) -> None:
     """Check the flags, load the checkpoint, answer."""
-    requests = check_flags(values)
-    chosen = shared.check_sampling(values)
+    options, config = shared.check_options(values), shared.engine_config(values)
+    requests = check_flags(values, options)
     pretrained = shared.load_model(values)
-    sampling = dataclasses.replace(default_sampling(pretrained), **chosen)
-    settings = {"sampling": sampling, "max_new_tokens": values.max_new_tokens}
+    settings: dict[str, Any] = {"options": options, "config": config}
     if values.chat:
         talk(pretrained, values.image, **settings)
         return
@@ -67,7 +72,7 @@ def main(values: flags.FlagValues) -> None:
         print()
 
 
-def check_flags(values: flags.FlagValues) -> list[Request]:
+def check_flags(values: flags.FlagValues, options: Options) -> list[Request]:
     """Return the requests; none for --chat, which reads them as it goes.
 
     Raises:
@@ -82,16 +87,25 @@ def check_flags(values: flags.FlagValues) -> list[Request]:
     shared.check_images(values.image)
     shared.check_output(values)
     if source == "input":
-        return shared.read_requests(values.input, FIELDS)
+        return shared.read_requests(values.input, FIELDS, options)
     if load_tokenizer(folder) is None:
         raise shared.FlagError(f'{folder} has no tokenizer; give --input with lines of "tokens".')
     return [] if source == "chat" else [Request(prompt=values.prompt, images=values.image)]
 
 
 def to_line(answer: Answer) -> dict[str, Any]:
-    """Return an answer as an object of JSON, without a text if it has none."""
-    fields = dataclasses.asdict(answer)
-    return fields if answer.text is not None else {k: v for k, v in fields.items() if k != "text"}
+    """Return an answer as an object of JSON, without what it does not have."""
+    line: dict[str, Any] = {"tokens": answer.tokens}
+    if answer.text is not None:
+        line["text"] = answer.text
+    line["finish_reason"] = answer.finish_reason
+    for name in ("logprobs", "prompt_logprobs"):
+        found: list[TokenLogprobs] | None = getattr(answer, name)
+        if found is not None:
+            line[name] = [each._asdict() for each in found]
+    if answer.others:
+        line["others"] = [to_line(other) for other in answer.others]
+    return line
 
 
 if __name__ == "__main__":

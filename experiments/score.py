@@ -8,7 +8,7 @@ begin-of-text token. A score is one line, in the order of the requests: {"tokens
 "logprobs": [one for each token after the first, natural logarithm], "nll": minus their sum}.
 """
 
-import dataclasses
+from dataclasses import asdict
 
 from absl import flags
 
@@ -25,6 +25,7 @@ def define_flags(values: flags.FlagValues) -> None:
     """Define every flag of this command."""
     shared.define_model_flags(values)
     shared.define_file_flags(values)
+    shared.define_engine_flags(values)
 
 
 def main(values: flags.FlagValues) -> None:
@@ -32,16 +33,19 @@ def main(values: flags.FlagValues) -> None:
     folder = shared.check_checkpoint(values)
     shared.check_one_of(values, ("input",))
     shared.check_output(values)
+    config = shared.engine_config(values)
     requests = shared.read_requests(values.input, FIELDS)
     if load_tokenizer(folder) is None and any(r.tokens is None for r in requests):
         raise shared.FlagError(f'{folder} has no tokenizer; give lines of "tokens", not "text".')
     pretrained = shared.load_model(values)
     with naming_lines(values.input):
         if values.output is None:
-            score(pretrained, requests, on_score=lambda s: print_line(dataclasses.asdict(s)))
+            write = print_line
+            score(pretrained, requests, on_score=lambda s: write(asdict(s)), config=config)
             return
         with LineWriter(values.output) as lines:
-            score(pretrained, requests, on_score=lambda s: lines.write(dataclasses.asdict(s)))
+            write = lines.write
+            score(pretrained, requests, on_score=lambda s: write(asdict(s)), config=config)
 
 
 if __name__ == "__main__":

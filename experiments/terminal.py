@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llama4_jax.pretrained import Pretrained
-from llama4_jax.serve import NewToken, Request, Sampling, generate
+from llama4_jax.serve import Engine, EngineConfig, NewToken, Options, Request, generate
 from llama4_jax.text import Image, Message
 from llama4_jax.train.writers import Metrics
 
@@ -46,33 +46,31 @@ class ConsoleWriter:
 
 
 def talk(
-    pretrained: Pretrained, images: Sequence[str], sampling: Sampling, max_new_tokens: int
+    pretrained: Pretrained, images: Sequence[str], options: Options, config: EngineConfig
 ) -> None:
     """Read lines until the input ends or one says /exit; answer each in view of all before it.
 
     Args:
       pretrained: answers.
       images: paths of pictures that stand before the first line.
-      sampling: how the answers are drawn.
-      max_new_tokens: most tokens of one answer.
+      options: how it is answered.
+      config: sizes of the engine, which keeps what was said before.
 
     Raises:
       ValueError: the dialogue no longer fits the model's positions.
     """
     history: list[Message] = []
+    tokens = 2 * config.context(pretrained.config) * options.n
+    engine = Engine(pretrained, dataclasses.replace(config, max_rows=options.n), tokens=tokens)
     while (line := _read_line()) is not None:
         if not line.strip():
             continue
         pictures = [] if history else [Image(path) for path in images]
         history.append(Message("user", [*pictures, line] if pictures else line))
-        (answer,) = generate(
-            pretrained,
-            [Request(messages=history)],
-            max_new_tokens=max_new_tokens,
-            # Another draw for every turn, and the same ones when the dialogue is repeated.
-            sampling=dataclasses.replace(sampling, seed=(sampling.seed + len(history)) % 2**32),
-            on_token=show,
-        )
+        # Another draw for every turn, and the same ones when the dialogue is repeated.
+        turn = dataclasses.replace(options, seed=(options.seed + len(history)) % 2**32)
+        request = Request(messages=history)
+        (answer,) = generate(engine, [request], options=turn, on_token=show)
         print()
         history.append(Message("assistant", answer.text or ""))
 

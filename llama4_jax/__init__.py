@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from llama4_jax.config import behemoth_preview, maverick, nano, scout
     from llama4_jax.model import Cache, Llama4
     from llama4_jax.pretrained import Pretrained, from_pretrained, save_pretrained
-    from llama4_jax.serve import Request, Sampling, generate, score
+    from llama4_jax.serve import Options, Request, generate, score
 
 __version__ = "0.1.0"
 
@@ -24,8 +24,8 @@ _HOMES = {
     "scout": "config",
     "Cache": "model",
     "Llama4": "model",
+    "Options": "serve",
     "Request": "serve",
-    "Sampling": "serve",
     "generate": "serve",
     "score": "serve",
 }
@@ -33,9 +33,9 @@ _HOMES = {
 __all__ = [
     "Cache",
     "Llama4",
+    "Options",
     "Pretrained",
     "Request",
-    "Sampling",
     "behemoth_preview",
     "from_pretrained",
     "generate",

@@ -10,18 +10,21 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments.benchmark.figures import GB, Figures, memory_faults
 from experiments.benchmark.report import FIGURES, FIGURES_NOTES, Column, Record, Table, texts
 from experiments.benchmark.topologies import Target
 from llama4_jax import parallel, train
+from llama4_jax.cache.paged import Pools
 from llama4_jax.config.families import every, scout
 from llama4_jax.config.model import ModelConfig
 from llama4_jax.config.runs import LossConfig, OptimizerConfig, RunConfig
-from llama4_jax.model import Cache, Llama4
-from llama4_jax.serve.sampling import Sampling, SamplingRows, row_keys
-from llama4_jax.serve.steps import DecodeState, RowRules, decode_steps, prefill_chunk
+from llama4_jax.model import Llama4
+from llama4_jax.pretrained import GenerationDefaults
+from llama4_jax.serve.options import Options
+from llama4_jax.serve.programs import DeviceState, Shape, draw_tokens, read_tokens
+from llama4_jax.serve.sampling import DrawRows, answer_key
+from llama4_jax.serve.sizes import largest_page
 
 TARGETS = ("v5p", "h100")  # that the sizes below are chosen for
 SHALLOW = 8  # layers of the program that the full depth is compared with
@@ -92,47 +95,49 @@ def _integers(rows: int, tokens: int, dtype: str = "int32"):
     )
 
 
-def _model_and_cache(program: Program, config: ModelConfig):
+def _read(program: Program, config: ModelConfig, *, draws: bool) -> jax.stages.Traced:
+    """Trace a step of the engine: tokens are read, and after each row one may be drawn."""
+    text, rows, slots = config.text, program.rows, parallel.mesh_axes("kv_seq")
+    devices = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in slots)
+    page = largest_page(text.chunk_size, devices)
+    chunk = min(text.chunk_size or program.context, program.context)
+    shape = Shape(
+        rows=rows,
+        tokens=1 if draws else program.tokens,
+        whole=-(-program.context // page),
+        chunk=-(-chunk // page),
+        every=draws,
+    )
     model = parallel.abstract(lambda: Llama4(config, key=jax.random.key(0)))
-    cache = parallel.abstract(
-        lambda: Cache.create(
-            config.text,
-            batch_size=program.rows,
-            max_length=program.context,
-            dtype=config.dtype,
+    leaves, structure = jax.tree.flatten(model)
+
+    def state() -> DeviceState:
+        pages = {"whole_pages": rows * shape.whole, "chunk_pages": rows * shape.chunk}
+        return DeviceState(Pools.create(text, **pages, page_size=page, dtype=config.dtype), None)
+
+    def step(leaves, state, token_S, ints_BX, how):
+        state, read = read_tokens(leaves, state, token_S, ints_BX, structure=structure, shape=shape)
+        if not draws:
+            return state, read
+        return state, *draw_tokens(leaves, token_S, read, how, structure=structure, top=None)
+
+    greedy = [Options().resolved(GenerationDefaults(), text.vocab_size)] * rows
+    rest = parallel.abstract(
+        lambda: (
+            jnp.zeros(rows, jnp.int32),
+            jnp.zeros((rows, shape.columns), jnp.int32),
+            jax.tree.map(jnp.asarray, DrawRows.of(greedy, [answer_key(0)] * rows)),
         )
     )
-    return model, cache
+    return jax.jit(step, donate_argnums=1).trace(leaves, parallel.abstract(state), *rest)
 
 
 def _decode(program: Program, config: ModelConfig) -> jax.stages.Traced:
-    model, cache = _model_and_cache(program, config)
-    rows = program.rows
-    row_state = parallel.abstract(
-        lambda: {
-            "token_B": jnp.zeros(rows, jnp.int32),
-            "finished_B": jnp.zeros(rows, bool),
-            "sampled_B": jnp.zeros(rows, jnp.int32),
-        }
-    )
-    rules = parallel.abstract(
-        lambda: RowRules(
-            sampling=jax.tree.map(jnp.asarray, SamplingRows.of([Sampling()] * rows)),
-            keys_B=row_keys(np.zeros(rows), np.arange(rows)),
-            limit_B=jnp.zeros(rows, jnp.int32),
-            stop_ids_BS=jnp.zeros((rows, 8), jnp.int32),
-        )
-    )
-    return decode_steps.trace(model, DecodeState(cache=cache, **row_state), rules, steps=8)
+    return _read(program, config, draws=True)
 
 
 def _prefill(program: Program, config: ModelConfig) -> jax.stages.Traced:
-    model, cache = _model_and_cache(program, config)
-    rows, width = program.rows, config.text.embed_dim
-    tokens_BT = _integers(rows, program.tokens)
-    last_BD = parallel.abstract(lambda: jnp.zeros((rows, width), config.dtype))
-    ends_B = parallel.abstract(lambda: jnp.zeros(rows, jnp.int32))
-    return prefill_chunk.trace(model, cache, last_BD, tokens_BT, tokens_BT, ends_B)
+    return _read(program, config, draws=False)
 
 
 def _train(program: Program, config: ModelConfig) -> jax.stages.Traced:

@@ -2,8 +2,8 @@
 
 There are two pools. Layers that see everything keep token p in slot p % page of the row's page
 p // page, for as long as the row lives. Chunk layers keep the row's current chunk alone: their
-table lists one chunk's pages, and a call never crosses a boundary. One table serves all layers of
-a kind, because page n is the same page in each of them.
+table lists the pages from the beginning of the chunk in which a call begins to where it ends. One
+table serves all layers of a kind, because page n is the same page in each of them.
 
 Where `kv_seq` is sharded, every page of the layers that see everything is: each device keeps an
 equal stretch of its slots, whatever the table says, so all devices have the same work at any
@@ -17,9 +17,9 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.attention.api import chunked_attention
 from kernels_pallas.attention.visibility import attention_temperature
 from kernels_pallas.decode.api import MAX_QUERIES, decode_attention
+from kernels_pallas.prefill.api import prefill_attention
 from llama4_jax.cache.contiguous import merge_over
 from llama4_jax.cache.layers import Cache
 from llama4_jax.config.model import TextConfig
@@ -65,30 +65,6 @@ class Store:
             largest = float(jnp.finfo(_FP8).max)
             x_BKTH = jnp.clip(x_BKTH.astype(jnp.float32), -largest, largest)
         return Store(x_BKTH.astype(self.data_GPKSH.dtype), None)
-
-    def pages(self) -> "Store":
-        """Return the pages of all groups in one row: page n of group g is g * P + n."""
-        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), self)
-
-    def gather(self, group: jax.Array, table_BW: jax.Array, held_BS: jax.Array, dtype) -> jax.Array:
-        """Read a group's pages as a contiguous row. Returns x_BSKH; slots that are not held are 0.
-
-        Args:
-            group: int32 scalar.
-            table_BW: pages of each row.
-            held_BS: bool, slots of each row that hold a token.
-            dtype: of the result.
-        """
-        B, S = held_BS.shape
-
-        def rows(x_GPKS: jax.Array) -> jax.Array:
-            x_BWKS = x_GPKS[group, table_BW]
-            return jnp.moveaxis(x_BWKS, 3, 2).reshape(B, S, *x_BWKS.shape[2:3], *x_BWKS.shape[4:])
-
-        x_BSKH = rows(self.data_GPKSH)
-        if self.scale_GPKS is not None:
-            x_BSKH = x_BSKH.astype(jnp.float32) * rows(self.scale_GPKS)[..., None]
-        return jnp.where(held_BS[..., None, None], x_BSKH.astype(dtype), 0)
 
 
 class _Rows(NamedTuple):
@@ -153,7 +129,7 @@ class PagedLayer:
     Attributes:
         keys, values: the pages.
         table_BW: int32, the pages of each row in order; entries past its tokens may hold anything.
-            For chunk layers those of the current chunk.
+            For chunk layers those from the chunk of a call's first token on.
     """
 
     keys: Store
@@ -177,8 +153,7 @@ class PagedLayer:
             q_BTNH, k_BTKH, v_BTKH: projections of the new tokens.
             group: int32 scalar, the group to use.
             lengths_B: unused; a row's positions say where it stands.
-            positions_BT: int32, consecutive along a row, -1 at its right is padding. A row's
-                tokens all lie in one chunk if the layer has chunks.
+            positions_BT: int32, consecutive along a row, -1 at its right is padding.
             sees: what the layer sees.
 
         Returns:
@@ -221,7 +196,7 @@ def _attend(
     end_B = positions_BT.max(1) + 1  # after this call; 0 in a row of padding
     base_B = jnp.zeros_like(end_B)
     if sees.chunk_size is not None:
-        base_B = jnp.maximum(end_B - 1, 0) // sees.chunk_size * sees.chunk_size
+        base_B = jnp.maximum(positions_BT[:, 0], 0) // sees.chunk_size * sees.chunk_size
     slots_BT = jnp.where(positions_BT < 0, -1, positions_BT - base_B[:, None])
     shards = jax.lax.axis_size(over) if over else 1
     first = jax.lax.axis_index(over) * S if over else 0
@@ -240,44 +215,29 @@ def _attend(
             q_BTNH = (q_BTNH * warm_BT[..., None, None]).astype(dtype)
             temperature = None
         q_positions_BT = own(jnp.maximum(q_positions_BT + 1, 0)) - 1
-    read = _read_few if q_BTNH.shape[1] <= MAX_QUERIES else _read_many
-    how = {"chunk_size": sees.chunk_size, "temperature": temperature, "return_lse": True}
     held_B = own(jnp.where(end_B > 0, end_B - base_B, 0))
-    out, lse = read(q_BTNH, q_positions_BT, keys, values, at, base_B, held_B, how)
-    return merge_over(out, lse, over).astype(dtype), keys, values
-
-
-def _read_few(q_BTNH, positions_BT, keys: Store, values: Store, at: _Rows, base_B, held_B, how):
-    """Attend with the decode kernel, which reads pages where they lie."""
-    P = keys.data_GPKSH.shape[1]
-    keys, values = keys.pages(), values.pages()
-    return decode_attention(
+    P, kernel = keys.data_GPKSH.shape[1], decode_attention
+    if q_BTNH.shape[1] > MAX_QUERIES:
+        kernel = prefill_attention
+    k, v = (  # pages of all groups: page n of group g is g * P + n
+        jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]).swapaxes(1, 2), store)
+        for store in (keys, values)
+    )
+    out, lse = kernel(
         q_BTNH,
-        keys.data_GPKSH.swapaxes(1, 2),
-        values.data_GPKSH.swapaxes(1, 2),
+        k.data_GPKSH,
+        v.data_GPKSH,
+        k_scale=k.scale_GPKS,
+        v_scale=v.scale_GPKS,
         lengths_B=held_B,
-        q_positions_BT=positions_BT,
+        q_positions_BT=q_positions_BT,
         kv_start_B=base_B,
-        k_scale=None if keys.scale_GPKS is None else keys.scale_GPKS.swapaxes(1, 2),
-        v_scale=None if values.scale_GPKS is None else values.scale_GPKS.swapaxes(1, 2),
-        page_table_BP=at.group * P + at.table_BW,
-        **how,
+        page_table_BP=group * P + table_BW,
+        chunk_size=sees.chunk_size,
+        temperature=temperature,
+        return_lse=True,
     )
-
-
-def _read_many(q_BTNH, positions_BT, keys: Store, values: Store, at: _Rows, base_B, held_B, how):
-    """Attend to a copy of the rows' pages."""
-    slots_S = jnp.arange(at.table_BW.shape[1] * keys.data_GPKSH.shape[3])
-    held_BS = slots_S < held_B[:, None]
-    k, v = (s.gather(at.group, at.table_BW, held_BS, q_BTNH.dtype) for s in (keys, values))
-    return chunked_attention(
-        q_BTNH,
-        k,
-        v,
-        q_positions_BT=positions_BT,
-        kv_positions_BS=jnp.where(held_BS, base_B[:, None] + slots_S, -1),
-        **how,
-    )
+    return merge_over(out, lse, over).astype(dtype), keys, values
 
 
 def page_axes(sees: Visibility) -> Axes:
@@ -347,7 +307,8 @@ class Pools:
         Args:
             config: of the decoder.
             whole_BW: int32 pages of each row in layers that see everything.
-            chunk_BW: int32 pages of each row's current chunk in chunk layers.
+            chunk_BW: int32 pages of each row in chunk layers, from the beginning of the chunk in
+                which a call begins.
         """
         pattern = layer_pattern(config)
 

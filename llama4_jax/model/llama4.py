@@ -97,6 +97,7 @@ class Llama4(nnx.Module):
         tokens_BT: jax.Array,
         tiles_NCHW: jax.Array | None = None,
         *,
+        features_BTD: jax.Array | None = None,
         positions_BT: jax.Array | None = None,
         segments_BT: jax.Array | None = None,
         cache: Cache | None = None,
@@ -108,6 +109,8 @@ class Llama4(nnx.Module):
             tokens_BT: int32 token ids.
             tiles_NCHW: image tiles whose features replace patch tokens, in row-major order over the
                 batch; there must be `tokens_per_tile` patch tokens per tile.
+            features_BTD: features that replace patch tokens, each in its token's place; those
+                of other tokens are unused. Given instead of tiles.
             positions_BT: int32 true positions, -1 for padding, which is invisible and not cached.
                 By default 0, 1, 2, ... or, with a cache, what follows it.
             segments_BT: int32 segments of packed rows; tokens see their own segment only. Those of
@@ -141,6 +144,10 @@ class Llama4(nnx.Module):
             features = self.encode_images(tiles_NCHW, remat=remat)
             assert self.config.patch_id is not None
             x_BTD = insert_image_features(x_BTD, features, tokens_BT, self.config.patch_id)
+        elif features_BTD is not None:
+            is_patch_BT1 = jnp.expand_dims(tokens_BT == self.config.patch_id, -1)
+            features_BTD = shard(features_BTD, ("batch", "seq", "embed")).astype(x_BTD.dtype)
+            x_BTD = jnp.where(is_patch_BT1, features_BTD, x_BTD)
         x_BTD, cache, routers = self.decoder(x_BTD, at, cache, remat=remat)
         logits, load = (None, None) if routers is None else routers
         return Hidden(self.final_norm(x_BTD), cache, logits, load)

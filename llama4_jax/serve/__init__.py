@@ -5,20 +5,25 @@ answers = generate(pretrained, [Request(prompt="def add(a, b):")], max_new_token
 scores = score(pretrained, [Request(prompt="print(1 + 1)")])
 """
 
-from llama4_jax.serve.batching import BatchingConfig
-from llama4_jax.serve.generate import Answer, NewToken, default_sampling, generate
-from llama4_jax.serve.requests import Request
-from llama4_jax.serve.sampling import Sampling
+from llama4_jax.serve.answers import Event, TokenLogprobs
+from llama4_jax.serve.engine import Engine
+from llama4_jax.serve.generate import Answer, NewToken, generate
+from llama4_jax.serve.options import Options
+from llama4_jax.serve.requests import Request, RequestError
 from llama4_jax.serve.score import Score, score
+from llama4_jax.serve.sizes import EngineConfig
 
 __all__ = [
     "Answer",
-    "BatchingConfig",
+    "Engine",
+    "EngineConfig",
+    "Event",
     "NewToken",
+    "Options",
     "Request",
-    "Sampling",
+    "RequestError",
     "Score",
-    "default_sampling",
+    "TokenLogprobs",
     "generate",
     "score",
 ]

@@ -6,10 +6,16 @@ from typing import Any
 
 from llama4_jax.pretrained import Pretrained
 from llama4_jax.text import Image, Message, message_from_dict, render
+from llama4_jax.text.special_tokens import END_OF_TEXT, EOM, EOT
 
 
 def dialogue_tokens(
-    pretrained: Pretrained, messages: Sequence[Message], runs: Sequence[list[int]]
+    pretrained: Pretrained,
+    messages: Sequence[Message],
+    runs: Sequence[list[int]],
+    *,
+    allow_special: bool = False,
+    continue_final: bool = False,
 ) -> list[int]:
     """Return the tokens of a dialogue, up to where the assistant answers.
 
@@ -17,14 +23,29 @@ def dialogue_tokens(
       pretrained: its tokenizer encodes; its chat template, if it has one, sets the form.
       messages: what was said.
       runs: the tokens that stand for each image, in order.
+      allow_special: whether special tokens spelled in contents become their ids.
+      continue_final: whether the answer goes on with the last message, which is the assistant's.
 
     Raises:
-      ValueError: the template refuses the dialogue.
+      ValueError: the template refuses the dialogue, or there is nothing to go on with.
     """
-    assert pretrained.tokenizer is not None
-    if pretrained.chat_template is not None:
-        return pretrained.chat_template.render(messages, pretrained.tokenizer, image_tokens=runs)
-    return render(messages, pretrained.tokenizer, image_tokens=runs)
+    tokenizer, template = pretrained.tokenizer, pretrained.chat_template
+    assert tokenizer is not None
+    how: Any = {
+        "image_tokens": runs,
+        "allow_special": allow_special,
+        "add_generation_prompt": not continue_final,
+    }
+    if continue_final and messages[-1].role != "assistant":
+        raise ValueError("continue_final_message needs a last message of the assistant.")
+    if template is not None:
+        tokens = template.render(messages, tokenizer, **how)
+    else:
+        tokens = render(messages, tokenizer, **how)
+    ends = {EOT, EOM, END_OF_TEXT} & tokenizer.special_tokens.keys()
+    while continue_final and tokens[-1] in {tokenizer.special_id(name) for name in ends}:
+        tokens = tokens[:-1]
+    return tokens
 
 
 def place_images(

@@ -1,29 +1,16 @@
-"""Continue prompts: prefill in chunks, decode several steps per dispatch, stream as tokens come."""
+"""Answer a list of requests: all at once, or token by token as they come."""
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from typing import Literal, overload
 
-import jax
-import jax.numpy as jnp
-import numpy as np
-
-from llama4_jax.model import Cache
 from llama4_jax.pretrained import Pretrained
-from llama4_jax.serve.batching import BatchingConfig
-from llama4_jax.serve.chunks import bucket, split_prompts
-from llama4_jax.serve.requests import Prompt, RequestError, Requests, read_requests
-from llama4_jax.serve.sampling import Sampling, SamplingRows, row_keys
-from llama4_jax.serve.steps import (
-    NO_TOKEN,
-    RowRules,
-    decode_steps,
-    prefill_chunk,
-    sample_first,
-)
-from llama4_jax.text import StreamDecoder, Tokenizer
-
-FinishReason = Literal["stop", "length"]
+from llama4_jax.serve.answers import Event, TokenLogprobs
+from llama4_jax.serve.engine import Engine
+from llama4_jax.serve.options import Options
+from llama4_jax.serve.requests import Prompt, Requests, list_requests, read_requests
+from llama4_jax.serve.sizes import EngineConfig
+from llama4_jax.serve.transcript import FinishReason
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,13 +19,19 @@ class Answer:
 
     Attributes:
       tokens: the new ones, the one that stopped it included.
-      text: of the tokens without the one that stopped it; None without a tokenizer.
-      finish_reason: "stop" after a stop token, "length" after `max_new_tokens`.
+      text: of the tokens without what stopped it; None without a tokenizer.
+      finish_reason: "stop" after a stop token or text, "length" after `max_new_tokens`.
+      logprobs: of the tokens, if asked for.
+      prompt_logprobs: of the prompt's tokens after the first, if asked for.
+      others: the further answers, if more than one was asked for.
     """
 
     tokens: list[int]
     text: str | None
     finish_reason: FinishReason
+    logprobs: list[TokenLogprobs] | None = None
+    prompt_logprobs: list[TokenLogprobs] | None = None
+    others: "tuple[Answer, ...]" = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,200 +41,217 @@ class NewToken:
     Attributes:
       index: of the request in the list.
       token: its id.
-      text: what it adds to the text so far; "" within a character, at a stop token, and without
-        a tokenizer. The texts of an answer's tokens join to the answer's text.
+      text: what it makes certain of the text; "" within a character, where a stop text may have
+        begun, at a stop token, and without a tokenizer. The texts of an answer's tokens join to
+        the answer's text.
+      choice: which of the request's answers.
     """
 
     index: int
     token: int
     text: str
+    choice: int = 0
+
+
+@overload
+def generate(
+    model: Pretrained | Engine,
+    requests: Requests,
+    *,
+    max_new_tokens: int | None = ...,
+    options: Options | None = ...,
+    on_token: Callable[[NewToken], None] | None = ...,
+    on_answer: Callable[[Answer], None] | None = ...,
+    config: EngineConfig | None = ...,
+    stream: Literal[False] = ...,
+) -> list[Answer]: ...
+
+
+@overload
+def generate(
+    model: Pretrained | Engine,
+    requests: Requests,
+    *,
+    max_new_tokens: int | None = ...,
+    options: Options | None = ...,
+    config: EngineConfig | None = ...,
+    stream: Literal[True],
+) -> Iterator[NewToken]: ...
 
 
 def generate(
-    pretrained: Pretrained,
+    model: Pretrained | Engine,
     requests: Requests,
     *,
-    max_new_tokens: int = 256,
-    sampling: Sampling | None = None,
+    max_new_tokens: int | None = None,
+    options: Options | None = None,
     on_token: Callable[[NewToken], None] | None = None,
     on_answer: Callable[[Answer], None] | None = None,
-    batching: BatchingConfig | None = None,
-) -> list[Answer]:
+    config: EngineConfig | None = None,
+    stream: bool = False,
+) -> list[Answer] | Iterator[NewToken]:
     """Answer every request; their lengths may differ widely.
 
     An answer does not depend on the other requests, except that a sampled one depends on its place
     in the list and that batches of another size round differently.
 
     Args:
-      pretrained: the model, its tokenizer if it has one, and its generation defaults.
-      requests: what to continue: one request or several, each a Request, a prompt, or a mapping
-        of a Request's fields.
-      max_new_tokens: most tokens of one answer.
-      sampling: how tokens are chosen; None takes the checkpoint's defaults.
+      model: a loaded model; or an engine that serves nobody else meanwhile, whose cache then
+        stays for the next call.
+      requests: what to continue.
+      max_new_tokens: most tokens of one answer; instead of that of `options`.
+      options: how requests are answered that do not say so themselves.
       on_token: called with every token in the order it comes; tokens of different requests
         alternate.
       on_answer: called with every answer in the order of the requests, as soon as it and those
         before it are complete.
-      batching: how much is done at once.
+      config: how much is done at once, for a model that is no engine.
+      stream: return an iterator of tokens; closing it ends what is under way.
 
     Returns:
-      One answer per request, in the order of the requests.
+      One answer per request, in the order of the requests; or the iterator.
 
     Raises:
       RequestError: a request cannot be read, or does not fit the model's positions together with
-        `max_new_tokens`. Nothing has been generated then.
+        its new tokens. Nothing has been generated then.
     """
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens ({max_new_tokens}) must be at least 1.")
-    batching = batching or BatchingConfig()
-    sampling = sampling or default_sampling(pretrained)
-    prompts = read_requests(pretrained, requests)
-    lengths = [_needed_length(pretrained, prompt, max_new_tokens) for prompt in prompts]
-    transcripts = [_Transcript(pretrained, max_new_tokens) for _ in prompts]
+    options = options or Options()
+    if max_new_tokens is not None:
+        options = dataclasses.replace(options, max_new_tokens=max_new_tokens)
+    job = _Job(model, requests, options, config)
+    if stream:
+        return job.tokens()
     answers: list[Answer] = []
-    with pretrained.on_mesh():
-        for batch in batching.batches(lengths):
-            rows = [prompts[index] for index in batch]
-            for row, token in _run_batch(pretrained, rows, max_new_tokens, sampling, batching):
-                text = transcripts[batch[row]].add(token)
-                if on_token is not None:
-                    on_token(NewToken(index=batch[row], token=token, text=text))
-            while len(answers) < len(prompts) and transcripts[len(answers)].is_complete:
-                answers.append(transcripts[len(answers)].answer())
-                if on_answer is not None:
-                    on_answer(answers[-1])
+    for new in job.tokens():
+        if on_token is not None:
+            on_token(new)
+        while len(answers) < len(job) and job.is_complete(len(answers)):
+            answers.append(job.answer(len(answers)))
+            if on_answer is not None:
+                on_answer(answers[-1])
     return answers
 
 
-def default_sampling(pretrained: Pretrained) -> Sampling:
-    """Return the checkpoint's own way to choose tokens; greedy if it names none."""
-    generation = pretrained.generation
-    return Sampling(
-        temperature=generation.temperature, top_p=generation.top_p, top_k=generation.top_k
-    )
+class _Job:
+    """A list of requests and what is known of their answers."""
 
-
-def _needed_length(pretrained: Pretrained, prompt: Prompt, max_new_tokens: int) -> int:
-    length, limit = len(prompt.tokens_T), pretrained.config.text.max_positions
-    # The last new token is never read, so it needs no position.
-    if length + max_new_tokens - 1 > limit:
-        raise RequestError(
-            f"request {prompt.index} has {length} prompt tokens, which with {max_new_tokens} new "
-            f"ones exceed the model's {limit} positions; shorten the prompt, or choose "
-            f"max_new_tokens of at most {max(0, limit - length + 1)}.",
-            prompt.index,
-        )
-    return length + max_new_tokens
-
-
-def _run_batch(
-    pretrained: Pretrained,
-    prompts: Sequence[Prompt],
-    max_new_tokens: int,
-    sampling: Sampling,
-    batching: BatchingConfig,
-) -> Iterator[tuple[int, int]]:
-    """Yield (row, token) in the order the tokens come."""
-    model = pretrained.model
-    cache, last_BD = _prefill(pretrained, prompts, max_new_tokens, batching)
-    stop_ids = pretrained.generation.stop_ids
-    rules = _rules(prompts, len(last_BD), max_new_tokens, sampling, stop_ids)
-    state, new_BT = sample_first(model, cache, last_BD, rules)
-    made = 0
-    while True:
-        made += new_BT.shape[1]
-        # The next steps are under way on the device while these tokens are read here.
-        ahead = None
-        if made < max_new_tokens:
-            state, ahead = decode_steps(model, state, rules, steps=batching.steps)
-        tokens_TB = np.asarray(new_BT).T
-        for tokens_B in tokens_TB:
-            yield from (
-                (row, int(token)) for row, token in enumerate(tokens_B) if token != NO_TOKEN
-            )
-        if ahead is None or (tokens_TB[-1] == NO_TOKEN).all():
-            return
-        new_BT = ahead
-
-
-def _rules(
-    prompts: Sequence[Prompt],
-    num_rows: int,
-    max_new_tokens: int,
-    sampling: Sampling,
-    stop_ids: Sequence[int],
-) -> RowRules:
-    """Lay out what was asked of each row; rows beyond the prompts only fill the batch up."""
-    fill = num_rows - len(prompts)
-    numbers_B = np.asarray([*(prompt.index for prompt in prompts), *[0] * fill])
-    stop_ids_BS = np.full((num_rows, bucket(len(stop_ids), floor=8)), NO_TOKEN, np.int32)
-    stop_ids_BS[:, : len(stop_ids)] = stop_ids
-    return RowRules(
-        sampling=SamplingRows.of([sampling] * num_rows),
-        keys_B=row_keys(np.full(num_rows, sampling.seed, np.uint32), numbers_B),
-        limit_B=np.asarray([max_new_tokens] * len(prompts) + [0] * fill, np.int32),
-        stop_ids_BS=stop_ids_BS,
-    )
-
-
-def _prefill(
-    pretrained: Pretrained, prompts: Sequence[Prompt], max_new_tokens: int, batching: BatchingConfig
-) -> tuple[Cache, jax.Array]:
-    """Read the prompts; return the cache and the hidden state of each one's last token."""
-    model, config = pretrained.model, pretrained.config
-    rows = [prompt.row(config) for prompt in prompts]
-    cache = batching.make_cache(config, [len(row.tokens_T) + max_new_tokens for row in rows])
-    num_rows = cache.lengths_B.shape[0]
-    last_BD = jnp.zeros((num_rows, config.text.embed_dim), config.dtype)
-    lengths_B = np.zeros(num_rows, np.int32)
-    lengths_B[: len(rows)] = [len(row.tokens_T) for row in rows]
-    for chunk in split_prompts(
-        rows, num_rows=num_rows, chunk_length=batching.prefill_length, pad_id=config.pad_id
+    def __init__(
+        self,
+        model: Pretrained | Engine,
+        requests: Requests,
+        options: Options,
+        config: EngineConfig | None,
     ):
-        place_B = lengths_B - 1 - chunk.starts_B
-        ends_B = np.where(place_B < chunk.lengths_B, place_B, -1)
-        cache, last_BD = prefill_chunk(
-            model, cache, last_BD, chunk.tokens_BT, chunk.positions_BT, ends_B, chunk.tiles_NCHW
-        )
-    return cache, last_BD
+        pretrained = model.pretrained if isinstance(model, Engine) else model
+        listed = list_requests(requests)
+        self._prompts = read_requests(pretrained, listed)
+        self._options = [request.options or options for request in listed]
+        self._has_text = pretrained.tokenizer is not None
+        self._engine = make_engine(model, self._prompts, self._options, config)
+        self._parts = [[_Part() for _ in range(options.n)] for options in self._options]
+
+    def __len__(self) -> int:
+        return len(self._prompts)
+
+    def tokens(self) -> Iterator[NewToken]:
+        """Answer; yield every token as it comes."""
+        for index, event in run(self._engine, self._prompts, self._options):
+            part = self._parts[index][event.choice]
+            part.add(event)
+            for token, text in zip(event.tokens, event.texts, strict=True):
+                yield NewToken(index=index, token=token, text=text, choice=event.choice)
+
+    def is_complete(self, index: int) -> bool:
+        return all(part.finish_reason for part in self._parts[index])
+
+    def answer(self, index: int) -> Answer:
+        first, *others = (part.answer(self._has_text) for part in self._parts[index])
+        self._parts[index] = []
+        return dataclasses.replace(first, others=tuple(others))
 
 
-class _Transcript:
+class _Part:
     """One answer in the making."""
 
-    def __init__(self, pretrained: Pretrained, max_new_tokens: int):
-        self._stop_ids = set(pretrained.generation.stop_ids)
-        self._limit = max_new_tokens
-        self._decoder = _decoder(pretrained.tokenizer)
+    def __init__(self):
+        self.finish_reason: FinishReason | None = None
         self._tokens: list[int] = []
         self._texts: list[str] = []
+        self._logprobs: list[TokenLogprobs] | None = None
+        self._prompt_logprobs: list[TokenLogprobs] | None = None
 
-    @property
-    def is_stopped(self) -> bool:
-        return self._tokens[-1:] != [] and self._tokens[-1] in self._stop_ids
+    def add(self, event: Event) -> None:
+        self._tokens += event.tokens
+        self._texts += event.texts
+        if event.logprobs is not None:
+            self._logprobs = [*(self._logprobs or []), *event.logprobs]
+        self._prompt_logprobs = event.prompt_logprobs or self._prompt_logprobs
+        self.finish_reason = event.finish_reason
 
-    @property
-    def is_complete(self) -> bool:
-        return self.is_stopped or len(self._tokens) == self._limit
-
-    def add(self, token: int) -> str:
-        """Append a token; return the text it adds."""
-        self._tokens.append(token)
-        if self._decoder is None:
-            return ""
-        text = "" if self.is_stopped else self._decoder.push([token])
-        if self.is_complete:
-            text += self._decoder.finish()
-        self._texts.append(text)
-        return text
-
-    def answer(self) -> Answer:
+    def answer(self, has_text: bool) -> Answer:
+        assert self.finish_reason is not None
         return Answer(
             tokens=self._tokens,
-            text=None if self._decoder is None else "".join(self._texts),
-            finish_reason="stop" if self.is_stopped else "length",
+            text="".join(self._texts) if has_text else None,
+            finish_reason=self.finish_reason,
+            logprobs=self._logprobs,
+            prompt_logprobs=self._prompt_logprobs,
         )
 
 
-def _decoder(tokenizer: Tokenizer | None) -> StreamDecoder | None:
-    return None if tokenizer is None else StreamDecoder(tokenizer)
+def make_engine(
+    model: Pretrained | Engine,
+    prompts: Sequence[Prompt],
+    options: Sequence[Options],
+    config: EngineConfig | None,
+) -> Engine:
+    """Return the engine, or one with a cache for these requests alone; check that all fit.
+
+    Raises:
+      ValueError: for the first request that does not.
+    """
+    if isinstance(model, Engine):
+        if config is not None:
+            raise ValueError("an engine has its config already; leave config out.")
+        engine = model
+    else:
+        lengths = [
+            (len(prompt.tokens_T) + o.max_new_tokens) * o.n
+            for prompt, o in zip(prompts, options, strict=True)
+        ]
+        engine = Engine(model, config, tokens=sum(lengths) or 1)
+    for prompt, o in zip(prompts, options, strict=True):
+        engine.check(prompt, o)
+    return engine
+
+
+def run(
+    engine: Engine, prompts: Sequence[Prompt], options: Sequence[Options]
+) -> Iterator[tuple[int, Event]]:
+    """Serve requests, a few more than there are rows at a time; yield (index, event)."""
+    left = iter(zip(range(len(prompts)), prompts, options, strict=True))
+    index_of: dict[int, int] = {}
+    open_choices: dict[int, int] = {}
+    try:
+        while True:
+            while len(open_choices) < 2 * engine.config.max_rows:
+                following = next(left, None)
+                if following is None:
+                    break
+                index, prompt, wanted = following
+                request = engine.submit(prompt, wanted)
+                index_of[request], open_choices[request] = index, wanted.n
+            if not open_choices:
+                return
+            for event in engine.step():
+                if event.finish_reason is not None:
+                    open_choices[event.request] -= 1
+                    if not open_choices[event.request]:
+                        del open_choices[event.request]
+                yield index_of[event.request], event
+    finally:
+        for request in open_choices:
+            engine.cancel(request)
+        if open_choices:
+            engine.step()
+            engine.settle()

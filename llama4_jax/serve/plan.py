@@ -9,6 +9,11 @@ import numpy as np
 from llama4_jax.serve.pages import PageNames
 
 
+def bucket(size: int, *, floor: int = 1) -> int:
+    """Return the smallest power of two that is at least `size` and at least `floor`."""
+    return max(floor, 1 << max(0, size - 1).bit_length())
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheLayout:
     """How many pages there are, and what a row needs of them.

@@ -20,8 +20,8 @@ from llama4_jax.data import (
     stack_tiles,
 )
 from llama4_jax.pretrained import Pretrained
-from llama4_jax.serve.chunks import Row
 from llama4_jax.serve.dialogue import dialogue_tokens, place_images
+from llama4_jax.serve.options import Options
 from llama4_jax.text import Message, Tokenizer, images_of
 from llama4_jax.untrusted import shown
 
@@ -48,12 +48,19 @@ class Request:
       tokens: ids, read as they are. Images fill the patch tokens already among them, in order.
       images: whatever `data.load_image` reads: paths, bytes of picture files, `data:` URLs, arrays
         [H, W, 3] or [H, W] of uint8, or pictures.
+      options: how it is answered; None leaves it to the caller.
+      continue_final_message: whether the answer goes on with the last message, the assistant's.
+      allow_special: whether special tokens spelled in texts become their ids. Leave it off when
+        anybody else wrote any of them.
     """
 
     prompt: str | None = None
     messages: Sequence[Message | Mapping[str, Any]] | None = None
     tokens: Sequence[int] | None = None
     images: Sequence[ImageSource] = ()
+    options: Options | None = None
+    continue_final_message: bool = False
+    allow_special: bool = False
 
     def __post_init__(self):
         names = ("prompt", "messages", "tokens")
@@ -65,6 +72,25 @@ class Request:
             raise ValueError(f"prompt must be a text, not {type(self.prompt).__name__}.")
         if isinstance(self.images, str | bytes) or not isinstance(self.images, Sequence):
             raise ValueError("images must be a list, even of one image.")
+        if self.options is not None and not isinstance(self.options, Options):
+            raise ValueError(f"options must be Options, not {type(self.options).__name__}.")
+        if self.continue_final_message and self.messages is None:
+            raise ValueError("continue_final_message is for messages.")
+
+
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
+class Row:
+    """One row to read: its tokens, and the tiles that fill its patch tokens in order.
+
+    Attributes:
+      tokens_T: int32 [T].
+      tiles_NCHW: float32 [N, C, height, width]; N may be 0.
+      tile_spans_N2: int [N, 2], the first and last patch token of every tile.
+    """
+
+    tokens_T: np.ndarray
+    tiles_NCHW: np.ndarray
+    tile_spans_N2: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -169,9 +195,16 @@ def _read(pretrained: Pretrained, request: Request) -> tuple[list[int], Sequence
         messages = place_images(request.messages, request.images)
         images = [image.source for image in images_of(messages)]
         runs = _image_runs(config, tokenizer, images)
-        return dialogue_tokens(pretrained, messages, runs), images
+        tokens = dialogue_tokens(
+            pretrained,
+            messages,
+            runs,
+            allow_special=request.allow_special,
+            continue_final=request.continue_final_message,
+        )
+        return tokens, images
     runs = _image_runs(config, tokenizer, request.images)
-    text = tokenizer.encode(request.prompt or "")
+    text = tokenizer.encode(request.prompt or "", allow_special=request.allow_special)
     return [config.bos_id, *(token for run in runs for token in run), *text], request.images
 
 

@@ -1,6 +1,6 @@
 """Choose the next token of every row from its logits; rows of a batch may differ in all numbers."""
 
-import dataclasses
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -8,94 +8,99 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How a next token is drawn.
-
-    Attributes:
-      temperature: logits are divided by it; 0 takes the likeliest token and ignores the rest.
-      top_p: keep, in falling order of probability, the tokens before which at most this much
-        probability lies; in (0, 1], 1 keeps all. The likeliest token is always kept.
-      top_k: keep only this many likeliest tokens, None keeps all. It acts before top_p.
-      seed: of the random draws; the same seed, request and place in the list draw the same.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    seed: int = 0
-
-    def __post_init__(self):
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(
-                f"temperature ({self.temperature}) must be a finite number of at least 0; "
-                "0 takes the likeliest token, 1 samples the model's own distribution."
-            )
-        if not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"top_p ({self.top_p}) must be above 0 and at most 1; 1 keeps every token."
-            )
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(
-                f"top_k ({self.top_k}) must be at least 1; leave it out to keep every token."
-            )
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"seed ({self.seed}) must lie in 0..{2**32 - 1}.")
-
+from llama4_jax.serve.options import Options
 
 Numbers = jax.Array | np.ndarray
 
 
-class SamplingRows(NamedTuple):
-    """The numbers of `Sampling` for every row of a batch: other numbers are no new program.
+class DrawRows(NamedTuple):
+    """How every row of a batch draws: arrays, so that other numbers are no new program.
 
     Attributes:
       temperature_B: float32.
       top_p_B: float32.
+      min_p_B: float32.
       top_k_B: int32; 0 keeps every token.
+      keys_B2: uint32, the key of each row's answer.
     """
 
     temperature_B: Numbers
     top_p_B: Numbers
+    min_p_B: Numbers
     top_k_B: Numbers
+    keys_B2: Numbers
 
     @staticmethod
-    def of(rows: Sequence[Sampling]) -> "SamplingRows":
-        """Collect the numbers of each row, as NumPy arrays."""
-        return SamplingRows(
+    def of(rows: Sequence[Options], keys: Sequence[np.ndarray]) -> "DrawRows":
+        """Collect the numbers of each row, resolved, as NumPy arrays."""
+        return DrawRows(
             np.asarray([row.temperature for row in rows], np.float32),
             np.asarray([row.top_p for row in rows], np.float32),
-            np.asarray([min(row.top_k or 0, 2**31 - 1) for row in rows], np.int32),
+            np.asarray([row.min_p for row in rows], np.float32),
+            np.asarray([row.top_k for row in rows], np.int32),
+            np.asarray(keys, np.uint32).reshape(len(rows), 2),
         )
 
 
-def row_keys(seeds_B: Numbers, rows_B: Numbers) -> jax.Array:
-    """Derive one random key per row from its seed and its own number.
+class Changes(NamedTuple):
+    """What happens to the logits of single tokens; I of them in each row.
 
-    A row's draws then depend on these only, never on its neighbours in a batch.
-
-    Args:
-      seeds_B: uint32 [B].
-      rows_B: int32 [B], the number of each row.
-
-    Returns:
-      Typed random keys [B].
+    Attributes:
+      ids_BI: int32; one beyond the vocabulary is padding.
+      bias_BI: float32, added first.
+      factor_BI: float32, divides a positive logit and multiplies a negative one then.
+      minus_BI: float32, subtracted last.
     """
-    return jax.vmap(lambda seed, row: jax.random.fold_in(jax.random.key(seed), row))(
-        jnp.asarray(seeds_B, jnp.uint32), jnp.asarray(rows_B, jnp.int32)
-    )
+
+    ids_BI: Numbers
+    bias_BI: Numbers
+    factor_BI: Numbers
+    minus_BI: Numbers
 
 
-def sample(logits_BV: jax.Array, keys_B: jax.Array, rows: SamplingRows) -> jax.Array:
+def answer_key(seed: int, *numbers: int) -> np.ndarray:
+    """Return the random key of one answer, uint32 [2], from its seed and what tells it apart.
+
+    Its draws then depend on these and on their positions only, never on neighbours in a batch.
+    """
+    text = ",".join(map(str, (seed, *numbers)))
+    digest = hashlib.blake2b(text.encode(), digest_size=8).digest()
+    return np.frombuffer(digest, np.uint32)
+
+
+def position_keys(keys_B2: Numbers, positions_B: Numbers) -> jax.Array:
+    """Return typed random keys [B] of draws at these int32 positions."""
+    keys_B = jax.random.wrap_key_data(jnp.asarray(keys_B2), impl="threefry2x32")
+    return jax.vmap(jax.random.fold_in)(keys_B, jnp.asarray(positions_B))
+
+
+def change_logits(logits_BV: jax.Array, changes: Changes) -> jax.Array:
+    """Apply biases and penalties to float32 logits."""
+    rows_B1 = jnp.arange(logits_BV.shape[0])[:, None]
+    ids_BI = jnp.asarray(changes.ids_BI)
+    found_BI = logits_BV.at[rows_B1, ids_BI].get(mode="fill", fill_value=0) + changes.bias_BI
+    factor_BI = changes.factor_BI
+    found_BI = jnp.where(found_BI > 0, found_BI / factor_BI, found_BI * factor_BI)
+    return logits_BV.at[rows_B1, ids_BI].set(found_BI - changes.minus_BI, mode="drop")
+
+
+def mask_logits(logits_BV: jax.Array, allowed_BW: Numbers) -> jax.Array:
+    """Rule out every token whose bit is not set: bit i % 32 of uint32 word i // 32."""
+    ids_V = jnp.arange(logits_BV.shape[-1])
+    word_BV = jnp.asarray(allowed_BW)[:, ids_V // 32]
+    is_allowed_BV = (word_BV >> (ids_V % 32).astype(jnp.uint32)) & 1 == 1
+    return jnp.where(is_allowed_BV, logits_BV, -jnp.inf)
+
+
+def sample(logits_BV: jax.Array, positions_B: Numbers, rows: DrawRows) -> jax.Array:
     """Draw one token per row.
 
     What no row of a batch asks for is not computed: neither draws where all are greedy, nor ranks
-    where none has top_k or top_p.
+    where none has top_p or top_k.
 
     Args:
       logits_BV: float32 [B, V].
-      keys_B: typed random keys [B], one for each row's draw; unused at temperature 0.
+      positions_B: int32 [B], where the drawn tokens will stand.
       rows: how each row draws.
 
     Returns:
@@ -111,13 +116,14 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, rows: SamplingRows) -> jax.A
             scores_BV = logits_BV - jnp.max(logits_BV, axis=-1, keepdims=True)
             warmth_B = jnp.where(is_greedy_B, 1.0, rows.temperature_B)
             scores_BV = scores_BV.astype(jnp.float32) / warmth_B[:, None]
-            is_any_cut = jnp.any(is_cut_B & ~is_greedy_B)
             scores_BV = jax.lax.cond(
-                is_any_cut,
+                jnp.any(is_cut_B & ~is_greedy_B),
                 lambda s: keep_top_p(keep_top_k(s, rows.top_k_B), rows.top_p_B),
                 lambda s: s,
                 scores_BV,
             )
+            scores_BV = jnp.where(scores_BV >= jnp.log(rows.min_p_B)[:, None], scores_BV, -jnp.inf)
+            keys_B = position_keys(rows.keys_B2, positions_B)
             drawn_B = jax.vmap(jax.random.categorical)(keys_B, scores_BV).astype(jnp.int32)
             return jnp.where(is_greedy_B, greedy_B, drawn_B)
 

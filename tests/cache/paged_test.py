@@ -55,14 +55,17 @@ def read(model, pools, calls, seed=0):
         count = -(-length // PAGE)
         whole_BW[row, :count] = whole[taken : taken + count]
         taken += count
-    chunk_BW = rng.permutation(PAGES)[: ROWS * CHUNK // PAGE].reshape(ROWS, -1).astype(np.int32)
+    of_chunk = CHUNK // PAGE  # pages; even chunks of a row have some, odd chunks others
+    chunk_Bcw = rng.permutation(PAGES)[: 2 * ROWS * of_chunk].reshape(ROWS, 2, of_chunk)
     found = [[] for _ in LENGTHS]
     for length, spans in calls:
         tokens_BT = np.zeros((ROWS, length), np.int32)
         positions_BT = np.full((ROWS, length), -1, np.int32)
+        chunk_BW = np.zeros((ROWS, 2 * of_chunk), np.int32)
         for row, (start, end) in spans.items():
             tokens_BT[row, : end - start] = tokens_of(row)[start:end]
             positions_BT[row, : end - start] = np.arange(start, end)
+            chunk_BW[row] = np.roll(chunk_Bcw[row], start // CHUNK, axis=0).ravel()
         logits, pools = forward(model, pools, tokens_BT, positions_BT, whole_BW, chunk_BW)
         for row, (start, end) in spans.items():
             found[row].append(np.asarray(logits)[row, : end - start])
@@ -70,12 +73,12 @@ def read(model, pools, calls, seed=0):
 
 
 def calls_of(most, lengths=LENGTHS):
-    """Cut every row into calls of at most so many tokens, none over the end of a chunk."""
+    """Cut every row into calls of at most so many tokens, none over the end of the next chunk."""
     starts, calls = [0] * len(lengths), []
     while any(start < length for start, length in zip(starts, lengths, strict=True)):
         spans = {}
         for row, length in enumerate(lengths):
-            end = min(starts[row] + most, length, (starts[row] // CHUNK + 1) * CHUNK)
+            end = min(starts[row] + most, length, (starts[row] // CHUNK + 2) * CHUNK)
             if end > starts[row]:
                 spans[row] = (starts[row], end)
                 starts[row] = end

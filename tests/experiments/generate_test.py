@@ -13,7 +13,7 @@ from experiments import flags as shared
 from experiments import generate as command
 from experiments import terminal
 from llama4_jax.pretrained import from_pretrained
-from llama4_jax.serve import Answer, NewToken, Request, Sampling, generate
+from llama4_jax.serve import Answer, EngineConfig, NewToken, Options, Request, generate
 from llama4_jax.text import Image
 from tests.serve import tiny
 
@@ -144,36 +144,50 @@ def settings_of(monkeypatch, folder, *arguments):
 
 
 @pytest.mark.parametrize(
-    ("argument", "sampling"),
+    ("argument", "options"),
     [
-        ("--temperature=0.5", Sampling(temperature=0.5)),
-        ("--top_p=0.5", Sampling(top_p=0.5)),
-        ("--top_k=5", Sampling(top_k=5)),
-        ("--seed=5", Sampling(seed=5)),
+        ("--max_new_tokens=3", Options(max_new_tokens=3, stop=[])),
+        ("--temperature=0.5", Options(temperature=0.5, stop=[])),
+        ("--top_p=0.5", Options(top_p=0.5, stop=[])),
+        ("--top_k=5", Options(top_k=5, stop=[])),
+        ("--seed=5", Options(seed=5, stop=[])),
+        ("--stop=a", Options(stop=["a"])),
+        (
+            '--options={"n": 2, "min_p": 0.1, "logit_bias": {"7": 1.5}}',
+            Options(n=2, min_p=0.1, logit_bias={7: 1.5}, stop=[]),
+        ),
     ],
 )
-def test_every_flag_of_sampling_reaches_it(monkeypatch, folder, argument, sampling):
-    assert settings_of(monkeypatch, folder, argument)["sampling"] == sampling
+def test_every_flag_of_an_answer_reaches_it(monkeypatch, folder, argument, options):
+    assert settings_of(monkeypatch, folder, argument)["options"] == options
 
 
-def test_the_checkpoint_s_own_sampling_holds_where_no_flag_says_otherwise(
-    monkeypatch, folder, tmp_path
-):
-    own = tmp_path / "own"
-    own.mkdir()
-    for file in (folder / "checkpoint").iterdir():
-        (own / file.name).symlink_to(file)
-    (own / "generation_config.json").unlink()
-    config = {"do_sample": True, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 7]}
-    (own / "generation_config.json").write_text(json.dumps(config))
-    settings = settings_of(monkeypatch, folder, f"--checkpoint={own}", "--top_p=0.5")
-    assert settings["sampling"] == Sampling(temperature=0.6, top_p=0.5)
-    assert settings["pretrained"].generation.stop_ids == (1, 7)
+@pytest.mark.parametrize(
+    ("argument", "sizes"),
+    [
+        ("--kv_cache=int8", {"kv_cache": "int8"}),
+        ("--speculate=ngram", {"speculate": "ngram"}),
+        ("--max_rows=3", {"max_rows": 3}),
+    ],
+)
+def test_every_flag_of_the_engine_reaches_it(monkeypatch, folder, argument, sizes):
+    assert settings_of(monkeypatch, folder, argument)["config"] == EngineConfig(**sizes)
 
 
-def test_max_new_tokens_and_dtype_and_mesh_reach_the_model(monkeypatch, folder):
-    settings = settings_of(monkeypatch, folder, "--max_new_tokens=3")
-    assert settings["max_new_tokens"] == 3
+def test_a_line_s_own_options_stand_before_those_of_the_flags(folder, tmp_path):
+    lines = [{"prompt": "a", "max_new_tokens": 2, "logprobs": 1, "n": 2}, {"prompt": "a"}]
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    output = tmp_path / "out.jsonl"
+    run(folder, f"--input={tmp_path / 'in.jsonl'}", f"--output={output}", "--max_new_tokens=3")
+    first, second = map(json.loads, output.read_text().splitlines())
+    assert (len(first["tokens"]), len(second["tokens"])) == (2, 3)
+    assert [len(each["likeliest"]) for each in first["logprobs"]] == [1, 1]
+    assert len(first["others"]) == 1
+    assert second.keys() == {"tokens", "text", "finish_reason"}
+
+
+def test_dtype_and_mesh_reach_the_model(monkeypatch, folder):
+    settings = settings_of(monkeypatch, folder)
     assert settings["pretrained"].config.dtype == "float32"
     assert settings["pretrained"].mesh is None
     settings = settings_of(monkeypatch, folder, "--dtype=bfloat16", "--mesh=data:4,tensor:2")
@@ -194,9 +208,13 @@ def test_max_new_tokens_and_dtype_and_mesh_reach_the_model(monkeypatch, folder):
         (["--prompt=a", "--image=absent.png"], "no image file 'absent.png'"),
         (["--prompt=a", "--top_p=1.5"], r"--top_p \(1.5\)"),
         (["--prompt=a", "--temperature=-1"], r"--temperature \(-1.0\)"),
-        (["--prompt=a", "--top_k=0"], r"--top_k \(0\)"),
+        (["--prompt=a", "--top_k=-1"], r"--top_k \(-1\)"),
         (["--prompt=a", "--seed=-1"], r"--seed \(-1\)"),
-        (["--prompt=a", "--max_new_tokens=0"], "--max_new_tokens=0"),
+        (["--prompt=a", "--max_new_tokens=0"], r"--max_new_tokens \(0\)"),
+        (["--prompt=a", "--options={"], "--options: "),
+        (["--prompt=a", "--options=[1]"], "--options: expected a JSON object, found list"),
+        (["--prompt=a", '--options={"m": 1}'], "--options: unknown field 'm'; an answer has"),
+        (["--prompt=a", '--options={"n": 0}'], r"--options: n \(0\) must lie in 1..128"),
         (["--prompt=a", "--output=IN"], "in.jsonl exists"),
         (["--prompt=a", "--mesh=expert:3"], "spreads over 3 devices"),
         (["--prompt=a", "--checkpoint=absent"], "--checkpoint=absent does not exist"),
@@ -223,7 +241,8 @@ def test_contradictory_flags_are_refused_before_anything_is_loaded(
 @pytest.mark.parametrize(
     ("line", "says"),
     [
-        ('{"prompt": "a", "temperature": 1}', ":2: unknown field 'temperature'"),
+        ('{"prompt": "a", "warmth": 1}', ":2: unknown field 'warmth'"),
+        ('{"prompt": "a", "temperature": -1}', r":2: temperature \(-1\) must lie in"),
         ('{"prompt": "a", "tokens": [1]}', ":2: a request has one of prompt, messages and tokens"),
         ('{"prompt": "a", "images": ["absent.png"]}', ":2: there is no image file 'absent.png'"),
         ('{"prompt": "a", "images": null}', ":2: images must be a list"),
@@ -249,9 +268,9 @@ def test_a_bad_line_is_named_before_anything_is_loaded(folder, monkeypatch, tmp_
 def test_a_dialogue_remembers_what_was_said_and_ends_at_exit(folder, monkeypatch, capsys):
     seen = []
 
-    def echo(pretrained, requests, *, on_token, sampling, max_new_tokens):
+    def echo(engine, requests, *, on_token, options):
         (request,) = requests
-        seen.append((list(request.messages), sampling.seed, max_new_tokens))
+        seen.append((list(request.messages), options.seed, options.max_new_tokens))
         text = f"answer {len(seen)}"
         on_token(NewToken(index=0, token=1, text=text))
         return [Answer(tokens=[1], text=text, finish_reason="stop")]

@@ -64,14 +64,19 @@ def test_without_an_output_scores_are_printed(folder, capsys):
     assert json.loads(capsys.readouterr().out)["tokens"] == [7]
 
 
-def test_dtype_and_mesh_reach_the_model(folder, monkeypatch):
+def test_dtype_mesh_and_kv_cache_reach_the_model(folder, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        command, "score", lambda p, *_, **__: seen.append((p.config.dtype, p.mesh is not None))
+        command,
+        "score",
+        lambda p, *_, config, **__: seen.append(
+            (p.config.dtype, p.mesh is not None, config.kv_cache)
+        ),
     )
     run(folder, [{"tokens": [7]}])
-    run(folder, [{"tokens": [7]}], "--dtype=bfloat16", "--mesh=expert:4,tensor:2")
-    assert seen == [("float32", False), ("bfloat16", True)]
+    how = "--dtype=bfloat16", "--mesh=expert:4,tensor:2", "--kv_cache=fp8"
+    run(folder, [{"tokens": [7]}], *how)
+    assert seen == [("float32", False, "auto"), ("bfloat16", True, "fp8")]
 
 
 @pytest.mark.parametrize(

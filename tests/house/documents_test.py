@@ -131,7 +131,10 @@ def test_every_package_has_a_lower_and_an_upper_bound():
 def test_what_the_sources_import_is_what_the_list_names():
     names = requirement_names(read("requirements.txt").splitlines())
     listed = {MODULE_OF.get(name, name.replace("-", "_")) for name in names}
-    known = listed | BROUGHT_BY_JAX | set(sys.stdlib_module_names) | {*tree.SOURCE_FOLDERS}
+    extras = PROJECT["project"]["optional-dependencies"]
+    optional = requirement_names(extras["grammar"])
+    known = listed | optional | BROUGHT_BY_JAX
+    known |= {*sys.stdlib_module_names, *tree.SOURCE_FOLDERS}
     unused = set(listed)
     for path in tree.python_files(*tree.SOURCE_FOLDERS):
         roots = {name.split(".")[0] for name in tree.imported_modules(path)}

@@ -34,7 +34,7 @@ from bench_report import Comparison
 from experiments.benchmark.report import write_json
 from llama4_jax import from_pretrained
 from llama4_jax.pretrained import GenerationDefaults, Pretrained
-from llama4_jax.serve import BatchingConfig, Request, Sampling, generate
+from llama4_jax.serve import EngineConfig, Options, Request, generate
 
 HERE = pathlib.Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -106,9 +106,9 @@ class Ours:
             self.pretrained,
             requests,
             max_new_tokens=length,
-            sampling=Sampling(temperature=0),
+            options=Options(temperature=0),
             # At once, as transformers reads it.
-            batching=BatchingConfig(prefill_length=bench_case.LENGTH),
+            config=EngineConfig(max_rows=1, step_tokens=bench_case.LENGTH),
         )
         return answer.tokens
 

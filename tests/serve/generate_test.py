@@ -6,16 +6,16 @@ import pytest
 
 from llama4_jax.data import preprocess, stack_tiles
 from llama4_jax.pretrained import GenerationDefaults, from_pretrained, save_pretrained
-from llama4_jax.serve import BatchingConfig, Request, Sampling, generate, steps
+from llama4_jax.serve import Engine, EngineConfig, Options, Request, generate
 from llama4_jax.serve.requests import read_requests
 from tests.serve import tiny
 
 # Chunks hold 8 tokens: these prompts end before, at and after chunk edges, one far beyond.
 LENGTHS = (33, 1, 8, 15)
 NEW = 20
-SMALL = BatchingConfig(rows=4, prefill_length=16, steps=4)
-SINGLE = dataclasses.replace(SMALL, rows=1)
-HOT = Sampling(temperature=1.0, top_p=0.95, seed=5)
+SMALL = EngineConfig(max_rows=4, step_tokens=32, page_size=4)
+SINGLE = dataclasses.replace(SMALL, max_rows=1)
+HOT = Options(temperature=1.0, top_p=0.95, seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def requests():
 
 @pytest.fixture(scope="module")
 def answers(pretrained, requests):
-    return generate(pretrained, requests, max_new_tokens=NEW, batching=SMALL)
+    return generate(pretrained, requests, max_new_tokens=NEW, config=SMALL)
 
 
 def with_stops(pretrained, *stop_ids):
@@ -45,53 +45,36 @@ def test_greedy_answers_equal_the_argmax_loop_across_chunks_in_request_order(req
 
 
 def test_an_answer_does_not_depend_on_the_batch(pretrained, requests, answers):
-    alone = generate(pretrained, requests, max_new_tokens=NEW, batching=SINGLE)
+    alone = generate(pretrained, requests, max_new_tokens=NEW, config=SINGLE)
     assert alone == answers
 
 
-def test_other_lengths_sampling_and_stops_compile_no_new_program(pretrained, answers):
-    programs = (steps.prefill_chunk, steps.sample_first, steps.decode_steps)
-    before = [program._cache_size() for program in programs]
-    requests = [Request(tokens=tiny.random_tokens(n, n)) for n in (5, 20, 40, 9)]
-    for sampling, stop_ids in (
-        (Sampling(seed=9), (tiny.EOT,)),
-        (Sampling(temperature=0.7, top_p=0.9, seed=1), ()),
-        (Sampling(temperature=1.3, top_k=5), (tiny.EOT, 3, 4)),
-    ):
-        own = with_stops(pretrained, *stop_ids)
-        generate(own, requests, max_new_tokens=11, sampling=sampling, batching=SMALL)
-    assert [program._cache_size() for program in programs] == before
-
-
-def test_a_sampled_answer_does_not_depend_on_the_batch_or_the_steps(pretrained, requests):
-    together = generate(pretrained, requests, max_new_tokens=6, sampling=HOT, batching=SMALL)
-    batching = dataclasses.replace(SINGLE, steps=3)
-    apart = generate(pretrained, requests, max_new_tokens=6, sampling=HOT, batching=batching)
+def test_a_sampled_answer_does_not_depend_on_the_batch(pretrained, requests):
+    together = generate(pretrained, requests, max_new_tokens=6, options=HOT, config=SMALL)
+    apart = generate(pretrained, requests, max_new_tokens=6, options=HOT, config=SINGLE)
     assert apart == together
-    assert together != generate(pretrained, requests, max_new_tokens=6, batching=SMALL)
+    assert together != generate(pretrained, requests, max_new_tokens=6, config=SMALL)
 
 
 def test_the_same_prompt_twice_is_sampled_differently_and_again_the_same(pretrained):
     twice = [Request(prompt="a")] * 2
-    first, second = generate(pretrained, twice, max_new_tokens=6, sampling=HOT, batching=SINGLE)
+    first, second = generate(pretrained, twice, max_new_tokens=6, options=HOT, config=SINGLE)
     assert first.tokens != second.tokens
-    again = generate(pretrained, twice, max_new_tokens=6, sampling=HOT, batching=SINGLE)
+    again = generate(pretrained, twice, max_new_tokens=6, options=HOT, config=SINGLE)
     assert again == [first, second]
     other = generate(
         pretrained,
         twice,
         max_new_tokens=6,
-        sampling=dataclasses.replace(HOT, seed=6),
-        batching=SINGLE,
+        options=dataclasses.replace(HOT, seed=6),
+        config=SINGLE,
     )
     assert other != again
 
 
 def test_tokens_stream_in_order_and_their_texts_join_to_the_answer(pretrained, requests):
     seen = []
-    answers = generate(
-        pretrained, requests, max_new_tokens=NEW, batching=SMALL, on_token=seen.append
-    )
+    answers = generate(pretrained, requests, max_new_tokens=NEW, config=SMALL, on_token=seen.append)
     for index, answer in enumerate(answers):
         assert [new.token for new in seen if new.index == index] == answer.tokens
         assert "".join(new.text for new in seen if new.index == index) == answer.text
@@ -99,26 +82,24 @@ def test_tokens_stream_in_order_and_their_texts_join_to_the_answer(pretrained, r
 
 
 def test_answers_are_delivered_in_request_order_as_soon_as_possible(pretrained, requests, answers):
-    events = []
-    batching = dataclasses.replace(SINGLE, window=2)
+    seen, events = [], []
     generate(
         pretrained,
         requests,
         max_new_tokens=4,
-        batching=batching,
+        config=SMALL,
         on_token=lambda new: events.append(new.index),
-        on_answer=lambda answer: events.append(answer.tokens),
+        on_answer=lambda answer: (seen.append(answer.tokens), events.append("answer")),
     )
-    first, second, third, fourth = (answer.tokens[:4] for answer in answers)
-    # The shorter of each window runs first; the longer, which comes before it, is awaited.
-    wanted = [1] * 4 + [0] * 4 + [first, second] + [2] * 4 + [third] + [3] * 4 + [fourth]
-    assert events == wanted
+    assert seen == [answer.tokens[:4] for answer in answers]
+    # The first answer is delivered once it is complete, whatever the others still lack.
+    assert events.index("answer") == [i for i, e in enumerate(events) if e == 0][3] + 1
 
 
 def test_a_stop_token_ends_its_row_alone_and_stays_out_of_the_text(pretrained, requests, answers):
     stop = answers[0].tokens[5]
     stopped = generate(
-        with_stops(pretrained, stop, tiny.EOT), requests, max_new_tokens=NEW, batching=SMALL
+        with_stops(pretrained, stop, tiny.EOT), requests, max_new_tokens=NEW, config=SMALL
     )
     for answer, whole in zip(stopped, answers, strict=True):
         end = whole.tokens.index(stop) + 1 if stop in whole.tokens else NEW
@@ -131,7 +112,7 @@ def test_a_stop_token_ends_its_row_alone_and_stays_out_of_the_text(pretrained, r
 
 def test_max_new_tokens_of_one_and_of_an_odd_number_are_exact(pretrained, requests, answers):
     for count in (1, 7):
-        short = generate(pretrained, requests, max_new_tokens=count, batching=SMALL)
+        short = generate(pretrained, requests, max_new_tokens=count, config=SMALL)
         assert [a.tokens for a in short] == [a.tokens[:count] for a in answers]
 
 
@@ -139,36 +120,34 @@ def test_the_checkpoint_s_own_sampling_is_the_default(pretrained):
     hot = GenerationDefaults(temperature=1.0, top_p=0.95, stop_ids=(tiny.EOT,))
     own = dataclasses.replace(pretrained, generation=hot)
     requests = [Request(prompt="a")]
-    by_default = generate(own, requests, max_new_tokens=6, batching=SMALL)
+    by_default = generate(own, requests, max_new_tokens=6, config=SMALL)
     named = dataclasses.replace(HOT, seed=0)
     assert by_default == generate(
-        pretrained, requests, max_new_tokens=6, sampling=named, batching=SMALL
+        pretrained, requests, max_new_tokens=6, options=named, config=SMALL
     )
 
 
 def test_a_prompt_begins_with_the_begin_of_text_token_and_types_no_special_token(pretrained):
-    (by_text,) = generate(
-        pretrained, [Request(prompt="a<|eot|>")], max_new_tokens=3, batching=SMALL
-    )
+    (by_text,) = generate(pretrained, [Request(prompt="a<|eot|>")], max_new_tokens=3, config=SMALL)
     tokens = [tiny.BOS, *b"a<|eot|>"]
-    (by_ids,) = generate(pretrained, [Request(tokens=tokens)], max_new_tokens=3, batching=SMALL)
+    (by_ids,) = generate(pretrained, [Request(tokens=tokens)], max_new_tokens=3, config=SMALL)
     assert by_text == by_ids
 
 
 def test_a_request_may_fill_the_model_s_positions_and_not_exceed_them(pretrained):
     full = Request(tokens=tiny.random_tokens(0, tiny.LONGEST))
-    (answer,) = generate(pretrained, [full], max_new_tokens=1, batching=SMALL)
+    (answer,) = generate(pretrained, [full], max_new_tokens=1, config=SMALL)
     assert answer.tokens == tiny.greedy(full.tokens, 1)
     says = r"request 1 has 128 prompt tokens, which with 2 new ones exceed the model's 128 positions.*at most 1\."  # noqa: E501
     with pytest.raises(ValueError, match=says):
-        generate(pretrained, [Request(prompt="a"), full], max_new_tokens=2, batching=SMALL)
+        generate(pretrained, [Request(prompt="a"), full], max_new_tokens=2, config=SMALL)
     with pytest.raises(ValueError, match=r"max_new_tokens \(0\)"):
         generate(pretrained, [full], max_new_tokens=0)
 
 
 def test_without_a_tokenizer_tokens_are_served_and_text_is_refused(pretrained, requests, answers):
     bare = dataclasses.replace(pretrained, tokenizer=None)
-    (answer,) = generate(bare, requests[:1], max_new_tokens=4, batching=SMALL)
+    (answer,) = generate(bare, requests[:1], max_new_tokens=4, config=SMALL)
     assert answer.tokens == answers[0].tokens[:4]
     assert answer.text is None
     with pytest.raises(ValueError, match="request 0: the checkpoint has no tokenizer"):
@@ -182,14 +161,14 @@ def test_images_are_read_in_any_row_of_a_batch_and_across_chunks(pretrained):
         Request(prompt="two", images=pictures),
         Request(messages=[{"role": "user", "content": "one"}], images=pictures[1:]),
     ]
-    answers = generate(pretrained, requests, max_new_tokens=4, batching=SMALL)
+    answers = generate(pretrained, requests, max_new_tokens=4, config=SMALL)
     prompts = read_requests(pretrained, requests)
     for images, prompt, answer in zip([[], pictures, pictures[1:]], prompts, answers, strict=True):
         tiles = stack_tiles([preprocess(image, vision, 4) for image in images], vision)
         tokens = prompt.tokens_T.tolist()
         assert answer.tokens == tiny.greedy(tokens, 4, tiles if images else None)
     blind = Request(prompt="two", images=[tiny.picture(2, wide=True), tiny.picture(3)])
-    assert answers[1:2] != generate(pretrained, [blind], max_new_tokens=4, batching=SMALL)
+    assert answers[1:2] != generate(pretrained, [blind], max_new_tokens=4, config=SMALL)
 
 
 def test_no_requests_have_no_answers(pretrained):
@@ -201,6 +180,37 @@ def test_a_mesh_gives_the_same_tokens_with_nothing_around_the_call(
 ):
     save_pretrained(pretrained, tmp_path / "saved")
     spread = from_pretrained(tmp_path / "saved", mesh="data:2,expert:2,tensor:2")
-    # One shape of chunks suffices here, and compiling for eight devices is slow.
-    batching = dataclasses.replace(SMALL, prefill_length=64)
-    assert generate(spread, requests, max_new_tokens=NEW, batching=batching) == answers
+    assert generate(spread, requests, max_new_tokens=NEW, config=SMALL) == answers
+
+
+def test_a_stream_yields_the_tokens_and_closing_it_frees_all_pages(pretrained, requests, answers):
+    engine = Engine(pretrained, SMALL)
+    found = [new.token for new in generate(engine, requests[:1], max_new_tokens=NEW, stream=True)]
+    assert found == answers[0].tokens
+    stream = generate(engine, requests, max_new_tokens=NEW, stream=True)
+    next(stream)
+    assert engine.scheduler.whole.held > 0
+    stream.close()
+    assert engine.scheduler.whole.held == engine.scheduler.chunk.held == 0
+    assert not engine.is_busy
+
+
+def test_a_request_s_own_options_stand_before_those_of_the_call(pretrained, requests, answers):
+    own = dataclasses.replace(requests[0], options=Options(max_new_tokens=3))
+    first, second = generate(pretrained, [own, requests[1]], max_new_tokens=5, config=SMALL)
+    assert first.tokens == answers[0].tokens[:3]
+    assert second.tokens == answers[1].tokens[:5]
+
+
+def test_several_answers_differ_and_each_is_drawn_again_the_same(pretrained, requests):
+    options = dataclasses.replace(HOT, n=3, max_new_tokens=6)
+    (answer,) = generate(pretrained, requests[:1], options=options, config=SMALL)
+    found = [answer.tokens, *(other.tokens for other in answer.others)]
+    assert len({tuple(tokens) for tokens in found}) == 3
+    (again,) = generate(pretrained, requests[:1], options=options, config=SINGLE)
+    assert again == answer
+
+
+def test_an_engine_is_no_place_for_another_config(pretrained, requests):
+    with pytest.raises(ValueError, match="has its config already"):
+        generate(Engine(pretrained, SMALL), requests, config=SMALL)

@@ -1,7 +1,6 @@
 """Scores equal the log softmax of the full forward, whatever the chunks, the mesh."""
 
 import dataclasses
-import importlib
 
 import jax
 import numpy as np
@@ -9,11 +8,11 @@ import pytest
 
 from llama4_jax.data import preprocess, stack_tiles
 from llama4_jax.layers.param import leaf_name
-from llama4_jax.serve import BatchingConfig, Request, score
+from llama4_jax.serve import EngineConfig, Request, device, score
 from tests.serve import tiny
 
 LENGTHS = (100, 1, 17, 2, 40)  # attention chunks hold 8 tokens, prefill chunks 16
-SMALL = BatchingConfig(rows=8, prefill_length=16)
+SMALL = EngineConfig(max_rows=8, step_tokens=64, page_size=4)
 
 
 @pytest.fixture(scope="module")
@@ -41,20 +40,27 @@ def check(scores, requests):
 
 def test_logprobs_equal_the_full_forward_in_request_order(pretrained, requests):
     delivered = []
-    scores = score(pretrained, requests, batching=SMALL, on_score=delivered.append)
+    scores = score(pretrained, requests, config=SMALL, on_score=delivered.append)
     check(scores, requests)
     assert delivered == scores
 
 
 def test_logits_are_made_a_few_tokens_at_a_time(pretrained, requests, monkeypatch):
-    module = importlib.import_module("llama4_jax.serve.score")
-    monkeypatch.setattr(module, "LOGITS", 8 * 2 * tiny.VOCAB)
-    assert module._num_chunks((8, 16), tiny.VOCAB) == 8
-    check(score(pretrained, requests, batching=SMALL), requests)
+    seen = []
+    score_tokens = device.programs.score_tokens
+
+    def spy(*arrays, chunks, **how):
+        seen.append(chunks)
+        return score_tokens(*arrays, chunks=chunks, **how)
+
+    monkeypatch.setattr(device, "LOGITS", 8 * tiny.VOCAB)
+    monkeypatch.setattr(device.programs, "score_tokens", spy)
+    check(score(pretrained, requests[:1], config=SMALL), requests[:1])
+    assert max(seen) == 8  # of 64 tokens
 
 
 def test_a_text_begins_with_the_begin_of_text_token(pretrained):
-    (by_text,) = score(pretrained, [Request(prompt="ab")], batching=SMALL)
+    (by_text,) = score(pretrained, [Request(prompt="ab")], config=SMALL)
     assert by_text.tokens == [tiny.BOS, *b"ab"]
     assert len(by_text.logprobs) == 2
 
@@ -63,7 +69,7 @@ def test_images_fill_the_patch_tokens_that_are_there(pretrained):
     pictures = [tiny.picture(0), tiny.picture(1, wide=True)]
     tokens = tiny.random_tokens(3, 14)
     tokens += [tiny.PATCH] * 4 + [5] + [tiny.PATCH] * 12 + [6, 7]
-    (one,) = score(pretrained, [Request(tokens=tokens, images=pictures)], batching=SMALL)
+    (one,) = score(pretrained, [Request(tokens=tokens, images=pictures)], config=SMALL)
     vision = tiny.config().vision
     tiles = stack_tiles([preprocess(p, vision, 4) for p in pictures], vision)
     np.testing.assert_allclose(one.logprobs, expected_logprobs(tokens, tiles), atol=1e-4)
@@ -87,5 +93,5 @@ def test_a_score_that_is_not_finite_is_refused_after_those_before_it(pretrained,
     bad = Request(tokens=[tiny.BOS, 5, 7, 9])
     delivered = []
     with pytest.raises(ValueError, match=r"request 1: the log probability of token \d is nan; the"):
-        score(broken, [requests[3], bad], batching=SMALL, on_score=delivered.append)
+        score(broken, [requests[3], bad], config=SMALL, on_score=delivered.append)
     assert [one.tokens for one in delivered] == [requests[3].tokens]

@@ -1,0 +1,393 @@
+"""Lay a plan out as calls of few shapes, and dispatch them without waiting for any."""
+
+import collections
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from llama4_jax.cache.paged import Pools
+from llama4_jax.pretrained import Pretrained
+from llama4_jax.serve import programs
+from llama4_jax.serve.options import MAX_LOGPROBS, Options
+from llama4_jax.serve.plan import CacheLayout, Piece, Plan, bucket
+from llama4_jax.serve.programs import DeviceState, Drawn, Likeliest, Read, Shape
+from llama4_jax.serve.sampling import Changes, DrawRows
+from llama4_jax.serve.sizes import EngineConfig
+
+SHORTEST = 16  # tokens of the smallest call that reads a prompt
+LOGITS = 1 << 26  # most logits that exist at once while a prompt is scored: 256 MiB
+NOWHERE = 1 << 30  # the place of a token's features, if it has none
+WASTE = 8  # a call may be so many times larger than it need be, where that saves a compilation
+
+
+class Tile(NamedTuple):
+    """An image tile, and the digest of its pixels that names it."""
+
+    digest: bytes
+    pixels_CHW: np.ndarray
+
+
+class Asked(NamedTuple):
+    """What the device has to know of a choice.
+
+    Attributes:
+      options: resolved.
+      key: uint32 [2], of its draws.
+      prompt_T: int32, its tokens.
+      patches_N: int, the positions of its patch tokens.
+      tiles: whose features stand there, in order.
+    """
+
+    options: Options
+    key: np.ndarray
+    prompt_T: np.ndarray
+    patches_N: np.ndarray
+    tiles: Sequence[Tile]
+
+
+class Extras(NamedTuple):
+    """What changes one choice's logits at each of its draws in a call; None for nothing.
+
+    Attributes:
+      changes: of each draw, (ids, bias, factor, minus).
+      allowed_DW: uint32 bits of each draw.
+    """
+
+    changes: Sequence[tuple[np.ndarray, ...]] | None
+    allowed_DW: np.ndarray | None
+
+
+@dataclasses.dataclass(eq=False)
+class Call:
+    """Pieces that are read together, and what is known of them.
+
+    Attributes:
+      pieces: one for each row, as many as there are.
+      shape: of the call.
+      read: hidden states.
+      drawn: what was drawn; None if nothing is.
+      scores: log probabilities of the tokens after each, if wanted.
+    """
+
+    pieces: list[Piece]
+    shape: Shape
+    read: Read
+    drawn: Drawn | None = None
+    scores: tuple[jax.Array, Likeliest | None] | None = None
+
+    @property
+    def draws(self) -> int:
+        """Draws of a row."""
+        return self.shape.tokens if self.shape.every else 1
+
+
+# Shapes that are compiled, by everything else that a program depends on.
+_compiled: dict[tuple, set] = collections.defaultdict(set)
+
+_create_pools = jax.jit(
+    Pools.create,
+    static_argnums=0,
+    static_argnames=("whole_pages", "chunk_pages", "page_size", "dtype", "kv_cache"),
+)
+
+
+class Device:
+    """The model and the cache on their devices.
+
+    Args:
+      pretrained: the model; its mesh must be active while this is used.
+      layout: of the cache.
+      config: of the engine.
+    """
+
+    def __init__(self, pretrained: Pretrained, layout: CacheLayout, config: EngineConfig):
+        self.config, self.layout = pretrained.config, layout
+        self.compilations = 0  # that a step had to wait for
+        self._rows = config.max_rows
+        self._pages = -(-config.context(self.config) // layout.page_size)
+        paths, self._structure = jax.tree_util.tree_flatten_with_path(pretrained.model)
+        self._leaves = [leaf for _, leaf in paths]
+        head = ".embed" if self.config.text.tie_embeddings else ".head"
+        self._head = [x if jax.tree_util.keystr(path[:1]) == head else None for path, x in paths]
+        pools = _create_pools(
+            self.config.text,
+            whole_pages=layout.whole_pages or 0,
+            chunk_pages=layout.chunk_pages,
+            page_size=layout.page_size,
+            dtype=self.config.dtype,
+            kv_cache=config.kv_cache,
+        )
+        vision, features_NPD = self.config.vision, None
+        if vision is not None:
+            self._per_tile = vision.tokens_per_tile
+            # Any step finds room for all that it reads.
+            least = config.step_tokens // self._per_tile + 2 * self._rows
+            count = max(config.feature_tiles, least)
+            self._features = _Features(count)
+            sizes = count, self._per_tile, self.config.text.embed_dim
+            features_NPD = jnp.zeros(sizes, self.config.dtype)
+        self._state = DeviceState(pools, features_NPD)
+        self._token_S = jnp.zeros(self._rows, jnp.int32)
+        self._draw_rows: dict[tuple, DrawRows] = {}
+        arrays = jax.tree.leaves((self._state, self._leaves))
+        shapes = tuple((x.shape, str(x.dtype)) for x in arrays)
+        mesh = jax.sharding.get_abstract_mesh()
+        self._ready = _compiled[self._structure, shapes, mesh, pretrained.mesh, pretrained.rules]
+
+    # -------------------------------------------------------------------------------- reading
+
+    def read(self, plan: Plan, asked: Mapping[int, Asked]) -> list[Call]:
+        """Dispatch what a plan reads."""
+        calls = []
+        if plan.decode:
+            calls += self._read_pieces(plan.decode, asked, every=True)
+        groups = collections.defaultdict(list)
+        for piece in plan.prefill:
+            scored = asked[piece.number].options.prompt_logprobs is not None
+            first, stop = _patches(piece, asked[piece.number])
+            length = bucket(len(piece.tokens_T), floor=SHORTEST)
+            groups[length, scored, first < stop].append(piece)
+        for (_, scored, images), pieces in groups.items():
+            calls += self._read_pieces(pieces, asked, keeps=scored, images=images)
+        return calls
+
+    def _read_pieces(
+        self, pieces: list[Piece], asked: Mapping[int, Asked], *, images: bool = False, **how: bool
+    ) -> list[Call]:
+        shape = self._shape(pieces, images=images, **how)
+        if shape is None:  # together they are a new program, one by one they are none
+            how["images"] = images
+            return [call for p in pieces for call in self._read_pieces([p], asked, **how)]
+        places = self._fetch(pieces, asked) if images else {}
+        ints_BX = np.zeros((shape.rows, shape.columns), np.int32)
+        first = 4 + shape.tokens * (1 + shape.images)
+        for row_X, piece in zip(ints_BX, pieces, strict=False):
+            count = len(piece.tokens_T)
+            row_X[:4] = piece.row, piece.start, -count if piece.is_drawn else count, piece.draws
+            row_X[4 : 4 + count] = piece.tokens_T
+            if shape.images:
+                row_X[4 + shape.tokens : first] = NOWHERE
+                self._place(piece, asked[piece.number], places, row_X[4 + shape.tokens : first])
+            row_X[first : first + len(piece.whole)] = piece.whole
+            start = first + shape.whole
+            row_X[start : start + len(piece.chunk)] = piece.chunk
+        self._state, read = programs.read_tokens(
+            self._leaves,
+            self._state,
+            self._token_S,
+            ints_BX,
+            structure=self._structure,
+            shape=shape,
+        )
+        return [Call(pieces, shape, read)]
+
+    def _fetch(self, pieces: list[Piece], asked: Mapping[int, Asked]) -> dict[bytes, int]:
+        """Encode what tiles of these pieces have no features yet; return the places of all."""
+        per_tile, wanted = self._per_tile, {}
+        for piece in pieces:
+            row = asked[piece.number]
+            first, stop = _patches(piece, row)
+            wanted |= dict(row.tiles[first // per_tile : -(-stop // per_tile)])
+        places, new = self._features.fetch(wanted)
+        if new:
+            size = 1
+            while size < len(new):
+                size *= 4
+            blank = np.zeros_like(new[0][1])
+            assert self._state.features_NPD is not None
+            features_NPD = programs.encode_tiles(
+                self._leaves,
+                self._state.features_NPD,
+                np.stack([pixels for _, pixels in new] + [blank] * (size - len(new))),
+                np.asarray([p for p, _ in new] + [NOWHERE] * (size - len(new)), np.int32),
+                structure=self._structure,
+            )
+            self._state = dataclasses.replace(self._state, features_NPD=features_NPD)
+        return places
+
+    def _place(
+        self, piece: Piece, row: Asked, places: Mapping[bytes, int], out: np.ndarray
+    ) -> None:
+        """Write where the features of a piece's patch tokens are."""
+        first, stop = _patches(piece, row)
+        patches = np.arange(first, stop)
+        tiles = np.asarray([places.get(tile.digest, 0) for tile in row.tiles])
+        index = tiles[patches // self._per_tile] * self._per_tile + patches % self._per_tile
+        out[row.patches_N[first:stop] - piece.start] = index
+
+    def _shape(self, pieces: list[Piece], *, every: bool = False, **how: bool) -> Shape | None:
+        """Choose the shape of a call; None if its pieces had better be read one by one."""
+        longest = max(len(piece.tokens_T) for piece in pieces)
+        whole = max(len(piece.whole) for piece in pieces)
+        chunk = max(len(piece.chunk) for piece in pieces)
+        of_chunk = -(-(self.layout.chunk_size or 0) // self.layout.page_size)
+        if not every:
+            longest = bucket(longest, floor=SHORTEST)
+            # Several chunks may be read at once, from the middle of the first.
+            of_chunk = -(-chunk // of_chunk) * of_chunk if of_chunk else 0
+        wanted = Shape(
+            rows=min(bucket(len(pieces)), bucket(self._rows)),
+            tokens=bucket(longest),
+            whole=self._width(whole, floor=64 if every else 4),
+            chunk=max(of_chunk if chunk else 0, 1),
+            every=every,
+            **how,
+        )
+        return self._choose(wanted)
+
+    def _width(self, pages: int, *, floor: int) -> int:
+        """Round the pages of a row up: times four each, at most what a row may have."""
+        width = floor
+        while width < pages:
+            width *= 4
+        return min(width, max(self._pages, 1))
+
+    def _choose(self, wanted: Shape) -> Shape | None:
+        """Return a compiled shape that will do, or note that this one is compiled now."""
+        if wanted in self._ready:
+            return wanted
+
+        def cost(shape: Shape) -> int:
+            return shape.rows * shape.tokens * (1 if shape.every else 64 + shape.whole)
+
+        able = [
+            shape
+            for shape in self._ready
+            if isinstance(shape, Shape)
+            and (shape.every, shape.keeps, shape.images)
+            == (wanted.every, wanted.keeps, wanted.images)
+            and all(getattr(shape, n) >= getattr(wanted, n)
+                    for n in ("rows", "tokens", "whole", "chunk"))
+            and cost(shape) <= WASTE * cost(wanted)
+        ]  # fmt: skip
+        if able:
+            return min(able, key=cost)
+        self._ready.add(wanted)
+        self.compilations += 1
+        return wanted
+
+    # -------------------------------------------------------------------------------- drawing
+
+    def draw(self, call: Call, asked: Mapping[int, Asked], extras: Mapping[int, Extras]) -> None:
+        """Dispatch the draws and the scores of a call."""
+        if call.shape.keeps:
+            self._score(call, asked)
+        if not any(piece.draws for piece in call.pieces):
+            return
+        wants = [asked[piece.number].options.logprobs for piece in call.pieces]
+        top = None
+        if any(want is not None for want in wants):
+            top = MAX_LOGPROBS if any(wants) else 0
+        self._token_S, call.drawn = programs.draw_tokens(
+            self._head,
+            self._token_S,
+            call.read._replace(x_BTD=None),
+            self._rows_of(call, asked),
+            *self._extras(call, extras),
+            structure=self._structure,
+            top=top,
+        )
+        for array in jax.tree.leaves(call.drawn):
+            array.copy_to_host_async()
+
+    def _rows_of(self, call: Call, asked: Mapping[int, Asked]) -> DrawRows:
+        """Return how the rows of a call draw; the same rows are sent once."""
+        key = (*(piece.number for piece in call.pieces), call.shape.rows, call.draws)
+        if key not in self._draw_rows:
+            if len(self._draw_rows) >= 64:
+                self._draw_rows.clear()
+            rows = [asked[piece.number] for piece in call.pieces]
+            rows += [_NOBODY] * (call.shape.rows - len(rows))
+            rows = [row for row in rows for _ in range(call.draws)]
+            made = DrawRows.of([row.options for row in rows], [row.key for row in rows])
+            self._draw_rows[key] = jax.tree.map(jnp.asarray, made)
+        return self._draw_rows[key]
+
+    def _extras(
+        self, call: Call, extras: Mapping[int, Extras]
+    ) -> tuple[Changes | None, np.ndarray | None]:
+        vocab, draws = self.config.text.vocab_size, call.draws
+        count, changes, allowed = call.shape.rows * draws, None, None
+        found = [(i, extras[p.number]) for i, p in enumerate(call.pieces) if p.number in extras]
+        changed = [(i, e.changes) for i, e in found if e.changes is not None]
+        if changed:
+            longest = max(len(ids) for _, rows in changed for ids, *_ in rows)
+            size = 64
+            while size < longest:
+                size *= 4
+            fill = (vocab, 0.0, 1.0, 0.0)
+            kinds = (np.int32, *[np.float32] * 3)
+            arrays = [np.full((count, size), f, k) for f, k in zip(fill, kinds, strict=True)]
+            for i, rows in changed:
+                for t, parts in enumerate(rows):
+                    for array, part in zip(arrays, parts, strict=True):
+                        array[i * draws + t, : len(part)] = part
+            changes = Changes(*arrays)
+        masked = [(i, e.allowed_DW) for i, e in found if e.allowed_DW is not None]
+        if masked:
+            allowed = np.full((count, -(-vocab // 32)), 0xFFFFFFFF, np.uint32)
+            for i, allowed_DW in masked:
+                allowed[i * draws : i * draws + len(allowed_DW)] = allowed_DW
+        return changes, allowed
+
+    def _score(self, call: Call, asked: Mapping[int, Asked]) -> None:
+        shape = call.shape
+        targets_BT = np.zeros((shape.rows, shape.tokens), np.int32)
+        for row_T, piece in zip(targets_BT, call.pieces, strict=False):
+            after = asked[piece.number].prompt_T[piece.start + 1 : piece.end + 1]
+            row_T[: len(after)] = after
+        wanted = max(asked[piece.number].options.prompt_logprobs or 0 for piece in call.pieces)
+        chunks, vocab = 1, self.config.text.vocab_size
+        while chunks < shape.tokens and shape.rows * shape.tokens * vocab > LOGITS * chunks:
+            chunks *= 2
+        assert call.read.x_BTD is not None
+        call.scores = programs.score_tokens(
+            self._head,
+            call.read.x_BTD,
+            targets_BT,
+            structure=self._structure,
+            top=MAX_LOGPROBS if wanted else 0,
+            chunks=chunks,
+        )
+
+
+class _Features:
+    """Which tile's features are in which place; those used longest ago give way."""
+
+    def __init__(self, count: int):
+        self._places: collections.OrderedDict[bytes, int] = collections.OrderedDict()
+        self._free = list(range(count))
+
+    def fetch(
+        self, wanted: Mapping[bytes, np.ndarray]
+    ) -> tuple[dict[bytes, int], list[tuple[int, np.ndarray]]]:
+        """Return the places of tiles, and those that are to be encoded with their places."""
+        for digest in wanted:
+            if digest in self._places:
+                self._places.move_to_end(digest)
+        new = []
+        for digest, pixels in wanted.items():
+            if digest not in self._places:
+                place = self._free.pop() if self._free else self._places.popitem(last=False)[1]
+                self._places[digest] = place
+                new.append((place, pixels))
+        return {digest: self._places[digest] for digest in wanted}, new
+
+
+def _patches(piece: Piece, row: Asked) -> tuple[int, int]:
+    """Return which of a row's patch tokens a piece holds: from the first to before the last."""
+    first, stop = np.searchsorted(row.patches_N, (piece.start, piece.end))
+    return int(first), int(stop)
+
+
+_NOBODY = Asked(
+    Options(temperature=0.0, top_p=1.0, top_k=0),
+    np.zeros(2, np.uint32),
+    np.zeros(0, np.int32),
+    np.zeros(0, np.int64),
+    (),
+)

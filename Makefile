@@ -18,7 +18,8 @@ find_python = for p in $(1); do \
 	done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint types format nano parity bench-hf compile kernels hooks clean
+.PHONY: help demo test slow lint types format nano parity bench-hf browser compile kernels hooks \
+	clean
 
 help:  ## print this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' Makefile
@@ -51,6 +52,11 @@ parity: .venv/.installed .oracle/.installed  ## compare live with HF transformer
 
 bench-hf: .venv/.installed .oracle/.installed  ## time beside HF transformers on this CPU
 	$(PY) tests/parity/bench.py $(ARGS)
+
+browser: .venv/.installed  ## send text and a picture by the chat page in a headless Chromium
+	@command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q chromium; }
+	@$(PY) -c 'import playwright' 2>/dev/null || $(PY) $(PIP_INSTALL) --editable '.[browser]'
+	$(PY) -m tests.browser.chat_page
 
 compile: .compile/.installed  ## compile Scout for TPU v5p and 8 H100s with neither at hand
 	.compile/bin/python -m experiments.compile_targets $(ARGS)

@@ -14,8 +14,11 @@ def dialogue_tokens(
     messages: Sequence[Message],
     runs: Sequence[list[int]],
     *,
+    tools: Sequence[Mapping[str, Any] | str] = (),
+    add_generation_prompt: bool = True,
     allow_special: bool = False,
     continue_final: bool = False,
+    template_options: Mapping[str, Any] | None = None,
 ) -> list[int]:
     """Return the tokens of a dialogue, up to where the assistant answers.
 
@@ -23,8 +26,11 @@ def dialogue_tokens(
       pretrained: its tokenizer encodes; its chat template, if it has one, sets the form.
       messages: what was said.
       runs: the tokens that stand for each image, in order.
+      tools: functions that the assistant may call.
+      add_generation_prompt: whether the dialogue ends with the assistant's header.
       allow_special: whether special tokens spelled in contents become their ids.
       continue_final: whether the answer goes on with the last message, which is the assistant's.
+      template_options: for the checkpoint's chat template; without one there is nothing to set.
 
     Raises:
       ValueError: the template refuses the dialogue, or there is nothing to go on with.
@@ -33,13 +39,16 @@ def dialogue_tokens(
     assert tokenizer is not None
     how: Any = {
         "image_tokens": runs,
+        "tools": tools,
         "allow_special": allow_special,
-        "add_generation_prompt": not continue_final,
+        "add_generation_prompt": add_generation_prompt and not continue_final,
     }
     if continue_final and messages[-1].role != "assistant":
         raise ValueError("continue_final_message needs a last message of the assistant.")
     if template is not None:
-        tokens = template.render(messages, tokenizer, **how)
+        # What it decides here is nobody's to change.
+        own = {k: v for k, v in (template_options or {}).items() if k not in (*how, "messages")}
+        tokens = template.render(messages, tokenizer, **how, **own)
     else:
         tokens = render(messages, tokenizer, **how)
     ends = {EOT, EOM, END_OF_TEXT} & tokenizer.special_tokens.keys()

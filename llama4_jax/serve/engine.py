@@ -75,6 +75,7 @@ class Engine:
         self._in_flight: collections.deque[list[Call]] = collections.deque()
         self._inbox: collections.deque[tuple[str, int, list[Answering]]] = collections.deque()
         self._changed = threading.Condition()
+        self._forming = threading.Lock()
         self._grammars: Grammars | None = None
         self._numbers = self._requests = 0
         self.draft: Draft = lambda choice, most: ngram.draft(choice.tokens.array, most)
@@ -259,14 +260,16 @@ class Engine:
             del self._of_request[answer.request]
 
     def _matcher(self, options: Options) -> Matcher:
-        if self._grammars is None:
-            tokenizer = self.pretrained.tokenizer
-            if tokenizer is None:
-                raise ValueError("without a tokenizer an answer can have no form.")
-            vocab_size = self.pretrained.config.text.vocab_size
-            stop_ids = self.pretrained.generation.stop_ids
-            self._grammars = Grammars(tokenizer, vocab_size, stop_ids)
-        return self._grammars.matcher(options)
+        tokenizer = self.pretrained.tokenizer
+        if tokenizer is None:
+            raise ValueError("without a tokenizer an answer can have no form.")
+        with self._forming:  # a large vocabulary takes seconds
+            if self._grammars is None:
+                vocab_size = self.pretrained.config.text.vocab_size
+                stop_ids = self.pretrained.generation.stop_ids
+                self._grammars = Grammars(tokenizer, vocab_size, stop_ids)
+            grammars = self._grammars
+        return grammars.matcher(options)
 
     @staticmethod
     def _is_adjusted(answer: Answering) -> bool:

@@ -83,7 +83,11 @@ class Grammars:
             return make.grammar_from_regex(options.regex)
         if options.json_schema is not None:
             schema = options.json_schema
-            return make.grammar_from_json_schema({"type": "object"} if schema is True else schema)
+            # Spaces wherever JSON allows them would let an answer go on with spaces for ever.
+            style = {"whitespace_flexible": False}
+            return make.grammar_from_json_schema(
+                {"type": "object"} if schema is True else schema, style
+            )
         if options.choices is not None:
             texts = " | ".join(json.dumps(text, ensure_ascii=False) for text in options.choices)
             return make.grammar_from_lark(f"start: {texts}")

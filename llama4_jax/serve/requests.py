@@ -49,7 +49,10 @@ class Request:
       images: whatever `data.load_image` reads: paths, bytes of picture files, `data:` URLs, arrays
         [H, W, 3] or [H, W] of uint8, or pictures.
       options: how it is answered; None leaves it to the caller.
+      tools: functions that the assistant may call, as `text.render` takes them; for messages.
+      add_generation_prompt: whether the dialogue ends with the assistant's header.
       continue_final_message: whether the answer goes on with the last message, the assistant's.
+      template_options: for the checkpoint's own chat template.
       allow_special: whether special tokens spelled in texts become their ids. Leave it off when
         anybody else wrote any of them.
     """
@@ -59,7 +62,10 @@ class Request:
     tokens: Sequence[int] | None = None
     images: Sequence[ImageSource] = ()
     options: Options | None = None
+    tools: Sequence[Mapping[str, Any] | str] = ()
+    add_generation_prompt: bool = True
     continue_final_message: bool = False
+    template_options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     allow_special: bool = False
 
     def __post_init__(self):
@@ -199,8 +205,11 @@ def _read(pretrained: Pretrained, request: Request) -> tuple[list[int], Sequence
             pretrained,
             messages,
             runs,
+            tools=request.tools,
+            add_generation_prompt=request.add_generation_prompt,
             allow_special=request.allow_special,
             continue_final=request.continue_final_message,
+            template_options=request.template_options,
         )
         return tokens, images
     runs = _image_runs(config, tokenizer, request.images)

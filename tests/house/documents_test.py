@@ -21,6 +21,7 @@ DOCUMENTS = (
     "benchmarks/README.md",
     "kernels_pallas/README.md",
     "llama4_jax/nano/README.md",
+    "llama4_jax/server/README.md",
 )
 PROJECT = tomllib.loads((tree.ROOT / "pyproject.toml").read_text("utf-8"))
 # Distribution names that differ from the module they bring.
@@ -132,7 +133,10 @@ def test_what_the_sources_import_is_what_the_list_names():
     names = requirement_names(read("requirements.txt").splitlines())
     listed = {MODULE_OF.get(name, name.replace("-", "_")) for name in names}
     extras = PROJECT["project"]["optional-dependencies"]
-    optional = requirement_names(extras["grammar"])
+    optional = {
+        MODULE_OF.get(name, name.replace("-", "_"))
+        for name in requirement_names([*extras["grammar"], *extras["serve"]])
+    }
     known = listed | optional | BROUGHT_BY_JAX
     known |= {*sys.stdlib_module_names, *tree.SOURCE_FOLDERS}
     unused = set(listed)

@@ -24,7 +24,7 @@ TOKENS_PER_TILE = 4
 LONGEST = 128
 
 
-def config() -> ModelConfig:
+def config(positions: int = LONGEST) -> ModelConfig:
     """Two groups of a chunked dense layer and a global NoPE layer with experts and temperature."""
     text = TextConfig(
         vocab_size=VOCAB,
@@ -42,7 +42,7 @@ def config() -> ModelConfig:
         rope_scaling=None,
         use_qk_norm=True,
         temperature=Temperature(floor=4),
-        max_positions=LONGEST,
+        max_positions=positions,
     )
     vision = VisionConfig(
         image_size=8, patch_size=2, embed_dim=16, num_layers=1, num_heads=2, mlp_dim=64,
@@ -62,9 +62,9 @@ def config() -> ModelConfig:
 
 
 @functools.cache
-def model() -> Llama4:
+def model(positions: int = LONGEST) -> Llama4:
     """Its matrices are three times their usual size, so that logits differ clearly."""
-    made = jax.jit(lambda key: Llama4(config(), key=key))(jax.random.key(0))
+    made = jax.jit(lambda key: Llama4(config(positions), key=key))(jax.random.key(0))
     return jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, made)
 
 

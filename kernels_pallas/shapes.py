@@ -13,11 +13,16 @@ from kernels_pallas.decode import shapes as decode
 from kernels_pallas.decode.shapes import Decode
 from kernels_pallas.experts import shapes as experts
 from kernels_pallas.experts.shapes import Experts
+from kernels_pallas.prefill import shapes as prefill
+from kernels_pallas.prefill.shapes import Prefill
 
-Shape = Attention | Decode | Experts
+Shape = Attention | Decode | Prefill | Experts
 
-ATTENTION, DECODE, EXPERTS = attention.ATTENTION, decode.DECODE, experts.EXPERTS
-ODD = (*attention.ODD, *decode.ODD, *experts.ODD)
+ATTENTION, DECODE, PREFILL = attention.ATTENTION, decode.DECODE, prefill.PREFILL
+EXPERTS = experts.EXPERTS
+ODD = (*attention.ODD, *decode.ODD, *prefill.ODD, *experts.ODD)
 
-SHAPES: Mapping[str, Shape] = {shape.name: shape for shape in (*ATTENTION, *DECODE, *EXPERTS, *ODD)}
+SHAPES: Mapping[str, Shape] = {
+    shape.name: shape for shape in (*ATTENTION, *DECODE, *PREFILL, *EXPERTS, *ODD)
+}
 """Every shape by its name."""

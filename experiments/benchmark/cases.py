@@ -17,7 +17,14 @@ import kernels_pallas
 from experiments.benchmark.expert_peers import of_experts
 from experiments.benchmark.expert_work import expert_work
 from experiments.benchmark.peers import Peer, of_attention, of_decode
-from experiments.benchmark.schedule import BACKWARD, FORWARD, Work, attention_work, decode_work
+from experiments.benchmark.schedule import (
+    BACKWARD,
+    FORWARD,
+    Work,
+    attention_work,
+    decode_work,
+    prefill_work,
+)
 from kernels_pallas import shapes
 
 Arrays = Mapping[str, Any]
@@ -40,6 +47,7 @@ class Bound:
       bytes: times the bytes that are needed.
       multiplied: times the floor FLOPs of what the schedule multiplies, padding included; `flops`
         if None.
+      scratch: bytes of memory besides arguments and results.
       peers: of a peer, how many times our bytes its own must be at least.
       beside: another shape, and times its FLOPs.
       chips: by chip, those of the first three that differ.
@@ -48,6 +56,7 @@ class Bound:
     flops: float
     bytes: float
     multiplied: float | None = None
+    scratch: float = math.inf
     peers: Mapping[str, float] = dataclasses.field(default_factory=dict)
     beside: tuple[str, float] | None = None
     chips: Mapping[str, Mapping[str, float]] = dataclasses.field(default_factory=dict)
@@ -170,6 +179,28 @@ def decode_case(shape: shapes.Decode) -> Case:
     )
 
 
+def prefill_case(shape: shapes.Prefill) -> Case:
+    """Return prefill attention on a shape, which may copy no pool."""
+    pool = shape.bytes() // 2  # of keys or of values
+    bound = Bound(flops=1.15, bytes=1.3, scratch=pool // 2)
+    return Case(
+        operation="prefill_attention",
+        shape=shape.name,
+        sizes=dataclasses.asdict(shape),
+        build=shape.build,
+        function=functools.partial(_prefill, shape),
+        floors={"forward": Floor(flops=shape.flops(), bytes=shape.bytes())},
+        work=functools.partial(prefill_work, shape),
+        candidates=prefill_candidates,
+        bounds={"forward": bound} if shape.name.startswith("scout") else {},
+    )
+
+
+def _prefill(shape: shapes.Prefill, *, backend: Any, **arrays: jax.Array) -> Any:
+    arguments: dict[str, Any] = {**shape.arguments(arrays), **shape.settings}
+    return kernels_pallas.prefill_attention(**arguments, backend=backend)
+
+
 def _decode(shape: shapes.Decode, *, backend: Any, **arrays: jax.Array) -> Any:
     arguments: dict[str, Any] = {**shape.arguments(arrays), **shape.settings}
     return kernels_pallas.decode_attention(**arguments, backend=backend)
@@ -264,9 +295,21 @@ def decode_candidates(direction: str, platform: str) -> list[dict[str, dict[str,
     return [{"decode_attention": each} for each in sizes]
 
 
+def prefill_candidates(direction: str, platform: str) -> list[dict[str, dict[str, int]]]:
+    """List block sizes of prefill attention to try."""
+    del direction
+    if platform == "tpu":
+        sizes = [{"q": q, "kv": kv} for q in (256, 512, 1024) for kv in (256, 512, 1024)]
+    else:
+        sizes = [{"kv_block": kv, "stages": n} for kv in (64, 128) for n in (2, 3)]
+    return [{"prefill_attention": each} for each in sizes]
+
+
 def _case(shape: shapes.Shape) -> Case:
     if isinstance(shape, shapes.Experts):
         return expert_case(shape)
+    if isinstance(shape, shapes.Prefill):
+        return prefill_case(shape)
     return attention_case(shape) if isinstance(shape, shapes.Attention) else decode_case(shape)
 
 

@@ -7,6 +7,7 @@ bytes than it copies is a fault, as is one beyond its bounds.
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -59,10 +60,11 @@ def judge(
     case: Case, direction: str, target: Target, found: Figures, work: Work | None
 ) -> Iterator[str]:
     """Yield what is wrong with a pass that compiles."""
-    yield from memory_faults(found, target)
-    if direction not in case.bounds or work is None:
+    bound = case.bounds[direction].on(target.name) if direction in case.bounds else None
+    yield from memory_faults(found, target, math.inf if bound is None else bound.scratch)
+    if bound is None or work is None:
         return
-    bound, floor = case.bounds[direction].on(target.name), case.floors[direction].flops
+    floor = case.floors[direction].flops
     multiplied = bound.flops if bound.multiplied is None else bound.multiplied
     for name, source, value, least, most in (
         ("FLOPs", "estimate", found.flops, floor, bound.flops),

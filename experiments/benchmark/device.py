@@ -60,13 +60,14 @@ CHECKED = (  # shapes that are checked and repeated, in this order
     "odd_experts_int4", "odd_experts", "odd_experts_empty", "odd_experts_hot",
     "odd_decode_1", "odd_1", "odd_128", "odd_2048", "odd_88", "odd_packed", "odd_blind", "odd_256",
     "odd_decode", "odd_decode_int8", "odd_decode_fp8", "odd_decode_32",
+    "odd_prefill_9", "odd_prefill", "odd_prefill_256", "odd_prefill_int8", "odd_prefill_fp8",
 )  # fmt: skip
 TIMED = (  # shapes that are checked, repeated and timed
     "scout_experts_1", "scout_experts_64", "scout_experts_64_int4", "scout_experts_8k",
     "scout_chunk_8k", "scout_chunk_32k", "scout_decode_128k", "scout_decode_1m",
     "scout_decode_1m_int8", "scout_nope_32k", "scout_decode_8k_b16", "scout_decode_1m_fp8",
-    "scout_decode_1m_paged", "packed_8k", "vision", "scout_experts_8k_int4", "maverick_experts_64",
-    "scout_decode_10m",
+    "scout_decode_1m_paged", "scout_prefill_128k", "scout_prefill_128k_int8", "packed_8k",
+    "vision", "scout_experts_8k_int4", "maverick_experts_64", "scout_decode_10m",
 )  # fmt: skip
 
 ALONE = ("scout_decode_10m",)  # of these, what needs nearly all memory

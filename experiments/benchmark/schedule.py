@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kernels_pallas.attention import visibility
-from kernels_pallas.shapes import Attention, Decode
+from kernels_pallas.shapes import Attention, Decode, Prefill
 
 # Rows that a block of threads of the GPU kernels owns; they are no choice of the tuning table.
 GPU_ROWS = 128
@@ -163,4 +163,26 @@ def decode_work(
         bytes=shape.bytes(kv_block),
         needed=shape.bytes(),
         blocks=str(kv_block),
+    )
+
+
+def prefill_work(
+    shape: Prefill, direction: str, platform: str, found: Mapping[str, Any]
+) -> Work | None:
+    """Count prefill attention; see `attention_work`."""
+    del direction
+    if "prefill_attention" not in found:
+        return None
+    sizes = found["prefill_attention"]["blocks"]
+    rows = GPU_ROWS if shape.H <= 128 else GPU_ROWS // 2
+    q_block, kv_block = min(sizes.get("q", rows), shape.T), sizes.get("kv", sizes.get("kv_block"))
+    visits = sum(
+        -(-end // kv_block) - begin // kv_block for begin, end in shape.blocks_seen(q_block)
+    )
+    shared = shape if platform == "tpu" else dataclasses.replace(shape, K=shape.N)
+    return Work(
+        flops=4 * shape.H * shape.N * visits * q_block * kv_block,
+        bytes=shared.bytes_in_blocks(q_block, kv_block),
+        needed=shared.bytes_in_blocks(q_block),
+        blocks=f"{q_block}x{kv_block}",
     )

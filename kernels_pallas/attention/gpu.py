@@ -88,6 +88,7 @@ def _attend(
             gpu_forward.Keys(walk, is_whole, masked),
             (q, out, lse),
             (b, tokens, n),
+            group,
             lambda: gpu_blocks.row_factors(load(rows.at[b, 1, tokens], OF_ROWS), how),
         )
 

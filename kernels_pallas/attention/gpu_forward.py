@@ -120,6 +120,7 @@ def multiply(
     keys: Keys,
     refs: tuple[Any, Any, Any],
     at: tuple[Any, Any, Any],
+    group: Any,
     factor: Callable[[], jax.Array],
 ) -> None:
     """Attend for 64 queries of a head, and write what comes of it.
@@ -128,11 +129,11 @@ def multiply(
         t: the tiles; what `walk` visits comes into their rings in the same order.
         keys: of the row.
         refs: q_BTNH, out_BTNH and lse_BNT in global memory.
-        at: the row, the queries and the head of this warpgroup.
+        at: the row, the queries and the head.
+        group: the number of this warpgroup.
         factor: returns what the products of each query are multiplied by to give logits to base 2.
     """
     (q, out, lse), (b, tokens, n) = refs, at
-    group = jax.lax.axis_index("warpgroup")
     H, stages = q.shape[3], t.k.shape[0]
 
     def pass_turn() -> None:

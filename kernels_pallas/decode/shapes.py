@@ -150,9 +150,15 @@ class Decode:
         for length in self.lengths or (self.S,) * self.B:
             begin = length - self.T + 1 - self._visible(length)[0]
             slots += -(-length // kv_block) * kv_block - begin // kv_block * kv_block
-        of_slot = self.K * (self.H * jnp.dtype(self.dtype).itemsize + 4 * (self.dtype == "int8"))
-        q_width = 4 if self.dtype == "float32" else 2
-        return 2 * slots * of_slot + 2 * self.B * self.T * self.N * self.H * q_width
+        return 2 * slots * self._slot_bytes() + self._query_bytes()
+
+    def _slot_bytes(self) -> int:
+        """Return the bytes of the keys, or of the values, of a slot."""
+        return self.K * (self.H * jnp.dtype(self.dtype).itemsize + 4 * (self.dtype == "int8"))
+
+    def _query_bytes(self) -> int:
+        """Return the bytes of queries and outputs."""
+        return 2 * self.B * self.T * self.N * self.H * (4 if self.dtype == "float32" else 2)
 
 
 DECODE = (

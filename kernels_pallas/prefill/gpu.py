@@ -278,6 +278,7 @@ def _attend(*arguments: Any, plan: _Plan, how: Settings, tree: Any) -> None:
             gpu_forward.Keys(walk, is_whole, mask, scales),
             (refs.q, out, lse),
             (b, tokens, n),
+            group,
             lambda: gpu_blocks.row_factors(load(refs.rows.at[b, 2, tokens], OF_ROWS), how),
         )
 
@@ -288,8 +289,8 @@ def _attend(*arguments: Any, plan: _Plan, how: Settings, tree: Any) -> None:
 def _cost(x: Inputs, how: Settings, plan: _Plan, out_dtype: Any) -> pl.CostEstimate:
     """Estimate as if the queries were the last of rows that are full."""
     B, T, N, H = x.q_BTNH.shape
-    S = x.num_slots
-    seen = min(how.chunk_size // 2 if how.chunk_size else S, S - min(T, S) // 2)
+    S, chunk = x.num_slots, how.chunk_size
+    seen = chunk // 2 if chunk is not None and chunk < S else S - min(T, S) // 2
     pairs = B * N * T * seen
     slot = 2 * H * x.k_BSKH.dtype.itemsize
     slot += sum(4 for scale in (x.k_scale_BSK, x.v_scale_BSK) if scale is not None)

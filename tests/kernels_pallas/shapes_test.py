@@ -9,7 +9,7 @@ import pytest
 
 from kernels_pallas import expert_mlp
 from kernels_pallas.attention.visibility import visible
-from kernels_pallas.shapes import SHAPES, Attention, Decode, Experts
+from kernels_pallas.shapes import SHAPES, Attention, Decode, Experts, Prefill
 
 KEY = jax.random.key(0)
 ATTENDING = [s for s in SHAPES.values() if not isinstance(s, Experts)]
@@ -79,6 +79,14 @@ def test_a_cache_by_hand():
     assert shape.pairs() == 4 + 1
     assert shape.bytes() == 2 * 5 * 16 + 2 * 2 * 2 * 4 * 4
     assert shape.bytes(kv_block=8) == 2 * 16 * 16 + 2 * 2 * 2 * 4 * 4  # slots 0..15
+
+
+def test_blocks_of_a_piece_by_hand():
+    shape = Prefill(name="", S=10, T=5, lengths=(9,), chunk_size=4, **TINY)
+    # Positions 4..8 in blocks of two: slots 4..5, 4..7 and 8, of 2 x 16 bytes each.
+    assert shape.blocks_seen(2) == [(4, 6), (4, 8), (8, 9)]
+    assert shape.bytes_in_blocks(2) == 2 * 16 * (2 + 4 + 1) + 2 * 5 * 2 * 4 * 4
+    assert shape.bytes_in_blocks(2, 4) == 2 * 16 * (4 + 4 + 4) + 2 * 5 * 2 * 4 * 4
 
 
 @pytest.mark.parametrize("shape", SMALL, ids=lambda shape: shape.name)

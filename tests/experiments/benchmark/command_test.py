@@ -149,7 +149,8 @@ def test_what_would_mislead_is_refused(arguments, says):
 
 def test_a_cpu_runs_nano_unless_it_is_told_otherwise():
     assert {case.shape for case in cases.cases(small=True)} == {
-        "nano_chunk", "nano_nope", "nano_decode", "nano_experts_2k", "nano_experts_1",
+        "nano_chunk", "nano_nope", "nano_decode", "nano_prefill",
+        "nano_experts_2k", "nano_experts_1",
     }  # fmt: skip
     (case,) = cases.cases(["vision"], small=True)
     assert case.shape == "vision"

@@ -72,11 +72,12 @@ def figures(**known):
         ({"flops": 300.0}, ["FLOPs by estimate are 1.172 times the floor"]),
         ({"declared": 1900.0}, ["says that it moves"]),
         ({"bytes": 2300.0}, ["bytes by estimate are 1.123 times"]),
-        ({"scratch": 2 << 30}, ["needs 2.1 GB of the device's 1.1"]),
+        ({"scratch": 2 << 30}, ["needs 2.1 GB of the device's 1.1", "of scratch memory"]),
+        ({"scratch": 1 << 20}, ["needs 0.00 GB of scratch memory"]),
     ],
 )
 def test_bounds_and_false_estimates_are_faults(known, says):
-    case = doubling(bounds={"forward": Bound(flops=1.15, bytes=1.1)})
+    case = doubling(bounds={"forward": Bound(flops=1.15, bytes=1.1, scratch=1 << 19)})
     work = schedule.Work(flops=256, bytes=2048, needed=2048, blocks="")
     found = list(compile_kernels.judge(case, "forward", _Cpu(), figures(**known), work))
     assert len(found) == len(says)

@@ -17,10 +17,14 @@ from llama4_jax.server import Limits, Server
 
 @contextlib.contextmanager
 def serving(
-    pretrained: Pretrained, *, config: EngineConfig | None = None, limits: Limits | None = None
+    pretrained: Pretrained,
+    *,
+    config: EngineConfig | None = None,
+    limits: Limits | None = None,
+    name: str = "tiny",
 ) -> Iterator[tuple[str, Server]]:
     """Serve a model; give the address and the server."""
-    server = Server(Engine(pretrained, config), name="tiny", limits=limits, warms=False)
+    server = Server(Engine(pretrained, config), name=name, limits=limits, warms=False)
     place = socket.socket()
     place.bind(("127.0.0.1", 0))
     settings = uvicorn.Config(server.app, log_level="error", timeout_graceful_shutdown=2)

@@ -53,7 +53,7 @@ function show(role, text, pictures = []) {
   article.append(name, body, footer);
   at("log").append(article);
   article.scrollIntoView({ block: "end" });
-  return { words, footer };
+  return { article, words, footer };
 }
 
 function settings() {
@@ -124,8 +124,11 @@ async function answer() {
   } catch (error) {
     reason = "stopped";
     if (error.name !== "AbortError") {
+      if (!text) {
+        talk.pop(); // the question was not answered; it may be asked again
+        place.article.remove();
+      }
       show("wrong", error.message);
-      if (!text) talk.pop(); // the question was not answered; it may be asked again
     }
   }
   const waited = first === null ? "" : `first after ${((first - began) / 1000).toFixed(2)} s`;

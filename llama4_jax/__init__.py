@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from llama4_jax.config import behemoth_preview, maverick, nano, scout
     from llama4_jax.model import Cache, Llama4
     from llama4_jax.pretrained import Pretrained, from_pretrained, save_pretrained
-    from llama4_jax.serve import Options, Request, generate, score
+    from llama4_jax.serve import Options, Request, Sampling, generate, score
 
 __version__ = "0.1.0"
 
@@ -26,6 +26,7 @@ _HOMES = {
     "Llama4": "model",
     "Options": "serve",
     "Request": "serve",
+    "Sampling": "serve",
     "generate": "serve",
     "score": "serve",
 }
@@ -36,6 +37,7 @@ __all__ = [
     "Options",
     "Pretrained",
     "Request",
+    "Sampling",
     "behemoth_preview",
     "from_pretrained",
     "generate",

@@ -8,7 +8,7 @@ scores = score(pretrained, [Request(prompt="print(1 + 1)")])
 from llama4_jax.serve.answers import Event, TokenLogprobs
 from llama4_jax.serve.engine import Engine
 from llama4_jax.serve.generate import Answer, NewToken, generate
-from llama4_jax.serve.options import Options
+from llama4_jax.serve.options import Options, Sampling
 from llama4_jax.serve.requests import Request, RequestError
 from llama4_jax.serve.score import Score, score
 from llama4_jax.serve.sizes import EngineConfig
@@ -22,6 +22,7 @@ __all__ = [
     "Options",
     "Request",
     "RequestError",
+    "Sampling",
     "Score",
     "TokenLogprobs",
     "generate",

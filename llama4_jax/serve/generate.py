@@ -60,6 +60,7 @@ def generate(
     *,
     max_new_tokens: int | None = ...,
     options: Options | None = ...,
+    sampling: Options | None = ...,
     on_token: Callable[[NewToken], None] | None = ...,
     on_answer: Callable[[Answer], None] | None = ...,
     config: EngineConfig | None = ...,
@@ -74,6 +75,7 @@ def generate(
     *,
     max_new_tokens: int | None = ...,
     options: Options | None = ...,
+    sampling: Options | None = ...,
     config: EngineConfig | None = ...,
     stream: Literal[True],
 ) -> Iterator[NewToken]: ...
@@ -85,6 +87,7 @@ def generate(
     *,
     max_new_tokens: int | None = None,
     options: Options | None = None,
+    sampling: Options | None = None,
     on_token: Callable[[NewToken], None] | None = None,
     on_answer: Callable[[Answer], None] | None = None,
     config: EngineConfig | None = None,
@@ -101,6 +104,7 @@ def generate(
       requests: what to continue.
       max_new_tokens: most tokens of one answer; instead of that of `options`.
       options: how requests are answered that do not say so themselves.
+      sampling: another name of `options`.
       on_token: called with every token in the order it comes; tokens of different requests
         alternate.
       on_answer: called with every answer in the order of the requests, as soon as it and those
@@ -115,7 +119,9 @@ def generate(
       RequestError: a request cannot be read, or does not fit the model's positions together with
         its new tokens. Nothing has been generated then.
     """
-    options = options or Options()
+    if options is not None and sampling is not None:
+        raise ValueError("options and sampling are two names of one thing; give one of them.")
+    options = options or sampling or Options()
     if max_new_tokens is not None:
         options = dataclasses.replace(options, max_new_tokens=max_new_tokens)
     job = _Job(model, requests, options, config)

@@ -166,6 +166,15 @@ class Options:
         return any(penalties) or bool(self.logit_bias) or self.min_new_tokens > 0
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling(Options):
+    """Options that leave nothing to the checkpoint: without a temperature, the likeliest token."""
+
+    temperature: float | None = 0.0
+    top_p: float | None = 1.0
+    top_k: int | None = 0
+
+
 _RANGES: tuple[tuple[str, Any, Any], ...] = (
     ("max_new_tokens", 0, 2**31 - 1),
     ("min_new_tokens", 0, 2**31 - 1),

@@ -6,7 +6,7 @@ import pytest
 
 from llama4_jax.data import preprocess, stack_tiles
 from llama4_jax.pretrained import GenerationDefaults, from_pretrained, save_pretrained
-from llama4_jax.serve import Engine, EngineConfig, Options, Request, generate
+from llama4_jax.serve import Engine, EngineConfig, Options, Request, Sampling, generate
 from llama4_jax.serve.requests import read_requests
 from tests.serve import tiny
 
@@ -214,3 +214,14 @@ def test_several_answers_differ_and_each_is_drawn_again_the_same(pretrained, req
 def test_an_engine_is_no_place_for_another_config(pretrained, requests):
     with pytest.raises(ValueError, match="has its config already"):
         generate(Engine(pretrained, SMALL), requests, config=SMALL)
+
+
+def test_sampling_leaves_nothing_to_the_checkpoint(pretrained):
+    own = dataclasses.replace(pretrained.generation, temperature=2.0, top_p=0.5, top_k=3)
+    hot = dataclasses.replace(pretrained, generation=own)
+    greedy = generate(pretrained, "ab", max_new_tokens=8, options=Options(temperature=0))
+    assert generate(hot, "ab", max_new_tokens=8, sampling=Sampling()) == greedy
+    wide = Sampling(temperature=1.0, seed=4).resolved(own, 352)
+    assert (wide.temperature, wide.top_p, wide.top_k) == (1.0, 1.0, 0)
+    with pytest.raises(ValueError, match="two names of one thing"):
+        generate(pretrained, "ab", options=Options(), sampling=Sampling())

@@ -19,6 +19,7 @@ from tqdm import tqdm
 from experiments.flags import FlagError, launch
 from llama4_jax.checkpoint import FORMATS, convert, find_format
 from llama4_jax.checkpoint.location import find_checkpoint
+from llama4_jax.checkpoint.writer import check_target
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -54,12 +55,14 @@ def check_flags(values: flags.FlagValues) -> None:
             raise FlagError(f"--{name} is needed; --helpshort describes it.")
     if values.model_parallel is not None and values.to != "meta":
         raise FlagError(f"--model_parallel is for --to=meta, not for --to={values.to}.")
-    source, target = find_checkpoint(values.source), pathlib.Path(values.target)
+    source, target = find_checkpoint(values.source), pathlib.Path(values.target).expanduser()
     if not source.is_dir():
         what = "is a file, not a folder" if source.exists() else "does not exist"
         raise FlagError(f"--source={source} {what}.")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FlagError(f"--target={target} already exists; name a new folder or remove it first.")
+    try:
+        check_target(target)
+    except ValueError as error:
+        raise FlagError(f"--target={error}") from error
 
 
 @contextlib.contextmanager

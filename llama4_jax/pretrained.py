@@ -187,7 +187,7 @@ def save_pretrained(
     is_pretrained = isinstance(model, Pretrained)
     write_source(
         ModelSource(model.model if is_pretrained else model),
-        pathlib.Path(directory),
+        pathlib.Path(directory).expanduser(),
         to=format,
         dtype=_name_of(dtype),
         model_parallel=model_parallel,

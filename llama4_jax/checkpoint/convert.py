@@ -7,12 +7,14 @@ from collections.abc import Callable
 from typing import Literal
 
 from llama4_jax.checkpoint import hf, meta, native
+from llama4_jax.checkpoint.location import find_checkpoint
 from llama4_jax.checkpoint.parameters import Source, np_dtype
 from llama4_jax.checkpoint.writer import (
     Progress,
     WritePlan,
     check_target,
     no_progress,
+    partial_directory,
     write_checkpoint,
 )
 from llama4_jax.config import DType, ModelConfig
@@ -86,7 +88,7 @@ def convert(
     conversion again and it goes on where it was.
 
     Args:
-      source: directory of a Hugging Face, Meta or native checkpoint; its layout is recognised.
+      source: a Hugging Face, Meta or native checkpoint; its layout is recognised.
       target: a directory that does not exist yet or is empty.
       to: layout to write.
       dtype: precision to write; None keeps each tensor's own. FP8 is always dequantised, and
@@ -98,9 +100,10 @@ def convert(
       ValueError: the source is damaged or incomplete, the layout cannot express the model, the
         target is in use or the disk is too small.
     """
-    source, target = pathlib.Path(source), pathlib.Path(target)
+    source, target = find_checkpoint(source), pathlib.Path(target).expanduser()
     check_target(target)
-    if target.resolve().is_relative_to(source.resolve()):
+    inside, outside = target.resolve(), source.resolve()
+    if inside.is_relative_to(outside) or outside.is_relative_to(partial_directory(inside)):
         raise ValueError(f"target {target} lies inside source {source}; choose a directory outside")
     write_source(
         open_checkpoint(source),

@@ -199,17 +199,18 @@ def _unit(
 def _save(path: pathlib.Path, values: Mapping[str, np.ndarray]) -> None:
     options = {name: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES) for name in values}
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
-    with _without_merge_warning(), ocp.Checkpointer(handler) as checkpointer:
+    with _quiet(), ocp.Checkpointer(handler) as checkpointer:
         arguments = ocp.args.PyTreeSave(item=dict(values), save_args=options)
         checkpointer.save(path.absolute(), args=arguments)
 
 
 @contextlib.contextmanager
-def _without_merge_warning() -> Iterator[None]:
-    """Silence Orbax's warning that plain zarr arrays were not merged into one database."""
+def _quiet() -> Iterator[None]:
+    """Silence Orbax where it warns that plain zarr arrays were not merged into one database, and
+    where it logs, with its traceback, an error that it raises too."""
 
     def keep(record: logging.LogRecord) -> bool:
-        return "Skipping merge of OCDBT" not in record.getMessage()
+        return not record.exc_info and "Skipping merge of OCDBT" not in record.getMessage()
 
     logger = logging.getLogger("absl")
     logger.addFilter(keep)

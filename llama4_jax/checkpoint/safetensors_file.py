@@ -85,6 +85,9 @@ def write_file(
       path: of the new file.
       tensors: shape and dtype of every tensor by name.
       values: for each tensor its values in C order, cut into arrays of any size.
+
+    Raises:
+      OSError: it cannot be written, for example because the disk is full.
     """
     sizes = {name: math.prod(shape) * dtype.itemsize for name, (shape, dtype) in tensors.items()}
     zeros = np.zeros(max(sizes.values()), np.uint8)  # never written to, so it takes no memory
@@ -97,7 +100,10 @@ def write_file(
         )
         for name, (shape, dtype) in tensors.items()
     }
-    serialize_file(specs, path, metadata={"format": "pt"})
+    try:
+        serialize_file(specs, path, metadata={"format": "pt"})
+    except SafetensorError as error:  # whatever the operating system says, a full disk above all
+        raise OSError(f"{path} cannot be written: {error}") from error
     places = {name: tensor.offset for name, tensor in read_header(path).items()}
     with path.open("r+b") as file:
         for name, blocks in zip(tensors, values, strict=True):

@@ -290,6 +290,7 @@ class TensorFileWriter:
         if kind is None:
             self.close()
         else:
+            self._zip.fp = None  # or it writes its end when it is collected
             self._file.close()
 
 

@@ -3,11 +3,13 @@
 import itertools
 import json
 import pathlib
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import numpy as np
 import pytest
@@ -123,6 +125,68 @@ def test_someone_elses_partial_directory_is_not_removed(tmp_path):
     assert (partial / "precious").read_text() == "mine"
 
 
+@pytest.mark.parametrize("journal", ["", "[]", "3", '{"identity": 3}', '{"done": {}}', "\0"])
+def test_a_journal_that_a_power_cut_spoilt_starts_the_work_afresh(tmp_path, journal):
+    writer.journal_path(tmp_path / "out").write_text(journal)
+    partial = partial_directory(tmp_path / "out")
+    partial.mkdir()
+    (partial / "half").write_text("stale")
+    convert(GOLDEN / "hf", tmp_path / "out", to="hf")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / "half").exists()
+
+
+def test_a_target_that_is_a_link_is_refused_with_the_remedy(tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    for name, place in (("link", "elsewhere"), ("dangling", "nowhere")):
+        (tmp_path / name).symlink_to(tmp_path / place)
+        with pytest.raises(ValueError, match="is a symbolic link; name the directory that it"):
+            convert(GOLDEN / "hf", tmp_path / name, to="hf")
+    assert len(list(tmp_path.iterdir())) == 3
+
+
+def test_a_leading_tilde_is_the_home(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    shutil.copytree(GOLDEN / "hf", tmp_path / "hf")
+    convert("~/hf", "~/out", to="meta")
+    assert (tmp_path / "out" / "params.json").is_file()
+
+
+def test_a_partial_directory_is_not_emptied_while_it_is_the_source(tmp_path):
+    shutil.copytree(GOLDEN / "hf", partial_directory(tmp_path / "out"))
+    writer.journal_path(tmp_path / "out").write_text("{}")
+    with pytest.raises(ValueError, match="lies inside source"):
+        convert(partial_directory(tmp_path / "out"), tmp_path / "out", to="hf")
+
+
+FULL = """
+    import resource, signal, sys
+    from absl import flags
+    from experiments.launch import _status
+    from llama4_jax.checkpoint import convert
+
+    flags.FLAGS(["convert"])
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for to, most in (("hf", 20_000), ("meta", 20_000), ("orbax", 1_000)):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, resource.RLIM_INFINITY))
+        status = _status(lambda _: convert(sys.argv[1], f"{sys.argv[2]}/{to}", to=to), ["convert"])
+        assert status == 1
+"""
+
+
+def test_a_disk_that_fills_up_is_a_line_that_names_what_is_kept(tmp_path):
+    """In a process of its own, whose files may not grow beyond some bytes."""
+    command = [sys.executable, "-c", textwrap.dedent(FULL), GOLDEN / "meta", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    ours = [line for line in done.stderr.splitlines() if line.startswith(("error: ", "what is"))]
+    assert ours[1::2] == [
+        f"what is done so far is kept in {partial_directory(tmp_path / to)}; run it again to go on"
+        for to in FORMATS
+    ]
+    if "Traceback" in done.stderr:  # threads of Orbax may say too what has failed
+        assert "orbax" in done.stderr.partition("Traceback")[2]
+
+
 def test_a_full_disk_is_noticed_before_work_starts(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=1000)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
@@ -180,14 +244,13 @@ def test_an_interrupted_conversion_goes_on_after_the_last_finished_file(tmp_path
     partial = partial_directory(tmp_path / "out")
     assert not (tmp_path / "out").exists()
     assert not (partial / "config.json").exists()
-    done = json.loads((partial / writer.JOURNAL).read_text())["done"]
+    done = json.loads(writer.journal_path(tmp_path / "out").read_text())["done"]
     assert len(done) > 2
     times = {name: (partial / name).stat().st_mtime_ns for name in done}
     convert(GOLDEN / "meta", tmp_path / "out", to="hf")
     assert {name: (tmp_path / "out" / name).stat().st_mtime_ns for name in done} == times
     assert_same(open_checkpoint(tmp_path / "out"), open_checkpoint(GOLDEN / "hf"))
     assert {path.name for path in tmp_path.iterdir()} == {"out"}
-    assert not (tmp_path / "out" / writer.JOURNAL).exists()
 
 
 def test_another_conversion_to_the_same_place_starts_afresh(tmp_path, monkeypatch):
@@ -211,9 +274,71 @@ def test_a_save_from_memory_never_resumes(tmp_path, monkeypatch):
 
 def test_two_conversions_to_one_target_do_not_mix(tmp_path):
     busy = pytest.raises(ValueError, match="is being written by another process")
-    with writer._locked(partial_directory(tmp_path / "out")), busy:
+    with writer._locked(tmp_path / "out"), busy:
         convert(GOLDEN / "hf", tmp_path / "out", to="hf")
     convert(GOLDEN / "hf", tmp_path / "out", to="hf")
+
+
+class _Killed(BaseException):
+    pass
+
+
+class _Instants:
+    """Stop this process's changes of files below a path at the n-th, and all that follow it.
+
+    Python tells an audit hook of each before it is done. Hooks cannot be removed, so there is one.
+    """
+
+    root: str | None = None
+    left = 0
+    hooked = False
+    changes = ("os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.copyfile")
+
+    @classmethod
+    def hook(cls, event, arguments):
+        if cls.root is None or not str(arguments[:1])[1:].startswith(cls.root):
+            return
+        is_write = event == "open" and isinstance(arguments[1], str) and arguments[1][0] in "wxar"
+        if event in cls.changes or (is_write and arguments[1] not in ("r", "rb")):
+            cls.left -= 1
+            if cls.left < 0:
+                raise _Killed(event)
+
+    @classmethod
+    def stopping_at(cls, number, root):
+        if not cls.hooked:
+            sys.addaudithook(cls.hook)
+            cls.hooked = True
+        cls.left, cls.root = number, repr(str(root))[:-1]
+
+
+@pytest.mark.parametrize("start", ["nothing", "a stale run", "a finished unit"])
+def test_whatever_instant_a_conversion_is_stopped_at_the_same_command_finishes(
+    tmp_path, monkeypatch, start
+):
+    progress, target = _stop_after(monkeypatch, 30_000), tmp_path / "out"
+    convert(GOLDEN / "hf", target, to="hf")
+    expected = {path.name: path.read_bytes() for path in target.iterdir()}
+    for number in itertools.count():  # of the change that is not done any more
+        for path in tmp_path.iterdir():
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if start != "nothing":
+            dtype = "float32" if start == "a stale run" else None
+            with pytest.raises(_Stop):
+                convert(GOLDEN / "hf", target, to="hf", dtype=dtype, progress=progress)
+        _Instants.stopping_at(number, target)
+        try:
+            convert(GOLDEN / "hf", target, to="hf")
+            break
+        except _Killed:
+            pass
+        finally:
+            _Instants.root = None
+        if writer.journal_path(target).exists() or not target.exists():  # else it had finished
+            convert(GOLDEN / "hf", target, to="hf")
+            assert {path.name for path in tmp_path.iterdir()} == {"out"}
+        assert {path.name: path.read_bytes() for path in target.iterdir()} == expected
+    assert number > 20
 
 
 KILLED = """
@@ -231,6 +356,53 @@ KILLED = """
 
     convert(sys.argv[1], sys.argv[2], to=sys.argv[3], progress=Slow)
 """
+
+
+RESUMED = """
+    import pathlib, sys, time
+    from llama4_jax.checkpoint import convert, hf, writer
+
+    plan_hf = hf.plan_hf
+    hf.plan_hf = lambda source, dtype: plan_hf(source, dtype, shard_bytes=20_000)
+    writer._WORTH_KEEPING_BYTES = 1000
+
+    class Slow:
+        def __init__(self, total): pass
+        def __enter__(self):
+            return lambda count: time.sleep(0.002)
+        def __exit__(self, *_): return None
+
+    print("begin", flush=True)
+    convert(*sys.argv[1:3], to=sys.argv[3], progress=Slow)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(10))
+def test_a_conversion_killed_three_times_at_random_instants_gives_the_same_bytes(tmp_path, seed):
+    random_ = random.Random(seed)
+    to, target = ("hf", "meta")[seed % 2], tmp_path / "out"
+
+    def command(target):
+        program = [sys.executable, "-c", textwrap.dedent(RESUMED), GOLDEN / "meta", target, to]
+        return subprocess.Popen(program, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+
+    with command(tmp_path / "whole") as process:
+        process.stdout.readline()
+        begin = time.monotonic()
+    duration = time.monotonic() - begin
+    for _ in range(3):
+        with command(target) as process:
+            process.stdout.readline()
+            time.sleep(random_.uniform(0, duration))
+            process.kill()
+        assert not target.exists() or open_checkpoint(target)
+    if writer.journal_path(target).exists() or not target.exists():  # else it had finished
+        with command(target) as process:
+            process.wait()
+        assert process.returncode == 0
+    for path in (tmp_path / "whole").iterdir():
+        assert (target / path.name).read_bytes() == path.read_bytes()
 
 
 @pytest.mark.parametrize("to", FORMATS)

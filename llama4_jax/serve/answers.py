@@ -6,7 +6,7 @@ from typing import NamedTuple
 import numpy as np
 
 from llama4_jax.serve.adjust import Adjuster
-from llama4_jax.serve.device import Asked
+from llama4_jax.serve.asked import Asked
 from llama4_jax.serve.grammar import Matcher
 from llama4_jax.serve.plan import Choice
 from llama4_jax.serve.transcript import FinishReason, Transcript

@@ -12,7 +12,8 @@ import numpy as np
 from llama4_jax.cache.paged import Pools
 from llama4_jax.pretrained import Pretrained
 from llama4_jax.serve import programs
-from llama4_jax.serve.options import MAX_LOGPROBS, Options
+from llama4_jax.serve.asked import NOBODY, Asked, Features, patches_of
+from llama4_jax.serve.options import MAX_LOGPROBS
 from llama4_jax.serve.plan import CacheLayout, Piece, Plan, bucket
 from llama4_jax.serve.programs import DeviceState, Drawn, Likeliest, Read, Shape
 from llama4_jax.serve.sampling import Changes, DrawRows
@@ -22,31 +23,6 @@ SHORTEST = 16  # tokens of the smallest call that reads a prompt
 LOGITS = 1 << 26  # most logits that exist at once while a prompt is scored: 256 MiB
 NOWHERE = 1 << 30  # the place of a token's features, if it has none
 WASTE = 8  # a call may be so many times larger than it need be, where that saves a compilation
-
-
-class Tile(NamedTuple):
-    """An image tile, and the digest of its pixels that names it."""
-
-    digest: bytes
-    pixels_CHW: np.ndarray
-
-
-class Asked(NamedTuple):
-    """What the device has to know of a choice.
-
-    Attributes:
-      options: resolved.
-      key: uint32 [2], of its draws.
-      prompt_T: int32, its tokens.
-      patches_N: int, the positions of its patch tokens.
-      tiles: whose features stand there, in order.
-    """
-
-    options: Options
-    key: np.ndarray
-    prompt_T: np.ndarray
-    patches_N: np.ndarray
-    tiles: Sequence[Tile]
 
 
 class Extras(NamedTuple):
@@ -68,21 +44,18 @@ class Call:
     Attributes:
       pieces: one for each row, as many as there are.
       shape: of the call.
-      read: hidden states.
+      draws: of a row.
+      read: hidden states; None if draws were made with them.
       drawn: what was drawn; None if nothing is.
       scores: log probabilities of the tokens after each, if wanted.
     """
 
     pieces: list[Piece]
     shape: Shape
-    read: Read
+    draws: int
+    read: Read | None = None
     drawn: Drawn | None = None
     scores: tuple[jax.Array, Likeliest | None] | None = None
-
-    @property
-    def draws(self) -> int:
-        """Draws of a row."""
-        return self.shape.tokens if self.shape.every else 1
 
 
 # Shapes that are compiled, by everything else that a program depends on.
@@ -109,10 +82,12 @@ class Device:
         self.compilations = 0  # that a step had to wait for
         self._rows = config.max_rows
         self._pages = -(-config.context(self.config) // layout.page_size)
-        paths, self._structure = jax.tree_util.tree_flatten_with_path(pretrained.model)
-        self._leaves = [leaf for _, leaf in paths]
-        head = ".embed" if self.config.text.tie_embeddings else ".head"
-        self._head = [x if jax.tree_util.keystr(path[:1]) == head else None for path, x in paths]
+        model = pretrained.model
+        self._leaves, self._structure = jax.tree.flatten(model)
+        head = {id(x) for x in jax.tree.leaves(
+            model.embed if self.config.text.tie_embeddings else model.head)}  # fmt: skip
+        self._head = [leaf if id(leaf) in head else None for leaf in self._leaves]
+        self._loops = config.loops
         pools = _create_pools(
             self.config.text,
             whole_pages=layout.whole_pages or 0,
@@ -127,7 +102,7 @@ class Device:
             # Any step finds room for all that it reads.
             least = config.step_tokens // self._per_tile + 2 * self._rows
             count = max(config.feature_tiles, least)
-            self._features = _Features(count)
+            self._features = Features(count)
             sizes = count, self._per_tile, self.config.text.embed_dim
             features_NPD = jnp.zeros(sizes, self.config.dtype)
         self._state = DeviceState(pools, features_NPD)
@@ -140,15 +115,23 @@ class Device:
 
     # -------------------------------------------------------------------------------- reading
 
-    def read(self, plan: Plan, asked: Mapping[int, Asked]) -> list[Call]:
-        """Dispatch what a plan reads."""
+    def read(self, plan: Plan, asked: Mapping[int, Asked], *, draws: bool) -> list[Call]:
+        """Dispatch what a plan reads.
+
+        Args:
+          plan: of a step.
+          asked: of all its rows.
+          draws: whether rows that are answering also draw, without more ado.
+        """
         calls = []
-        if plan.decode:
+        if plan.decode and draws and all(len(piece.tokens_T) == 1 for piece in plan.decode):
+            calls.append(self._loop(plan.decode, asked))
+        elif plan.decode:
             calls += self._read_pieces(plan.decode, asked, every=True)
         groups = collections.defaultdict(list)
         for piece in plan.prefill:
             scored = asked[piece.number].options.prompt_logprobs is not None
-            first, stop = _patches(piece, asked[piece.number])
+            first, stop = patches_of(piece, asked[piece.number])
             length = bucket(len(piece.tokens_T), floor=SHORTEST)
             groups[length, scored, first < stop].append(piece)
         for (_, scored, images), pieces in groups.items():
@@ -162,7 +145,43 @@ class Device:
         if shape is None:  # together they are a new program, one by one they are none
             how["images"] = images
             return [call for p in pieces for call in self._read_pieces([p], asked, **how)]
-        places = self._fetch(pieces, asked) if images else {}
+        ints_BX = self._integers(pieces, asked, shape)
+        self._state, read = programs.read_tokens(
+            self._leaves,
+            self._state,
+            self._token_S,
+            ints_BX,
+            structure=self._structure,
+            shape=shape,
+        )
+        return [Call(pieces, shape, shape.tokens if shape.every else 1, read)]
+
+    def _loop(self, pieces: list[Piece], asked: Mapping[int, Asked]) -> Call:
+        """Dispatch draws of rows that need nothing from the host between two of them."""
+        shape = self._shape(pieces, every=True)
+        assert shape is not None
+        call = Call(pieces, shape, self._loops)
+        ints_BX = self._integers(pieces, asked, shape)
+        for row_X, piece in zip(ints_BX, pieces, strict=False):
+            row_X[2] *= piece.loops
+        self._state, self._token_S, call.drawn = programs.loop_tokens(
+            self._leaves,
+            self._state,
+            self._token_S,
+            ints_BX,
+            self._rows_of(pieces, asked, shape.rows, 1),
+            structure=self._structure,
+            shape=shape,
+            loops=self._loops,
+        )
+        call.drawn.token_R.copy_to_host_async()
+        return call
+
+    def _integers(
+        self, pieces: list[Piece], asked: Mapping[int, Asked], shape: Shape
+    ) -> np.ndarray:
+        """Lay out what `programs.read_tokens` is told of each row."""
+        places = self._fetch(pieces, asked) if shape.images else {}
         ints_BX = np.zeros((shape.rows, shape.columns), np.int32)
         first = 4 + shape.tokens * (1 + shape.images)
         for row_X, piece in zip(ints_BX, pieces, strict=False):
@@ -175,22 +194,14 @@ class Device:
             row_X[first : first + len(piece.whole)] = piece.whole
             start = first + shape.whole
             row_X[start : start + len(piece.chunk)] = piece.chunk
-        self._state, read = programs.read_tokens(
-            self._leaves,
-            self._state,
-            self._token_S,
-            ints_BX,
-            structure=self._structure,
-            shape=shape,
-        )
-        return [Call(pieces, shape, read)]
+        return ints_BX
 
     def _fetch(self, pieces: list[Piece], asked: Mapping[int, Asked]) -> dict[bytes, int]:
         """Encode what tiles of these pieces have no features yet; return the places of all."""
         per_tile, wanted = self._per_tile, {}
         for piece in pieces:
             row = asked[piece.number]
-            first, stop = _patches(piece, row)
+            first, stop = patches_of(piece, row)
             wanted |= dict(row.tiles[first // per_tile : -(-stop // per_tile)])
         places, new = self._features.fetch(wanted)
         if new:
@@ -213,7 +224,7 @@ class Device:
         self, piece: Piece, row: Asked, places: Mapping[bytes, int], out: np.ndarray
     ) -> None:
         """Write where the features of a piece's patch tokens are."""
-        first, stop = _patches(piece, row)
+        first, stop = patches_of(piece, row)
         patches = np.arange(first, stop)
         tiles = np.asarray([places.get(tile.digest, 0) for tile in row.tiles])
         index = tiles[patches // self._per_tile] * self._per_tile + patches % self._per_tile
@@ -276,7 +287,7 @@ class Device:
         """Dispatch the draws and the scores of a call."""
         if call.shape.keeps:
             self._score(call, asked)
-        if not any(piece.draws for piece in call.pieces):
+        if call.read is None or not any(piece.draws for piece in call.pieces):
             return
         wants = [asked[piece.number].options.logprobs for piece in call.pieces]
         top = None
@@ -286,7 +297,7 @@ class Device:
             self._head,
             self._token_S,
             call.read._replace(x_BTD=None),
-            self._rows_of(call, asked),
+            self._rows_of(call.pieces, asked, call.shape.rows, call.draws),
             *self._extras(call, extras),
             structure=self._structure,
             top=top,
@@ -294,15 +305,17 @@ class Device:
         for array in jax.tree.leaves(call.drawn):
             array.copy_to_host_async()
 
-    def _rows_of(self, call: Call, asked: Mapping[int, Asked]) -> DrawRows:
+    def _rows_of(
+        self, pieces: list[Piece], asked: Mapping[int, Asked], count: int, draws: int
+    ) -> DrawRows:
         """Return how the rows of a call draw; the same rows are sent once."""
-        key = (*(piece.number for piece in call.pieces), call.shape.rows, call.draws)
+        key = (*(piece.number for piece in pieces), count, draws)
         if key not in self._draw_rows:
             if len(self._draw_rows) >= 64:
                 self._draw_rows.clear()
-            rows = [asked[piece.number] for piece in call.pieces]
-            rows += [_NOBODY] * (call.shape.rows - len(rows))
-            rows = [row for row in rows for _ in range(call.draws)]
+            rows = [asked[piece.number] for piece in pieces]
+            rows += [NOBODY] * (count - len(rows))
+            rows = [row for row in rows for _ in range(draws)]
             made = DrawRows.of([row.options for row in rows], [row.key for row in rows])
             self._draw_rows[key] = jax.tree.map(jnp.asarray, made)
         return self._draw_rows[key]
@@ -344,6 +357,7 @@ class Device:
         chunks, vocab = 1, self.config.text.vocab_size
         while chunks < shape.tokens and shape.rows * shape.tokens * vocab > LOGITS * chunks:
             chunks *= 2
+        assert call.read is not None
         assert call.read.x_BTD is not None
         call.scores = programs.score_tokens(
             self._head,
@@ -353,41 +367,3 @@ class Device:
             top=MAX_LOGPROBS if wanted else 0,
             chunks=chunks,
         )
-
-
-class _Features:
-    """Which tile's features are in which place; those used longest ago give way."""
-
-    def __init__(self, count: int):
-        self._places: collections.OrderedDict[bytes, int] = collections.OrderedDict()
-        self._free = list(range(count))
-
-    def fetch(
-        self, wanted: Mapping[bytes, np.ndarray]
-    ) -> tuple[dict[bytes, int], list[tuple[int, np.ndarray]]]:
-        """Return the places of tiles, and those that are to be encoded with their places."""
-        for digest in wanted:
-            if digest in self._places:
-                self._places.move_to_end(digest)
-        new = []
-        for digest, pixels in wanted.items():
-            if digest not in self._places:
-                place = self._free.pop() if self._free else self._places.popitem(last=False)[1]
-                self._places[digest] = place
-                new.append((place, pixels))
-        return {digest: self._places[digest] for digest in wanted}, new
-
-
-def _patches(piece: Piece, row: Asked) -> tuple[int, int]:
-    """Return which of a row's patch tokens a piece holds: from the first to before the last."""
-    first, stop = np.searchsorted(row.patches_N, (piece.start, piece.end))
-    return int(first), int(stop)
-
-
-_NOBODY = Asked(
-    Options(temperature=0.0, top_p=1.0, top_k=0),
-    np.zeros(2, np.uint32),
-    np.zeros(0, np.int32),
-    np.zeros(0, np.int64),
-    (),
-)

@@ -15,7 +15,8 @@ from llama4_jax.pretrained import Pretrained
 from llama4_jax.serve import ngram
 from llama4_jax.serve.adjust import Adjuster
 from llama4_jax.serve.answers import Answering, Event, Judged
-from llama4_jax.serve.device import Asked, Call, Device, Extras, Tile
+from llama4_jax.serve.asked import Asked, Tile
+from llama4_jax.serve.device import Call, Device, Extras
 from llama4_jax.serve.grammar import Grammars, Matcher
 from llama4_jax.serve.options import Options
 from llama4_jax.serve.pages import PageNames
@@ -71,6 +72,7 @@ class Engine:
             self.device = Device(pretrained, layout, self.config)
         self._answers: dict[int, Answering] = {}  # by the numbers of their choices
         self._asked: dict[int, Asked] = {}
+        self._attended: set[int] = set()  # choices that need more than tokens of each draw
         self._of_request: dict[int, list[int]] = {}
         self._in_flight: collections.deque[list[Call]] = collections.deque()
         self._inbox: collections.deque[tuple[str, int, list[Answering]]] = collections.deque()
@@ -172,17 +174,19 @@ class Engine:
         with self.pretrained.on_mesh():
             events = self._read_inbox()
             speculates = self.config.speculate == "ngram"
-            plan = self.scheduler.plan(self.draft if speculates else no_drafts)
+            loops = 1 if speculates or self._attended else self.config.loops
+            plan = self.scheduler.plan(self.draft if speculates else no_drafts, loops=loops)
             if not plan.decode and not plan.prefill:
                 return events + self.settle()
             self.counters.steps += 1
-            calls = self.device.read(plan, self._asked)
+            asked = {p.number: self._asked[p.number] for p in (*plan.decode, *plan.prefill)}
+            calls = self.device.read(plan, asked, draws=not self._attended)
             # Masks and penalties need the tokens before; they are read while the model runs.
             pieces = [(p, c) for c in calls for p in c.pieces if p.draws]
             if any(self._is_adjusted(self._answers[p.number]) for p, _ in pieces):
                 events += self.settle()
             for call in calls:
-                self.device.draw(call, self._asked, self._extras(call))
+                self.device.draw(call, asked, self._extras(call))
             self._in_flight.append(calls)
             while len(self._in_flight) > (0 if speculates else 1):
                 events += self._settle(self._in_flight.popleft())
@@ -230,6 +234,8 @@ class Engine:
                 for answer in answers:
                     self._answers[answer.choice.number] = answer
                     self._asked[answer.choice.number] = answer.asked
+                    if self._is_adjusted(answer) or answer.asked.options.logprobs is not None:
+                        self._attended.add(answer.choice.number)
                     self.counters.prompt_tokens += answer.choice.prompt
                     if answer.choice.limit == 1:  # there is nothing to read for a score
                         events.append(self._end(answer, "length"))
@@ -253,7 +259,10 @@ class Engine:
 
     def _forget(self, answer: Answering) -> None:
         self.scheduler.drop(answer.choice)
-        del self._answers[answer.choice.number]
+        number = answer.choice.number
+        del self._answers[number]
+        del self._asked[number]
+        self._attended.discard(number)
         left = self._of_request[answer.request]
         left.remove(answer.choice.number)
         if not left:
@@ -306,7 +315,8 @@ class Engine:
                 if piece.draws:
                     assert tokens is not None
                     at = row * call.draws
-                    drawn = tokens[at : at + call.draws].tolist()
+                    count = piece.loops if call.read is None else call.draws
+                    drawn = tokens[at : at + count].tolist()
                     events.append(self._take(answer, piece, drawn, at, judged))
                 elif piece.end >= answer.choice.limit - 1:  # a prompt that was only to be scored
                     events.append(self._end(answer, "length"))
@@ -316,12 +326,12 @@ class Engine:
         self, answer: Answering, piece: Piece, drawn: list[int], at: int, judged: "Judged | None"
     ) -> Event:
         """Take the drawn tokens whose drafts were right, up to the end of the answer."""
-        drafts = piece.tokens_T[1:].tolist() if len(drawn) > 1 else []
-        count = 1
+        drafts = piece.tokens_T[1:].tolist() if len(drawn) > piece.loops else []
+        count = piece.loops
         while count <= len(drafts) and drafts[count - 1] == drawn[count - 1]:
             count += 1
         self.counters.drafted += len(drafts)
-        self.counters.accepted += count - 1
+        self.counters.accepted += count - piece.loops
         taken, texts, transcript = [], [], answer.transcript
         for token in drawn[:count]:
             taken.append(token)
@@ -336,7 +346,7 @@ class Engine:
                     texts[-1] += transcript.stop()
                     break
         self.counters.new_tokens += len(taken)
-        self.scheduler.commit(answer.choice, taken)
+        self.scheduler.commit(answer.choice, taken, loops=piece.loops)
         scores, wanted = answer.scores, answer.asked.options.logprobs
         answer.scores = None
         if transcript.finish_reason is not None:

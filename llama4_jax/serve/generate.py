@@ -162,9 +162,10 @@ class _Job:
     def tokens(self) -> Iterator[NewToken]:
         """Answer; yield every token as it comes."""
         for index, event in run(self._engine, self._prompts, self._options):
-            part = self._parts[index][event.choice]
-            part.add(event)
-            for token, text in zip(event.tokens, event.texts, strict=True):
+            pairs = list(zip(event.tokens, event.texts, strict=True))
+            for place, (token, text) in enumerate(pairs, start=1):
+                if place == len(pairs):  # an answer is complete with its last token, not before
+                    self._parts[index][event.choice].add(event)
                 yield NewToken(index=index, token=token, text=text, choice=event.choice)
 
     def is_complete(self, index: int) -> bool:

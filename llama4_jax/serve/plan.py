@@ -90,6 +90,8 @@ class Piece(NamedTuple):
       tokens_T: int32; of a row that is answering, the last token and then drafts.
       is_drawn: whether the first token is the one drawn last, which only the device knows yet.
       draws: whether a token is drawn after the last of these (after each, if there are drafts).
+      loops: how many tokens are drawn and read one after the other, the first of these included;
+        1 where that is not the device's own affair.
       whole: pages of layers that see everything.
       chunk: pages of chunk layers, from the beginning of the chunk of `start`.
     """
@@ -100,13 +102,14 @@ class Piece(NamedTuple):
     tokens_T: np.ndarray
     is_drawn: bool
     draws: bool
+    loops: int
     whole: np.ndarray
     chunk: np.ndarray
 
     @property
     def end(self) -> int:
         """The position after the last token."""
-        return self.start + len(self.tokens_T)
+        return self.start + len(self.tokens_T) + self.loops - 1
 
 
 class Plan(NamedTuple):

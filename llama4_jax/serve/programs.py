@@ -147,6 +147,61 @@ def read_tokens(
     return state, Read(x_RD, positions_R, rows_R, x_BTD if shape.keeps else None)
 
 
+@functools.partial(
+    jax.jit, static_argnames=("structure", "shape", "loops"), donate_argnames=("state",)
+)
+def loop_tokens(
+    leaves: list,
+    state: DeviceState,
+    token_S: jax.Array,
+    ints_BX,
+    rows: DrawRows,
+    *,
+    structure,
+    shape: Shape,
+    loops: int,
+) -> tuple[DeviceState, jax.Array, Drawn]:
+    """Read a token of some rows and draw the next, so many times over.
+
+    Args:
+      leaves: of the model.
+      state: donated.
+      token_S: int32, drawn last in every place.
+      ints_BX: int32 as `read_tokens` takes them, but for the count, which is that of draws.
+      rows: how each draws.
+      structure: of the model.
+      shape: what is where; one token a row.
+      loops: most draws of a row.
+
+    Returns:
+      The state and `token_S` brought up to date, and what was drawn, `loops` places for each row.
+    """
+    model = _model(leaves, structure)
+    numbers_B4, first_B1, whole_BW, chunk_BW = jnp.split(ints_BX, (4, 5, 5 + shape.whole), axis=1)
+    row_B, start_B, count_B, _ = numbers_B4.T
+    first_B = jnp.where(count_B < 0, token_S[row_B], first_B1[:, 0])
+    count_B = jnp.abs(count_B)
+
+    def once(carry):
+        i, pools, token_B, drawn_BT = carry
+        positions_B = jnp.where(i < count_B, start_B + i, -1)
+        cache = pools.cache(model.config.text, whole_BW, chunk_BW)
+        output = model(token_B[:, None], positions_BT=positions_B[:, None], cache=cache)
+        assert output.cache is not None
+        logits_BV = parallel.shard(output.logits_BTV[:, 0], (None, None))
+        token_B = jnp.where(positions_B < 0, token_B, sample(logits_BV, positions_B + 1, rows))
+        drawn_BT = jax.lax.dynamic_update_slice(drawn_BT, token_B[:, None], (0, i))
+        return i + 1, Pools.of(output.cache), token_B, drawn_BT
+
+    drawn_BT = jnp.zeros((shape.rows, loops), jnp.int32)
+    start = jnp.int32(0), state.pools, first_B, drawn_BT
+    _, pools, token_B, drawn_BT = jax.lax.while_loop(lambda c: c[0] < count_B.max(), once, start)
+    places_B = jnp.where(count_B > 0, row_B, token_S.shape[0])
+    token_S = token_S.at[places_B].set(token_B, mode="drop")
+    state = dataclasses.replace(state, pools=pools)
+    return state, token_S, Drawn(drawn_BT.reshape(-1), None, None)
+
+
 @functools.partial(jax.jit, static_argnames=("structure", "top"))
 def draw_tokens(
     leaves: list,

@@ -76,22 +76,29 @@ class Scheduler:
         self._release(choice)
         self.running.remove(choice)
 
-    def commit(self, choice: Choice, tokens: Sequence[int]) -> None:
-        """Learn what one draw gave: a token, or with drafts those accepted and one more."""
-        choice.pending -= 1
+    def commit(self, choice: Choice, tokens: Sequence[int], *, loops: int = 1) -> None:
+        """Learn what a piece drew: a token for each loop, or with drafts those accepted and one."""
+        choice.pending -= loops
         choice.tokens.extend(tokens)
         if choice.row is not None:
             choice.computed = min(choice.computed, choice.total - 1)
 
-    def plan(self, draft: Draft = no_drafts) -> Plan:
-        """Decide what the next step reads."""
+    def plan(self, draft: Draft = no_drafts, *, loops: int = 1) -> Plan:
+        """Decide what the next step reads.
+
+        Args:
+          draft: guesses tokens.
+          loops: most tokens that the device may draw of a row by itself while nobody waits.
+        """
+        if self.waiting or any(not c.is_answering and not c.is_drawn_out for c in self.running):
+            loops = 1
         self._planned = set()
         preempted = self.preemptions
         budget = self._step_tokens
         decode, prefill = [], []
         for choice in [c for c in self.running if c.is_answering and not c.is_drawn_out]:
             if choice.row is not None and budget:  # or an earlier one of these took its pages
-                piece = self._answer(choice, draft, budget)
+                piece = self._answer(choice, draft, budget, loops)
                 if piece is not None:
                     decode.append(piece)
                     budget -= len(piece.tokens_T)
@@ -124,27 +131,24 @@ class Scheduler:
 
     # ------------------------------------------------------------------------- parts of a plan
 
-    def _answer(self, choice: Choice, draft: Draft, budget: int) -> Piece | None:
-        """Plan the next token of a row, with drafts if there is room."""
+    def _answer(self, choice: Choice, draft: Draft, budget: int, loops: int) -> Piece | None:
+        """Plan the next token of a row, with drafts or further ones if there is room."""
         start = choice.computed
         drafts: Sequence[int] = ()
-        most = min(
-            MAX_DRAFTS,
-            budget - 1,
-            choice.limit - choice.total - 1,
-            self.layout.chunk_end(start) - start - 1,  # a rejection may not return to a lost chunk
-        )
+        # Neither may leave the chunk: a rejection could not return, and a loop has one table.
+        room = min(choice.limit - choice.total, self.layout.chunk_end(start) - start)
+        loops, most = min(loops, room), min(MAX_DRAFTS, budget - 1, room - 1)
         if most > 0 and not choice.pending:
             drafts = draft(choice, most)[:most]
-        if not self._reserve(choice, start + 1 + len(drafts)):
-            drafts = ()
+        if not self._reserve(choice, start + loops + len(drafts)):
+            drafts, loops = (), 1
             while not self._reserve(choice, start + 1):
                 victim = next(c for c in reversed(self.running) if c.number not in self._planned)
                 self._preempt(victim)
                 if victim is choice:
                     return None
         last = [0] if choice.pending else choice.tokens.array[-1:]
-        return self._piece(choice, np.asarray([*last, *drafts], np.int32))
+        return self._piece(choice, np.asarray([*last, *drafts], np.int32), loops)
 
     def _read_prompts(self, pieces: list[Piece], budget: int) -> bool:
         """Plan pieces of prompts that are being read; return whether one found no room."""
@@ -229,17 +233,17 @@ class Scheduler:
                 return self._piece(choice, choice.tokens.array[start:stop])
         return None
 
-    def _piece(self, choice: Choice, tokens_T: np.ndarray) -> Piece:
+    def _piece(self, choice: Choice, tokens_T: np.ndarray, loops: int = 1) -> Piece:
         """Take note that these tokens are read, and whether one is drawn after them."""
         start, row, is_drawn = choice.computed, choice.row, choice.pending > 0
         assert row is not None
-        choice.computed += len(tokens_T)
+        choice.computed += len(tokens_T) + loops - 1
         draws = choice.computed >= choice.total and choice.total < choice.limit
         choice.is_read |= draws
-        choice.pending += draws
+        choice.pending += loops * draws
         self._planned.add(choice.number)
         pages = choice.whole.array, choice.chunk.array
-        return Piece(choice.number, row, start, tokens_T, is_drawn, draws, *pages)
+        return Piece(choice.number, row, start, tokens_T, is_drawn, draws, loops, *pages)
 
     # --------------------------------------------------------------------------------- pages
 

@@ -29,6 +29,8 @@ class EngineConfig:
       kv_cache: what keys and values are stored in: "auto" is the model's dtype.
       speculate: "ngram" drafts tokens from what was read before and verifies them together.
       keep_prefixes: whether what was computed stays for requests that begin alike.
+      loops: most tokens that the device draws of a row by itself while nobody waits and no answer
+        needs the host between two tokens; tokens then come in lumps of as many.
       feature_tiles: image tiles whose features are kept.
     """
 
@@ -40,11 +42,12 @@ class EngineConfig:
     kv_cache: KVCache = "auto"
     speculate: Literal["none", "ngram"] = "none"
     keep_prefixes: bool = True
+    loops: int = 8
     feature_tiles: int = 64
 
     def __post_init__(self) -> None:
         for name in ("max_rows", "step_tokens", "max_context", "cache_bytes", "page_size",
-                     "feature_tiles"):  # fmt: skip
+                     "feature_tiles", "loops"):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} ({value}) must be at least 1.")

@@ -148,10 +148,10 @@ def test_rows_that_give_way_go_on_as_if_nothing_had_been(pretrained, config):
 def test_a_step_is_dispatched_before_the_tokens_of_the_one_before_are_read(pretrained, monkeypatch):
     order = []
     read, settle = Device.read, Engine._settle
-    monkeypatch.setattr(Device, "read", lambda *a: (order.append("read"), read(*a))[1])
+    monkeypatch.setattr(Device, "read", lambda *a, **k: (order.append("read"), read(*a, **k))[1])
     monkeypatch.setattr(Engine, "_settle", lambda *a: (order.append("settle"), settle(*a))[1])
     (prompt,) = prompts_of(pretrained, Request(tokens=[1, 2, 3]))
-    alone(pretrained, (prompt, Options(max_new_tokens=4)))
+    alone(pretrained, (prompt, Options(max_new_tokens=4)), dataclasses.replace(SIZES, loops=1))
     assert order == ["read", "read", "settle", "read", "settle", "read", "settle", "settle"]
 
 

@@ -40,6 +40,7 @@ class Figures:
       declared: of these, what kernels say that they move; None if there are no kernels.
       vmem, smem: most bytes that one of its kernels uses; 0 if there is none.
       collectives: how many of each kind stand in the program.
+      strayed: what kernels copy from HBM, as they declare, and the compiler has put elsewhere.
       in_group: how many of them stand in the loop over groups of layers.
       instructions: size of the program.
       seconds: to compile.
@@ -53,6 +54,7 @@ class Figures:
     declared: float | None
     vmem: int
     smem: int
+    strayed: tuple[str, ...]
     collectives: dict[str, int]
     in_group: int
     instructions: int
@@ -90,6 +92,7 @@ def read(executable: jax.stages.Compiled, jaxpr: Any, *, seconds: float) -> Figu
         declared=sum(e["bytes_accessed"] for e in said) if said else declared_bytes(jaxpr),
         vmem=max((int(each["size"]) for each in scoped if each["memory_space"] == "1"), default=0),
         smem=declared_smem(jaxpr),
+        strayed=strayed(program, jaxpr),
         collectives=hlo.count_collectives(operations),
         in_group=sum(hlo.is_collective(op) and "/slot_" in op.rest for op in operations),
         instructions=len(operations),
@@ -168,6 +171,51 @@ def declared_bytes(jaxpr: Any) -> float | None:
     return sum(said) if said else None
 
 
+def _kernels(jaxpr: Any) -> Iterator[Any]:
+    """Yield the equations that are TPU kernels."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "pallas_call":
+            yield equation
+        else:
+            for body in _inside(equation):
+                yield from _kernels(body)
+
+
+def _in_hbm(kernel: Any) -> list[bool]:
+    """Tell of each operand of a kernel whether it is declared to be in HBM."""
+    mapping = kernel.params["grid_mapping"]
+    inputs = mapping.block_mappings[: mapping.num_inputs]
+    spaces = [str(block.transformed_block_aval.memory_space) for block in inputs]
+    before = len(kernel.invars) - len(spaces)  # bounds of the grid, and scalars
+    return [False] * before + [space == "hbm" for space in spaces]
+
+
+def strayed(program: hlo.Program, jaxpr: Any) -> tuple[str, ...]:
+    """Name the operands that kernels declare to be in HBM and that XLA has put elsewhere.
+
+    What is copied from VMEM to VMEM arrives in order, not beside the arithmetic, and on v4 wrongly.
+    """
+    declared = [(kernel.params["name"], _in_hbm(kernel)) for kernel in _kernels(jaxpr)]
+    found = []
+    for operations in program.values():
+        spaces = {op.name: op.space for op in operations}
+        for op in operations:
+            if 'custom_call_target="tpu_custom_call"' not in op.rest:
+                continue
+            # A transformation writes itself around the name of a kernel.
+            alike = [(n, o) for n, o in declared if n in op.name and len(o) == len(op.operands)]
+            if not alike:
+                found.append(f"what {op.name} reads is not known")
+            longest = max((name for name, _ in alike), key=len, default="")
+            same = [operands for name, operands in alike if name == longest]
+            found += [
+                f"{operand} of {op.name} is in memory space {spaces[operand]}"
+                for operand, *is_in_hbm in zip(op.operands, *same, strict=True)
+                if any(is_in_hbm) and spaces.get(operand, 0)
+            ]
+    return tuple(found)
+
+
 def memory_faults(found: Figures, target: Target, scratch: float = math.inf) -> Iterator[str]:
     """Yield what is wrong with the memory of a program that may need so much scratch at most."""
     needed = max(found.peak, found.arguments + found.scratch)
@@ -178,3 +226,4 @@ def memory_faults(found: Figures, target: Target, scratch: float = math.inf) -> 
             f"needs {found.scratch / GB:.2f} GB of scratch memory where {scratch / GB:.2f} should "
             "do: look for copies of weights or of the cache"
         )
+    yield from (f"{each}, and its kernel copies it from HBM" for each in found.strayed)

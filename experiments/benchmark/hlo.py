@@ -17,6 +17,7 @@ _WIDTHS = {"pred": 1, "bf16": 2, "f8e4m3fn": 1, "f8e5m2": 1}
 _ARRAY = re.compile(r"\b([a-z]+\d*\w*)\[([\d,]*)\]")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*?)\)(.*)$")
+_SPACE = re.compile(r"S\((\d+)\)")
 _FUSED = re.compile(r"\b(?:calls|to_apply)=%?([\w.-]+)")
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)[}\]]')
 # These name or group arrays and move nothing.
@@ -32,7 +33,8 @@ class Operation(NamedTuple):
     """A line of a program: its result's name, what it does, and to what.
 
     `bytes` are those of the result, `dims` of the first one if there are several; `inside` is what
-    stands between the brackets, `rest` what follows them.
+    stands between the brackets, `rest` what follows them. `space` is the memory that the result is
+    in, as XLA numbers them: 0 is that of the device, HBM on TPUs.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Operation(NamedTuple):
     operands: list[str]
     inside: str
     rest: str
+    space: int
 
 
 Program = dict[str, list[Operation]]
@@ -61,7 +64,9 @@ def parse(text: str) -> Program:
             size = sum(_width(dtype) * math.prod(dims) for dtype, dims in arrays)
             dims = arrays[0][1] if arrays else []
             operands = re.findall(r"%([\w.-]+)", inside)
-            current.append(Operation(name, kind, size, dims, operands, inside, rest))
+            space = _SPACE.search(shapes)
+            where = int(space[1]) if space else 0
+            current.append(Operation(name, kind, size, dims, operands, inside, rest, where))
     return computations
 
 

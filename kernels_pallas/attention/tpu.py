@@ -22,7 +22,7 @@ from kernels_pallas.attention.visibility import (
     sees_all,
     summarize,
 )
-from kernels_pallas.tpu_primitives import LANES
+from kernels_pallas.tpu_primitives import LANES, in_hbm
 
 __all__ = ["backward", "forward", "refusal"]
 
@@ -110,12 +110,11 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
     q_summary, kv_summary = summarize(x, how.chunk_size, s.bq, s.bkv)
     q_marks = tb.marks(x.q_positions_BT, x.q_segments_BT, s.bq)
     kv_marks = tb.marks(x.kv_positions_BS, x.kv_segments_BS, s.bkv)
-    k_BKSH = tb.padded(x.k_BSKH.swapaxes(1, 2), 2, s.bkv)
-    v_BKSH = tb.padded(x.v_BSKH.swapaxes(1, 2), 2, s.bkv)
+    k_BKSH, v_BKSH = (tb.padded(a.swapaxes(1, 2), 2, s.bkv) for a in (x.k_BSKH, x.v_BSKH))
     m, q_size, dtype = kv_marks.shape[2], x.q_BTNH.dtype.itemsize, x.q_BTNH.dtype
 
     q_spec = pl.BlockSpec((None, None, s.G, s.bq, s.H), lambda b, h, i: (b, h, 0, i, 0))
-    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     row = (s.bq, LANES)
     out_size = s.B * s.K * s.G * s.T * s.H
     out_BKGTH, lse_BKnGT = pl.pallas_call(
@@ -126,9 +125,9 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
             tb.scalars_spec(kv_summary),
             pl.BlockSpec((None, None, m, s.bq), lambda b, h, i: (b, i, 0, 0)),
             q_spec,
-            in_hbm,
-            in_hbm,
-            in_hbm,
+            hbm,
+            hbm,
+            hbm,
         ],
         out_specs=[
             q_spec,
@@ -160,7 +159,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
         name="chunked_attention_forward",
     )(
         tb.scalars(q_summary), tb.scalars(kv_summary), q_marks, tb.head_major(x.q_BTNH, s.K),
-        kv_marks, k_BKSH, v_BKSH,
+        *map(in_hbm, (kv_marks, k_BKSH, v_BKSH)),
     )  # fmt: skip
     lse_BTN = lse_BKnGT.transpose(0, 2, 4, 1, 3).reshape(s.B, -1, s.K * s.G)[:, : s.T]
     return tb.token_major(out_BKGTH), lse_BTN

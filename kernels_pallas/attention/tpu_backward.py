@@ -23,7 +23,7 @@ from kernels_pallas.attention.visibility import (
     sees_all,
     summarize,
 )
-from kernels_pallas.tpu_primitives import LANES, dot
+from kernels_pallas.tpu_primitives import LANES, dot, in_hbm
 
 
 def _queries_kernel(s: tb.Shape, how: Settings):
@@ -199,7 +199,7 @@ def _backward_queries(
     m, dtype = kv_marks.shape[2], x.q_BTNH.dtype
 
     q_spec = pl.BlockSpec((None, None, s.G, s.bq, s.H), lambda b, h, i: (b, h, 0, i, 0))
-    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     row = (s.bq, LANES)
     dq_BKGTH = pl.pallas_call(
         _queries_kernel(s, how),
@@ -211,9 +211,9 @@ def _backward_queries(
             pl.BlockSpec((None, None, None, 2 * s.G, s.bq), lambda b, h, i: (b, h, i, 0, 0)),
             q_spec,
             q_spec,
-            in_hbm,
-            in_hbm,
-            in_hbm,
+            hbm,
+            hbm,
+            hbm,
         ],
         out_specs=q_spec,
         out_shape=backend.like(x.q_BTNH, (s.B, s.K, s.G, s.T, s.H), dtype),
@@ -240,8 +240,8 @@ def _backward_queries(
         name="chunked_attention_backward_dq",
     )(
         tb.scalars(q_summary), tb.scalars(kv_summary), q_marks, _rows(lse_BTN, delta_BTN, s),
-        tb.head_major(x.q_BTNH, s.K), tb.head_major(dout_BTNH, s.K), kv_marks,
-        tb.padded(x.k_BSKH.swapaxes(1, 2), 2, s.bkv), tb.padded(x.v_BSKH.swapaxes(1, 2), 2, s.bkv),
+        tb.head_major(x.q_BTNH, s.K), tb.head_major(dout_BTNH, s.K), in_hbm(kv_marks),
+        *(in_hbm(tb.padded(a.swapaxes(1, 2), 2, s.bkv)) for a in (x.k_BSKH, x.v_BSKH)),
     )  # fmt: skip
     return tb.token_major(dq_BKGTH)
 
@@ -257,7 +257,7 @@ def _backward_keys(
     m, dtype = kv_marks.shape[2], x.q_BTNH.dtype
 
     kv_spec = pl.BlockSpec((None, None, s.bkv, s.H), lambda b, h, j: (b, h, j, 0))
-    in_hbm = pl.BlockSpec(memory_space=pltpu.HBM)
+    hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     kv_shape = backend.like(x.k_BSKH, (s.B, s.K, s.S, s.H), dtype)
     dk_BKSH, dv_BKSH = pl.pallas_call(
         _keys_kernel(s, how),
@@ -268,10 +268,10 @@ def _backward_keys(
             pl.BlockSpec((None, None, m, s.bkv), lambda b, h, j: (b, j, 0, 0)),
             kv_spec,
             kv_spec,
-            in_hbm,
-            in_hbm,
-            in_hbm,
-            in_hbm,
+            hbm,
+            hbm,
+            hbm,
+            hbm,
         ],
         out_specs=[kv_spec, kv_spec],
         out_shape=[kv_shape, kv_shape],
@@ -298,9 +298,8 @@ def _backward_keys(
         name="chunked_attention_backward_dkv",
     )(
         tb.scalars(q_summary), tb.scalars(kv_summary), kv_marks, x.k_BSKH.swapaxes(1, 2),
-        x.v_BSKH.swapaxes(1, 2), q_marks, _rows(lse_BTN, delta_BTN, s),
-        tb.padded(tb.head_major(x.q_BTNH, s.K), 3, s.bq),
-        tb.padded(tb.head_major(dout_BTNH, s.K), 3, s.bq),
+        x.v_BSKH.swapaxes(1, 2), in_hbm(q_marks), in_hbm(_rows(lse_BTN, delta_BTN, s)),
+        *(in_hbm(tb.padded(tb.head_major(a, s.K), 3, s.bq)) for a in (x.q_BTNH, dout_BTNH)),
     )  # fmt: skip
     return dk_BKSH.swapaxes(1, 2), dv_BKSH.swapaxes(1, 2)
 

@@ -17,16 +17,8 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import backend, tuning
 from kernels_pallas.attention.visibility import NEGATIVE, Settings
 from kernels_pallas.decode.inputs import Inputs, slots_seen, slots_seen_by_all
-from kernels_pallas.decode.tpu_kernel import (
-    LANES,
-    TILE,
-    Cache,
-    Row,
-    Scratch,
-    Sizes,
-    attend_row,
-    round_up,
-)
+from kernels_pallas.decode.tpu_kernel import TILE, Cache, Row, Scratch, Sizes, attend_row
+from kernels_pallas.tpu_primitives import LANES, in_hbm, round_up
 
 _COPY_BYTES = 2**20  # of one block of keys: enough in flight to hide the latency of HBM
 _MAX_BLOCK = 2048
@@ -144,7 +136,7 @@ def _heads_first(x: Inputs, sizes: Sizes) -> Cache:
         missing = -part.shape[1] % unit if sizes.page is None else 0
         if missing:
             part = jnp.pad(part, [(0, missing) if i == 1 else (0, 0) for i in range(part.ndim)])
-        return pltpu.with_memory_space_constraint(part.swapaxes(1, 2), pltpu.HBM)
+        return in_hbm(part.swapaxes(1, 2))
 
     scales = swap(x.k_scale_BSK, LANES), swap(x.v_scale_BSK, LANES)
     return Cache(swap(x.k_BSKH, TILE), swap(x.v_BSKH, TILE), *scales)
@@ -156,7 +148,7 @@ def _windows(table_BP: jax.Array | None) -> jax.Array | None:
         return None
     entries = min(_WINDOW, max(LANES, _power_of_two(2 * table_BP.shape[1] - 1)))
     padded_BP = jnp.pad(table_BP, ((0, 0), (0, -table_BP.shape[1] % entries)))
-    return padded_BP.astype(jnp.int32).reshape(-1, 1, entries)
+    return in_hbm(padded_BP.astype(jnp.int32).reshape(-1, 1, entries))
 
 
 def _cost(

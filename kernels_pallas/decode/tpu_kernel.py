@@ -31,16 +31,12 @@ from kernels_pallas.attention.visibility import (
     attention_temperature,
     first_visible,
 )
+from kernels_pallas.tpu_primitives import LANES, round_up
 
-LANES, TILE = 128, 8  # of a vector register; slots are copied in multiples of a tile
+TILE = 8  # slots are copied in multiples of it
 _LOG2_E = math.log2(math.e)
 _Masks = tuple[jax.Array, jax.Array]  # of a block: [rows, block] and [block, 1]
 _ROW, _BLOCK, _ASKED, _ATTENDED, _HELD = range(5)  # fields of the cursor
-
-
-def round_up(x: int, unit: int) -> int:
-    """Return the next multiple of a unit."""
-    return -(-x // unit) * unit
 
 
 class Sizes(NamedTuple):

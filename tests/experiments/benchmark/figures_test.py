@@ -86,3 +86,27 @@ cost_estimate_json = "{\22flops\22: 10, \22transcendentals\22: 1, \22bytes_acces
     found = figures.counted(hlo.parse(text), said)
     assert found["flops"] == 10 and 20 < found["bytes accessed"] <= 20 + 32
     assert not any(figures.counted(hlo.parse(""), []).values())
+
+
+@pytest.mark.parametrize(("space", "strays"), [("", False), ("S(1)", True)])
+def test_what_a_kernel_copies_from_hbm_and_the_compiler_put_elsewhere_is_a_fault(space, strays):
+    call = functools.partial(
+        pl.pallas_call(
+            lambda *_: None,
+            in_specs=[pl.BlockSpec(), pl.BlockSpec(memory_space=pltpu.HBM)],
+            out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
+            name="read",
+        ),
+        jnp.ones((8, 128)),
+    )
+    traced = jax.jit(call).trace(jnp.ones((8, 128)))
+    text = f"""
+  %x = f32[8,128]{{1,0:T(8,128)S(1)}} parameter(0)
+  %y = f32[8,128]{{1,0:T(8,128){space}}} parameter(1)
+  %vmap_read_.1 = f32[8,128]{{1,0:T(8,128)}} custom-call(%x, /*index=1*/%y), \
+custom_call_target="tpu_custom_call"
+"""
+    found = figures.strayed(hlo.parse(text), traced.jaxpr.jaxpr)
+    assert found == (("y of vmap_read_.1 is in memory space 1",) if strays else ())
+    faults = list(figures.memory_faults(changed(strayed=found), TARGETS["v5p"]))
+    assert len(faults) == strays

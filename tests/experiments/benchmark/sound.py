@@ -13,6 +13,7 @@ SOUND = Figures(
     declared=2e9,
     vmem=1,
     smem=1,
+    strayed=(),
     collectives={"all-reduce": 9},
     in_group=8,
     instructions=1000,

@@ -13,18 +13,21 @@ under 1 GB of scratch for a decoding step of Scout on 4 chips of v5p, and minute
 import dataclasses
 import pathlib
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from experiments.benchmark import figures, programs, report, topologies
+from experiments.benchmark.names import PROGRAM_CHIPS
 from experiments.launch import FlagError, launch
+
+if TYPE_CHECKING:
+    from experiments.benchmark import programs, topologies
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define this command's flags."""
     flags.DEFINE_multi_enum(
-        "target", list(programs.TARGETS), list(programs.TARGETS),
+        "target", PROGRAM_CHIPS, PROGRAM_CHIPS,
         "Accelerator to compile for; may be repeated.", flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
@@ -36,12 +39,14 @@ def define_flags(values: flags.FlagValues) -> None:
     flags.DEFINE_string("hlo", None, "Folder for the optimised programs.", flag_values=values)
 
 
-def wanted(values: flags.FlagValues, target: str) -> list[programs.Program]:
+def wanted(values: flags.FlagValues, target: str) -> "list[programs.Program]":
     """List the programs to compile for a target.
 
     Raises:
       FlagError: a name in --only is none of theirs, or --layers is not whole groups.
     """
+    from experiments.benchmark import programs
+
     if values.layers % 4:
         raise FlagError(f"--layers={values.layers} must be a multiple of 4, a group of layers.")
     known = programs.programs(target, layers=values.layers)
@@ -52,8 +57,10 @@ def wanted(values: flags.FlagValues, target: str) -> list[programs.Program]:
     return [program for program in known if not values.only or program.name in values.only]
 
 
-def compiled(values: flags.FlagValues, target: topologies.Target) -> Iterator[dict[str, Any]]:
+def compiled(values: flags.FlagValues, target: "topologies.Target") -> Iterator[dict[str, Any]]:
     """Compile the programs of a target and yield their records."""
+    from experiments.benchmark import figures, programs
+
     seen: dict[str, figures.Figures] = {}
     for program in wanted(values, target.name):
         record = {"target": target.name, **dataclasses.asdict(program), "faults": []}
@@ -72,6 +79,8 @@ def compiled(values: flags.FlagValues, target: topologies.Target) -> Iterator[di
 
 def main(values: flags.FlagValues) -> None:
     """Compile, print, judge."""
+    from experiments.benchmark import programs, report, topologies
+
     targets = [topologies.TARGETS[name] for name in dict.fromkeys(values.target)]
     for target in targets:
         wanted(values, target.name)

@@ -16,10 +16,9 @@ from collections.abc import Iterator
 from absl import flags
 from tqdm import tqdm
 
-from experiments.flags import FlagError, launch
-from llama4_jax.checkpoint import FORMATS, convert, find_format
-from llama4_jax.checkpoint.location import find_checkpoint
-from llama4_jax.checkpoint.writer import check_target
+from experiments.flags import FlagError, check_given, launch
+
+FORMATS = ("hf", "meta", "orbax")
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -29,7 +28,7 @@ def define_flags(values: flags.FlagValues) -> None:
         "target", None, "Folder to write; it must not exist yet or be empty.", flag_values=values
     )
     flags.DEFINE_enum(
-        "to", None, list(FORMATS), "Layout to write.", flag_values=values
+        "to", None, FORMATS, "Layout to write.", flag_values=values
     )  # fmt: skip
     flags.DEFINE_enum(
         "dtype", None, ["bfloat16", "float32"],
@@ -50,9 +49,10 @@ def check_flags(values: flags.FlagValues) -> None:
     Raises:
       FlagError: names the flag and the remedy.
     """
-    for name in ("source", "target", "to"):
-        if not values[name].value:
-            raise FlagError(f"--{name} is needed; --helpshort describes it.")
+    from llama4_jax.checkpoint.location import find_checkpoint
+    from llama4_jax.checkpoint.writer import check_target
+
+    check_given(values, ("source", "target", "to"))
     if values.model_parallel is not None and values.to != "meta":
         raise FlagError(f"--model_parallel is for --to=meta, not for --to={values.to}.")
     source, target = find_checkpoint(values.source), pathlib.Path(values.target).expanduser()
@@ -74,6 +74,9 @@ def show_progress(num_bytes: int) -> Iterator:
 
 def main(values: flags.FlagValues) -> None:
     """Convert as the flags say."""
+    from llama4_jax.checkpoint import convert, find_format
+    from llama4_jax.checkpoint.location import find_checkpoint
+
     check_flags(values)
     source = find_checkpoint(values.source)
     kind = find_format(source)

@@ -11,20 +11,15 @@ import pathlib
 import tempfile
 import time
 
-import jax
-import numpy as np
 from absl import flags
 
+import llama4_jax
 from experiments import flags as shared
 from experiments.terminal import show
-from llama4_jax.checkpoint import convert
-from llama4_jax.pretrained import from_pretrained
-from llama4_jax.serve import Options, Request, generate
 from llama4_jax.text import Image, Message
 
 MESH = "expert:4,tensor:2"
 QUESTION = "Which digit is this?"
-GREEDY = Options(temperature=0)
 CODE = '''class Point:
     """A point in the plane."""
 
@@ -52,27 +47,30 @@ def main(values: flags.FlagValues) -> None:
     Raises:
       ValueError: a check failed; the message says how many.
     """
+    import jax
+
+    greedy, generate = llama4_jax.Options(temperature=0), llama4_jax.generate
     began, folder, checks = time.monotonic(), shared.check_checkpoint(values), []
     jax.config.update("jax_platforms", "cpu")
     shared.split_cpu(8)
     # In bfloat16 the sums of a mesh round differently enough to change an answer now and then.
-    model = from_pretrained(folder, dtype="float32")
+    model = llama4_jax.from_pretrained(folder, dtype="float32")
     size = sum(x.size for x in jax.tree.leaves(model.model))
     print(f"{model.config.name}, {size / 1e6:.1f} million parameters, on the CPU")
 
     print(f"\n1. Code, continued as it comes\n\n{CODE}", end="")
     pictures = sorted(folder.glob("examples/digit_*.png"))
-    code, digits = [Request(prompt=CODE)], [ask(picture) for picture in pictures]
-    written = generate(model, code, options=GREEDY, max_new_tokens=64, on_token=show)
+    code, digits = [llama4_jax.Request(prompt=CODE)], [ask(picture) for picture in pictures]
+    written = generate(model, code, options=greedy, max_new_tokens=64, on_token=show)
     print("\n\n2. Pictures of digits that it has never seen, in a dialogue")
-    read = generate(model, digits, options=GREEDY, max_new_tokens=8)
+    read = generate(model, digits, options=greedy, max_new_tokens=8)
     for picture, found in zip(pictures, read, strict=True):
         said, name = (found.text or "").strip(), picture.stem.removeprefix("digit_")
         checks.append(check(f'{picture.name}: "{QUESTION}" "{said}"', said == name))
 
     print(f"\n3. The same on a mesh of 8 virtual devices, {MESH}")
-    spread = from_pretrained(folder, mesh=MESH, dtype="float32")
-    again = generate(spread, [*code, *digits], options=GREEDY, max_new_tokens=64)
+    spread = llama4_jax.from_pretrained(folder, mesh=MESH, dtype="float32")
+    again = generate(spread, [*code, *digits], options=greedy, max_new_tokens=64)
     alone = [found.tokens for found in [*written, *read]]
     same = [found.tokens[: len(old)] for found, old in zip(again, alone, strict=True)] == alone
     checks.append(check(f"all {sum(map(len, alone))} tokens are the same", same))
@@ -90,20 +88,27 @@ def check(claim: str, holds: bool) -> bool:
     return holds
 
 
-def ask(picture: pathlib.Path) -> Request:
+def ask(picture: pathlib.Path) -> "llama4_jax.Request":
     """Ask about a picture as a user does in a dialogue."""
-    return Request(messages=[Message("user", [Image(picture), QUESTION])])
+    return llama4_jax.Request(messages=[Message("user", [Image(picture), QUESTION])])
 
 
 def survives_conversion(folder: pathlib.Path) -> bool:
     """Convert to Meta's layout and back; is every parameter the same to the last bit?"""
+    import jax
+    import numpy as np
+
+    from llama4_jax.checkpoint import convert
+
     with tempfile.TemporaryDirectory() as temporary:
         there, back = pathlib.Path(temporary, "meta"), pathlib.Path(temporary, "hf")
         convert(folder, there, to="meta")
         print(f"   {folder.name} -> {', '.join(sorted(p.name for p in there.glob('*.pth')))}")
         convert(there, back, to="hf")
         print(f"   meta -> {', '.join(sorted(p.name for p in back.glob('*.safetensors')))}")
-        pairs = (jax.tree.leaves(from_pretrained(place).model) for place in (folder, back))
+        pairs = (
+            jax.tree.leaves(llama4_jax.from_pretrained(place).model) for place in (folder, back)
+        )
         return all(
             a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes()
             for a, b in zip(*pairs, strict=True)

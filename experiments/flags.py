@@ -1,7 +1,8 @@
 """What the commands share: flags for a checkpoint on a mesh, and refusals in one clear line.
 
 Each command defines its flags on a FlagValues it is given and checks them all before it loads
-anything, so that a mistake costs a second and not a checkpoint's loading time.
+anything, so that a mistake costs a second and not a checkpoint's loading time. What needs jax is
+imported where it is used: help needs none of it.
 """
 
 import dataclasses
@@ -10,21 +11,20 @@ import math
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jax
 from absl import flags
 
 from experiments.jsonl import check_writable, read_lines
 from experiments.launch import FlagError as FlagError
 from experiments.launch import launch as launch
-from llama4_jax import parallel
-from llama4_jax.checkpoint.location import find_checkpoint
-from llama4_jax.pretrained import Pretrained, from_pretrained
-from llama4_jax.serve import EngineConfig, Options, Request
-from llama4_jax.serve.dialogue import place_images
-from llama4_jax.text import images_of
 from llama4_jax.untrusted import shown
+
+if TYPE_CHECKING:
+    import jax
+
+    from llama4_jax.pretrained import Pretrained
+    from llama4_jax.serve import EngineConfig, Options, Request
 
 flags.disclaim_key_flags()  # what a function here defines is the calling command's own flag
 
@@ -36,16 +36,21 @@ def define_model_flags(values: flags.FlagValues) -> None:
         "Folder of the checkpoint, in Hugging Face, Meta or Orbax layout, or nano, which ships.",
         flag_values=values,
     )  # fmt: skip
+    define_mesh_flag(values)
+    flags.DEFINE_enum(
+        "dtype", None, ["bfloat16", "float32"],
+        "Precision of parameters and activations. Default: the checkpoint's own.",
+        flag_values=values,
+    )  # fmt: skip
+
+
+def define_mesh_flag(values: flags.FlagValues) -> None:
+    """Define --mesh, which `make_mesh` reads."""
     flags.DEFINE_string(
         "mesh", None,
         "Devices to spread the model over, as axis:size pairs, e.g. expert:4,tensor:2. The sizes "
         "multiply to the number of devices. A machine without an accelerator splits its CPU into "
         "as many virtual devices as the mesh asks for. Default: one device.",
-        flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_enum(
-        "dtype", None, ["bfloat16", "float32"],
-        "Precision of parameters and activations. Default: the checkpoint's own.",
         flag_values=values,
     )  # fmt: skip
 
@@ -96,17 +101,19 @@ def define_engine_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_integer(
-        "max_rows", EngineConfig.max_rows, "Most answers in the making at a time.",
+        "max_rows", 32, "Most answers in the making at a time.",
         lower_bound=1, flag_values=values,
     )  # fmt: skip
 
 
-def check_options(values: flags.FlagValues) -> Options:
+def check_options(values: flags.FlagValues) -> "Options":
     """Return what the flags ask of an answer.
 
     Raises:
       FlagError: a value is out of range, or --options is no JSON object of known fields.
     """
+    from llama4_jax.serve import Options
+
     names = ("max_new_tokens", "temperature", "top_p", "top_k", "seed", "stop")
     fields: dict[str, Any] = {name: values[name].value for name in names}
     try:
@@ -124,16 +131,18 @@ def check_options(values: flags.FlagValues) -> Options:
         raise FlagError(f"--options: {error}") from error
 
 
-def change_options(options: Options, fields: Mapping[str, Any]) -> Options:
+def change_options(options: "Options", fields: Mapping[str, Any]) -> "Options":
     """Return options with some fields replaced by those of a JSON object.
 
     Raises:
       ValueError: a field is unknown, or its value out of range.
     """
+    known = {field.name for field in dataclasses.fields(options)}
     for name in fields:
-        if name not in OPTION_FIELDS:
-            known = ", ".join(sorted(OPTION_FIELDS))
-            raise ValueError(f"unknown field {shown(name)}; an answer has {known}.")
+        if name not in known:
+            raise ValueError(
+                f"unknown field {shown(name)}; an answer has {', '.join(sorted(known))}."
+            )
     changed: dict[str, Any] = dict(fields)
     bias = fields.get("logit_bias")
     if isinstance(bias, dict):  # keys of JSON objects are texts
@@ -141,15 +150,14 @@ def change_options(options: Options, fields: Mapping[str, Any]) -> Options:
     return dataclasses.replace(options, **changed)
 
 
-OPTION_FIELDS = frozenset(field.name for field in dataclasses.fields(Options))
-
-
-def engine_config(values: flags.FlagValues) -> EngineConfig:
+def engine_config(values: flags.FlagValues) -> "EngineConfig":
     """Return the sizes that the flags ask of the engine.
 
     Raises:
       FlagError: they are contradictory.
     """
+    from llama4_jax.serve import EngineConfig
+
     names = ("kv_cache", "speculate", "max_rows")
     sizes: dict[str, Any] = {name: values[name].value for name in names}
     sizes["step_tokens"] = max(EngineConfig.step_tokens, values.max_rows)
@@ -178,6 +186,8 @@ def check_checkpoint(values: flags.FlagValues) -> pathlib.Path:
     Raises:
       FlagError: there is none.
     """
+    from llama4_jax.checkpoint.location import find_checkpoint
+
     if not values.checkpoint:
         raise FlagError("--checkpoint=DIR is needed: the folder of the model.")
     folder = find_checkpoint(values.checkpoint)
@@ -185,6 +195,17 @@ def check_checkpoint(values: flags.FlagValues) -> pathlib.Path:
         what = "is a file, not a folder" if folder.exists() else "does not exist"
         raise FlagError(f"--checkpoint={folder} {what}.")
     return folder
+
+
+def check_given(values: flags.FlagValues, names: Sequence[str]) -> None:
+    """Refuse flags that are left out.
+
+    Raises:
+      FlagError: for the first of `names` that is.
+    """
+    for name in names:
+        if not values[name].value:
+            raise FlagError(f"--{name} is needed; --helpshort describes it.")
 
 
 def check_one_of(values: flags.FlagValues, names: Sequence[str]) -> str:
@@ -203,8 +224,8 @@ def check_one_of(values: flags.FlagValues, names: Sequence[str]) -> str:
 
 
 def read_requests(
-    path: str, known: Mapping[str, str], options: Options | None = None
-) -> list[Request]:
+    path: str, known: Mapping[str, str], options: "Options | None" = None
+) -> "list[Request]":
     """Read a file of requests, one JSON object on each line.
 
     Args:
@@ -216,11 +237,16 @@ def read_requests(
       FlagError: there is no such file, or it holds no request.
       LineError: a line has another field, is no request, or names an image that is not there.
     """
+    from llama4_jax.serve import Request
+    from llama4_jax.serve.dialogue import place_images
+    from llama4_jax.text import images_of
+
     if not os.path.isfile(path):
         raise FlagError(f"there is no file {path}.")
+    askable = set() if options is None else {field.name for field in dataclasses.fields(options)}
 
     def parse(line: dict[str, Any]) -> Request:
-        asked = {} if options is None else {k: v for k, v in line.items() if k in OPTION_FIELDS}
+        asked = {name: value for name, value in line.items() if name in askable}
         for name in line.keys() - asked.keys():
             if name not in known:
                 fields = ", ".join(known)
@@ -254,17 +280,19 @@ def check_images(images: Sequence[Any]) -> None:
             raise FlagError(f"there is no image file {shown(image)}.")
 
 
-def load_model(values: flags.FlagValues) -> Pretrained:
+def load_model(values: flags.FlagValues) -> "Pretrained":
     """Load the checkpoint where and as the flags say.
 
     Raises:
       FlagError: the mesh cannot be read, or its sizes do not multiply to the number of devices.
       ValueError: the checkpoint cannot be used.
     """
+    from llama4_jax.pretrained import from_pretrained
+
     return from_pretrained(values.checkpoint, mesh=make_mesh(values), dtype=values.dtype)
 
 
-def make_mesh(values: flags.FlagValues) -> jax.sharding.Mesh | None:
+def make_mesh(values: flags.FlagValues) -> "jax.sharding.Mesh | None":
     """Start the devices that --mesh asks for and lay the mesh over them; None without the flag.
 
     Raises:
@@ -272,6 +300,10 @@ def make_mesh(values: flags.FlagValues) -> jax.sharding.Mesh | None:
     """
     if values.mesh is None:
         return None
+    import jax
+
+    from llama4_jax import parallel
+
     try:
         wanted = math.prod(parallel.parse_mesh(values.mesh).values())
     except ValueError as error:
@@ -288,6 +320,8 @@ def make_mesh(values: flags.FlagValues) -> jax.sharding.Mesh | None:
 
 def split_cpu(devices: int) -> None:
     """Make the CPU backend `devices` virtual devices, unless that is settled already."""
+    import jax
+
     if "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", ""):
         return
     if devices > 1:  # or two of them may wait for each other in different collectives

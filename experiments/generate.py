@@ -16,15 +16,17 @@ and is absent for a checkpoint without a tokenizer, which serves {"tokens": ..} 
 --chat reads what you say line by line, until the input ends or you say /exit.
 """
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from experiments import flags as shared
 from experiments.jsonl import LineWriter, naming_lines
 from experiments.terminal import print_line, show, talk
-from llama4_jax.serve import Answer, Options, Request, TokenLogprobs, generate
 from llama4_jax.text import load_tokenizer
+
+if TYPE_CHECKING:
+    from llama4_jax.serve import Answer, Options, Request, TokenLogprobs
 
 FIELDS = {
     name: name
@@ -50,6 +52,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     """Check the flags, load the checkpoint, answer."""
+    from llama4_jax.serve import generate
+
     options, config = shared.check_options(values), shared.engine_config(values)
     requests = check_flags(values, options)
     pretrained = shared.load_model(values)
@@ -72,12 +76,14 @@ def main(values: flags.FlagValues) -> None:
         print()
 
 
-def check_flags(values: flags.FlagValues, options: Options) -> list[Request]:
+def check_flags(values: flags.FlagValues, options: "Options") -> "list[Request]":
     """Return the requests; none for --chat, which reads them as it goes.
 
     Raises:
       FlagError: the flags are contradictory or out of range.
     """
+    from llama4_jax.serve import Request
+
     folder = shared.check_checkpoint(values)
     source = shared.check_one_of(values, ("prompt", "input", "chat"))
     if values.image and source == "input":
@@ -93,7 +99,7 @@ def check_flags(values: flags.FlagValues, options: Options) -> list[Request]:
     return [] if source == "chat" else [Request(prompt=values.prompt, images=values.image)]
 
 
-def to_line(answer: Answer) -> dict[str, Any]:
+def to_line(answer: "Answer") -> dict[str, Any]:
     """Return an answer as an object of JSON, without what it does not have."""
     line: dict[str, Any] = {"tokens": answer.tokens}
     if answer.text is not None:

@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any, Self
 
-from llama4_jax.serve.requests import RequestError
 from llama4_jax.untrusted import parse_json
 
 MAX_LINE_BYTES = 256 << 20
@@ -71,6 +70,8 @@ def naming_lines(path: str | os.PathLike | None) -> Iterator[None]:
     Raises:
       LineError: in place of a RequestError.
     """
+    from llama4_jax.serve.requests import RequestError
+
     try:
         yield
     except RequestError as error:

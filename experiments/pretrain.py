@@ -11,44 +11,33 @@ minutes on two cores and ends with code/nll 2.8 and digits/accuracy 0.99.
 
 import dataclasses
 import pathlib
+import sys
 
-import jax
-from absl import flags, logging
+from absl import flags
 
-from experiments.flags import FlagError, launch, make_mesh
-from experiments.recipes import RECIPES, Recipe, with_balance_bias
+import llama4_jax
+from experiments.flags import FlagError, check_given, define_mesh_flag, launch, make_mesh
+from experiments.recipes import RECIPES, Recipe, change
 from experiments.terminal import ConsoleWriter
 from llama4_jax import train
-from llama4_jax.checkpoint import Format
-from llama4_jax.checkpoint.location import NANO
-from llama4_jax.data import pipelines
-from llama4_jax.model import Llama4
-from llama4_jax.pretrained import Pretrained, save_pretrained
-from llama4_jax.text import load_tokenizer
+from llama4_jax.config.runs import RunConfig
+from llama4_jax.text import Tokenizer, load_tokenizer
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define this command's flags."""
+    own = "Default: the recipe's."
     flags.DEFINE_enum("recipe", None, list(RECIPES), "What to train.", flag_values=values)
     flags.DEFINE_string("workdir", None, "Folder for all that the run writes.", flag_values=values)
-    flags.DEFINE_integer(
-        "steps", None, "Of every stage. Default: the recipe's.", lower_bound=1, flag_values=values
-    )
-    flags.DEFINE_integer(
-        "seed", None, "Of weights, data. Default: the recipe's.", lower_bound=0, flag_values=values
-    )
+    for name, least, meaning in (("steps", 1, "Of every stage."), ("seed", 0, "Of weights, data.")):
+        flags.DEFINE_integer(name, None, f"{meaning} {own}", lower_bound=least, flag_values=values)
     flags.DEFINE_float(
         "balance_bias_rate", None,
         "By how much a step moves the bias that evens out the load of experts, such as 0.001; 0 is "
-        "no bias. Default: the recipe's.", lower_bound=0.0, flag_values=values,
+        f"no bias. {own}", lower_bound=0.0, flag_values=values,
     )  # fmt: skip
-    flags.DEFINE_string(
-        "mesh", None,
-        "Devices to train on, as axis:size pairs, e.g. fsdp:2,expert:4. A machine without an "
-        "accelerator splits its CPU into as many virtual devices. Default: one device.",
-        flag_values=values,
-    )  # fmt: skip
-    flags.DEFINE_string("tokenizer", str(NANO), "Its folder.", flag_values=values)
+    define_mesh_flag(values)
+    flags.DEFINE_string("tokenizer", "nano", "Its folder.", flag_values=values)
 
 
 def make_stages(values: flags.FlagValues) -> Recipe:
@@ -57,61 +46,70 @@ def make_stages(values: flags.FlagValues) -> Recipe:
     Raises:
       FlagError: a flag is missing or contradicts the recipe.
     """
-    for name in ("recipe", "workdir"):
-        if not values[name].value:
-            raise FlagError(f"--{name} is needed; --helpshort describes it.")
-    asked = {name: values[name].value for name in ("steps", "seed", "mesh")}
-    changes = {name: value for name, value in asked.items() if value is not None}
+    check_given(values, ("recipe", "workdir"))
+    asked = {name: values[name].value for name in ("steps", "seed", "mesh", "balance_bias_rate")}
     try:
-        stages = tuple(dataclasses.replace(s, **changes) for s in RECIPES[values.recipe]())
-        if (rate := values.balance_bias_rate) is not None:
-            stages = tuple(with_balance_bias(stage, rate) for stage in stages)
-        return stages
+        return change(RECIPES[values.recipe](), **asked)
     except ValueError as error:
         raise FlagError(str(error)) from error
 
 
-def export(model: Llama4, workdir: pathlib.Path, tokenizer: pathlib.Path) -> None:
+def export(model: "llama4_jax.Llama4", workdir: pathlib.Path, tokenizer: pathlib.Path) -> None:
     """Write the model in bfloat16 with its tokenizer's files, and say where."""
     config = dataclasses.replace(model.config, dtype="bfloat16")
-    pretrained = Pretrained(model=model, config=config, directory=tokenizer)
-    kind: Format = "orbax" if config.text.balance_bias else "hf"
-    save_pretrained(pretrained, workdir / kind, format=kind, dtype="bfloat16")
+    pretrained = llama4_jax.Pretrained(model=model, config=config, directory=tokenizer)
+    kind = "orbax" if config.text.balance_bias else "hf"
+    llama4_jax.save_pretrained(pretrained, workdir / kind, format=kind, dtype="bfloat16")
     print(f"wrote {kind} checkpoint {workdir / kind}")
+
+
+def train_stage(
+    run: RunConfig, model: "llama4_jax.Llama4 | None", tokenizer: Tokenizer, workdir: pathlib.Path
+) -> "llama4_jax.Llama4":
+    """Train a stage from where the one before it ended; leave the program if it is stopped."""
+    import jax
+
+    from llama4_jax.data import pipelines
+
+    size = f"{run.steps} steps of {run.batch_size} x {run.row_length} tokens"
+    print(f"stage {run.name}: {size}; the first one compiles", flush=True)
+    result = train.fit(
+        run,
+        build=lambda: llama4_jax.Llama4(run.model, key=jax.random.key(run.seed)),
+        initial_model=model,
+        batches=pipelines.train_batches(run, tokenizer),
+        held_out=pipelines.held_out_batches(run, tokenizer),
+        workdir=workdir / run.name,
+        writers=[ConsoleWriter(run.steps)],
+    )
+    if result.stop_signal is not None:
+        print(f"stopped at step {int(result.state.step)}; the same command goes on from there")
+        sys.exit(128 + result.stop_signal)
+    return result.state.model
 
 
 def main(values: flags.FlagValues) -> None:
     """Train stage by stage, evaluate on held-out data and export."""
-    if logging.get_verbosity() == logging.INFO:
-        logging.set_verbosity(logging.WARNING)  # Orbax reports every move it makes
+    from llama4_jax.checkpoint.location import find_checkpoint
+
     stages = make_stages(values)
     make_mesh(values)
-    workdir, tokenizer_dir = pathlib.Path(values.workdir), pathlib.Path(values.tokenizer)
-    if (tokenizer := load_tokenizer(tokenizer_dir)) is None:
-        raise FlagError(f"--tokenizer={tokenizer_dir} has no tokenizer.json or tokenizer.model.")
-    for target in (folder for kind in ("hf", "orbax") if (folder := workdir / kind).exists()):
-        if not all(train.is_complete(run, workdir / run.name) for run in stages):
+    workdir, folder = pathlib.Path(values.workdir), find_checkpoint(values.tokenizer)
+    if (tokenizer := load_tokenizer(folder)) is None:
+        raise FlagError(f"--tokenizer={folder} has no tokenizer.json or tokenizer.model.")
+    with train.lock_workdir(workdir):
+        for target in (path for kind in ("hf", "orbax") if (path := workdir / kind).exists()):
+            if all(train.is_complete(run, workdir / run.name) for run in stages):
+                print(f"the run is complete; its model is in {target}")
+                return
             raise FlagError(f"{target} is of a run of other --steps; remove it or name a new one.")
-        print(f"the run is complete; its model is in {target}")
-        return
-    model: Llama4 | None = None
-    for run in stages:
-        print(f"stage {run.name}: {run.steps} steps of {run.batch_size} x {run.row_length} tokens")
-        result = train.fit(
-            run,
-            build=lambda run=run: Llama4(run.model, key=jax.random.key(run.seed)),
-            initial_model=model,
-            batches=pipelines.train_batches(run, tokenizer),
-            held_out=pipelines.held_out_batches(run, tokenizer),
-            workdir=workdir / run.name,
-            writers=[ConsoleWriter()],
-        )
-        if not result.is_finished:
-            print(f"stopped at step {int(result.state.step)}; the same command goes on from there")
-            return
-        model = result.state.model
-    assert model is not None  # a recipe has stages
-    export(model, workdir, tokenizer_dir)
+        model: llama4_jax.Llama4 | None = None
+        for run, planned in zip(stages, RECIPES[values.recipe](), strict=True):
+            if (warmup := run.optimizer.warmup_steps) != planned.optimizer.warmup_steps:
+                print(f"the warm-up of stage {run.name} is shortened to {warmup} as --steps is")
+            model = train_stage(run, model, tokenizer, workdir)
+        assert model is not None  # a recipe has stages
+        export(model, workdir, folder)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from typing import Any
 
 from llama4_jax.config import ModelConfig, families
 from llama4_jax.config.runs import LossConfig, OptimizerConfig, RunConfig
@@ -94,8 +95,44 @@ def smoke() -> Recipe:
     return tuple(shorten(stage) for stage in nano())
 
 
-def with_balance_bias(stage: RunConfig, rate: float) -> RunConfig:
-    """Return the stage with balance biases that move by `rate` at every step; none if it is 0."""
+def change(
+    recipe: Recipe,
+    *,
+    steps: int | None = None,
+    seed: int | None = None,
+    mesh: str | None = None,
+    balance_bias_rate: float | None = None,
+) -> Recipe:
+    """Return the recipe with other values in every stage, where they are given.
+
+    Args:
+      recipe: its stages.
+      steps: of each; a warm-up that does not fit shrinks with them.
+      seed: of weights and data.
+      mesh: devices, as axis:size pairs.
+      balance_bias_rate: by how much a step moves the balance biases; 0 is none.
+
+    Raises:
+      ValueError: a stage cannot have such a value.
+    """
+    given: dict[str, Any] = {n: v for n, v in (("seed", seed), ("mesh", mesh)) if v is not None}
+    stages = (dataclasses.replace(stage, **given) for stage in recipe)
+    if steps is not None:
+        stages = (_with_steps(stage, steps) for stage in stages)
+    if balance_bias_rate is not None:
+        stages = (_with_balance_bias(stage, balance_bias_rate) for stage in stages)
+    return tuple(stages)
+
+
+def _with_steps(stage: RunConfig, steps: int) -> RunConfig:
+    warmup = stage.optimizer.warmup_steps
+    if warmup >= steps:
+        warmup = min(steps - 1, max(1, warmup * steps // stage.steps))
+    optimizer = dataclasses.replace(stage.optimizer, warmup_steps=warmup)
+    return dataclasses.replace(stage, steps=steps, optimizer=optimizer)
+
+
+def _with_balance_bias(stage: RunConfig, rate: float) -> RunConfig:
     text = dataclasses.replace(stage.model.text, balance_bias=rate > 0)
     return dataclasses.replace(
         stage,

@@ -15,7 +15,6 @@ from absl import flags
 from experiments import flags as shared
 from experiments.jsonl import LineWriter, naming_lines
 from experiments.terminal import print_line
-from llama4_jax.serve import score
 from llama4_jax.text import load_tokenizer
 
 FIELDS = {"text": "prompt", "tokens": "tokens", "images": "images"}
@@ -30,6 +29,8 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     """Check the flags, load the checkpoint, score."""
+    from llama4_jax.serve import score
+
     folder = shared.check_checkpoint(values)
     shared.check_one_of(values, ("input",))
     shared.check_output(values)

@@ -18,7 +18,6 @@ from typing import Any
 from absl import flags
 
 from experiments import flags as shared
-from llama4_jax.serve.engine import Engine
 
 
 def define_flags(values: flags.FlagValues) -> None:
@@ -91,6 +90,8 @@ def listen(values: flags.FlagValues) -> socket.socket:
 
 def main(values: flags.FlagValues) -> None:
     """Check the flags, load the checkpoint, serve until interrupted."""
+    from llama4_jax.serve import Engine
+
     folder = shared.check_checkpoint(values)
     limits, config = read_limits(values), shared.engine_config(values)
     room = None if values.cache_gb is None else int(values.cache_gb * 1e9)

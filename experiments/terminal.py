@@ -1,31 +1,40 @@
 """What a person sees: text as it comes, answers as JSON lines, dialogues, a training's course."""
 
 import dataclasses
+import datetime
 import json
 import sys
+import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llama4_jax.pretrained import Pretrained
-from llama4_jax.serve import Engine, EngineConfig, NewToken, Options, Request, generate
 from llama4_jax.text import Image, Message
-from llama4_jax.train.writers import Metrics
+
+if TYPE_CHECKING:
+    from llama4_jax.pretrained import Pretrained
+    from llama4_jax.serve import EngineConfig, NewToken, Options
+    from llama4_jax.train.writers import Metrics
 
 EXIT = "/exit"
 
 
-def show(new: NewToken) -> None:
+def show(new: "NewToken") -> None:
     """Print what a token adds, at once."""
     print(new.text, end="", flush=True)
 
 
 def print_line(line: dict[str, Any]) -> None:
-    """Print one answer as JSON."""
-    print(json.dumps(line, ensure_ascii=False, allow_nan=False), flush=True)
+    """Print one answer as JSON; a terminal that is not UTF-8 gets its escapes."""
+    is_plain = "utf" not in (sys.stdout.encoding or "").lower()
+    print(json.dumps(line, ensure_ascii=is_plain, allow_nan=False), flush=True)
 
 
 class ConsoleWriter:
-    """Print the main metrics of a training step on one line."""
+    """Print the main metrics of a training step on one line, and how long the rest will take.
+
+    Args:
+      steps: of the whole run.
+    """
 
     SHOWN = (
         "train/loss",
@@ -36,17 +45,33 @@ class ConsoleWriter:
         "speed/mfu",
     )
 
-    def write(self, step: int, metrics: Metrics) -> None:
-        shown = [name for name in metrics if name.startswith("eval/")] or self.SHOWN
+    def __init__(self, steps: int) -> None:
+        self._steps = steps
+        self._began: tuple[int, float] | None = None
+
+    def write(self, step: int, metrics: "Metrics") -> None:
+        measured = [name for name in metrics if name.startswith("eval/")]
+        shown, left = (measured, "") if measured else (self.SHOWN, self._left(step))
         parts = [f"{n.split('/', 1)[1]} {metrics[n]:.4g}" for n in shown if n in metrics]
-        print(f"step {step}: {', '.join(parts)}", flush=True)
+        if metrics.get("train/skipped_in_a_row"):
+            parts.append("not finite, skipped")
+        print(f"step {step}/{self._steps}: {', '.join(parts)}{left}", flush=True)
+
+    def _left(self, step: int) -> str:
+        """Return the time to the end at the pace since the first call, evaluations included."""
+        now = time.monotonic()
+        began, started = self._began = self._began or (step, now)
+        if step in (began, self._steps):
+            return ""
+        seconds = (now - started) / (step - began) * (self._steps - step)
+        return f", {datetime.timedelta(seconds=round(seconds))} left"
 
     def close(self) -> None:
         """Nothing is left to finish."""
 
 
 def talk(
-    pretrained: Pretrained, images: Sequence[str], options: Options, config: EngineConfig
+    pretrained: "Pretrained", images: Sequence[str], options: "Options", config: "EngineConfig"
 ) -> None:
     """Read lines until the input ends or one says /exit; answer each in view of all before it.
 
@@ -59,6 +84,8 @@ def talk(
     Raises:
       ValueError: the dialogue no longer fits the model's positions.
     """
+    from llama4_jax.serve import Engine, Request, generate
+
     history: list[Message] = []
     tokens = 2 * config.context(pretrained.config) * options.n
     engine = Engine(pretrained, dataclasses.replace(config, max_rows=options.n), tokens=tokens)

@@ -2,7 +2,7 @@
 
     python -m experiments.train_tokenizer --output=nano
 
-writes tokenizer.json and tokenizer_config.json. A few seconds on two cores; the log ends with the
+writes tokenizer.json and tokenizer_config.json. A few seconds on two cores; it prints the
 digest of the texts and of the vocabulary. The vocabulary (2,048 rows):
 
     0     .. 255     single bytes
@@ -21,20 +21,25 @@ import pathlib
 import sysconfig
 from collections.abc import Iterator
 
-from absl import app, flags, logging
+from absl import flags, logging
 
+from experiments.flags import check_given, launch
 from llama4_jax.text import special_tokens
 from llama4_jax.text.native_template import CHAT_TEMPLATE
 from llama4_jax.text.train_bpe import train_bpe
 
-_OUTPUT = flags.DEFINE_string("output", None, "Folder that receives the two files.", required=True)
-_VOCAB_SIZE = flags.DEFINE_integer(
-    "vocab_size", 2048, "Rows of the vocabulary, special tokens included.", lower_bound=512
-)
-
 # Installed packages, tests of other things than Python, tables of numbers, generated files.
 _SKIPPED_FOLDERS = ("site-packages", "test", "tests", "encodings", "lib2to3", "__pycache__")
 _SKIPPED_PREFIXES = ("config-", "_sysconfigdata")
+
+
+def define_flags(values: flags.FlagValues) -> None:
+    """Define this command's flags."""
+    flags.DEFINE_string("output", None, "Folder that gets the two files.", flag_values=values)
+    flags.DEFINE_integer(
+        "vocab_size", 2048, "Rows of the vocabulary, special tokens included.", lower_bound=512,
+        flag_values=values,
+    )  # fmt: skip
 
 
 def standard_library_texts(root: pathlib.Path) -> Iterator[str]:
@@ -63,24 +68,23 @@ def tokenizer_config() -> dict:
     }
 
 
-def main(argv: list[str]) -> None:
+def main(values: flags.FlagValues) -> None:
     """Train, write, report."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unknown arguments: {' '.join(argv[1:])}")
+    check_given(values, ("output",))
     texts = list(standard_library_texts(pathlib.Path(sysconfig.get_paths()["stdlib"])))
     digest = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-    logging.info("%d files, %d characters, sha256 %s", len(texts), sum(map(len, texts)), digest)
-    tokenizer = train_bpe(texts, _VOCAB_SIZE.value)
-    output = pathlib.Path(_OUTPUT.value)
+    print(f"{len(texts)} files, {sum(map(len, texts))} characters, sha256 {digest}")
+    tokenizer = train_bpe(texts, values.vocab_size)
+    output = pathlib.Path(values.output)
     output.mkdir(parents=True, exist_ok=True)
     content = tokenizer.to_str(pretty=True) + "\n"
     (output / "tokenizer.json").write_text(content, encoding="utf-8")
     config = json.dumps(tokenizer_config(), indent=2, ensure_ascii=False) + "\n"
     (output / "tokenizer_config.json").write_text(config, encoding="utf-8")
-    logging.info("tokenizer.json sha256 %s", hashlib.sha256(content.encode()).hexdigest())
+    print(f"tokenizer.json sha256 {hashlib.sha256(content.encode()).hexdigest()}")
     count = sum(len(e.ids) for e in tokenizer.encode_batch(texts[:50], add_special_tokens=False))
-    logging.info("%.2f characters a token", sum(map(len, texts[:50])) / count)
+    print(f"{sum(map(len, texts[:50])) / count:.2f} characters a token")
 
 
 if __name__ == "__main__":
-    app.run(main)
+    launch(define_flags, main)

@@ -14,17 +14,14 @@ compilers. A wrong result, a program that fails or is beyond its bounds end it w
 
 from absl import flags
 
-from experiments.benchmark import report
-from experiments.benchmark.compile_kernels import CHIPS
-from experiments.benchmark.suites import SUITES
-from experiments.benchmark.topologies import TARGETS
+from experiments.benchmark import names
 from experiments.launch import FlagError, launch
 
 
 def define_flags(values: flags.FlagValues) -> None:
     """Define this command's flags."""
     flags.DEFINE_enum(
-        "suite", None, list(SUITES),
+        "suite", None, names.SUITES,
         "kernels times them on this device; compile compiles them for others; nano runs models "
         "with kernels on and off.",
         flag_values=values,
@@ -34,7 +31,7 @@ def define_flags(values: flags.FlagValues) -> None:
         flag_values=values,
     )  # fmt: skip
     flags.DEFINE_multi_enum(
-        "target", list(CHIPS), list(TARGETS),
+        "target", names.KERNEL_CHIPS, names.CHIPS,
         "Chip to compile for; may be repeated.", flag_values=values,
     )  # fmt: skip
     backends = ["reference", "tpu", "gpu"]
@@ -55,9 +52,11 @@ def define_flags(values: flags.FlagValues) -> None:
 
 def main(values: flags.FlagValues) -> None:
     """Run a suite, keep its figures, judge."""
+    from experiments.benchmark import report, suites
+
     if values.suite is None:
         raise FlagError("give --suite=kernels, --suite=compile or --suite=nano.")
-    found = SUITES[values.suite](values)
+    found = suites.SUITES[values.suite](values)
     report.conclude({"suite": values.suite, **found}, values.output)
 
 

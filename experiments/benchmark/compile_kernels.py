@@ -21,7 +21,6 @@ from experiments.benchmark.schedule import Work
 from experiments.benchmark.topologies import Target
 from kernels_pallas import tuning
 
-CHIPS = ("v5e", "v5p", "v6e", "tpu7x", "h100")
 HONEST = 0.05  # relative error of a kernel's estimate of its bytes
 
 

@@ -26,7 +26,6 @@ from llama4_jax.serve.programs import DeviceState, Shape, draw_tokens, read_toke
 from llama4_jax.serve.sampling import DrawRows, answer_key
 from llama4_jax.serve.sizes import largest_page
 
-TARGETS = ("v5p", "h100")  # that the sizes below are chosen for
 SHALLOW = 8  # layers of the program that the full depth is compared with
 
 

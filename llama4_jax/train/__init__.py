@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from llama4_jax.train.state import TrainState, initial_state, start_state
     from llama4_jax.train.step import make_eval_step, make_train_step, pretraining_step
     from llama4_jax.train.trainable import Trainable, adapters, all_parameters
+    from llama4_jax.train.workdir import lock_workdir
 
 _NAMES = {
     "checkpoints": ("is_complete",),
@@ -26,6 +27,7 @@ _NAMES = {
     "state": ("TrainState", "initial_state", "start_state"),
     "step": ("make_eval_step", "make_train_step", "pretraining_step"),
     "trainable": ("Trainable", "adapters", "all_parameters"),
+    "workdir": ("lock_workdir",),
 }
 _HOMES = {name: home for home, names in _NAMES.items() for name in names}
 
@@ -43,6 +45,7 @@ __all__ = [
     "fit",
     "initial_state",
     "is_complete",
+    "lock_workdir",
     "make_eval_step",
     "make_optimizer",
     "make_schedule",

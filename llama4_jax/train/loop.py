@@ -3,7 +3,7 @@
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -23,6 +23,7 @@ from llama4_jax.train.objective import Batch, Metrics
 from llama4_jax.train.optimizer import make_optimizer
 from llama4_jax.train.state import TrainState, initial_state, start_state
 from llama4_jax.train.step import make_eval_step, pretraining_step
+from llama4_jax.train.workdir import lock_workdir
 from llama4_jax.train.writers import Writer, WriterGroup, open_writers
 
 _MOST_POSITION = 300  # characters shown of a position in the data
@@ -37,12 +38,14 @@ class FitResult:
 
     Attributes:
         state: The state after the last step taken.
-        is_finished: False when the run was asked to stop before its last step.
+        is_finished: Whether the last step has been taken.
+        stop_signal: Number of the signal that asked the run to stop, or None.
         scores: Metrics of the last evaluation, as "code/nll"; empty when there was none.
     """
 
     state: TrainState
     is_finished: bool
+    stop_signal: int | None
     scores: Mapping[str, float]
 
 
@@ -120,11 +123,12 @@ def fit(
         writers: Take the metrics in addition to the files in `workdir`.
 
     Raises:
-        ValueError: `workdir` holds another run, `run.max_skipped_in_a_row` steps in a row were not
-            finite, or a parameter is not; the newest checkpoint stays.
+        ValueError: `workdir` holds another run or is in use by one, `run.max_skipped_in_a_row`
+            steps in a row were not finite, or a parameter is not; the newest checkpoint stays.
     """
     workdir = workdir.resolve()
     with (
+        lock_workdir(workdir) if jax.process_index() == 0 else nullcontext(),
         activate_mesh(run),
         catch_stop_signals() as stop,
         Checkpoints(workdir / FOLDER, run) as checkpoints,
@@ -191,7 +195,7 @@ class _Loop:
         run, step = self.run, int(state.step)
         scores: dict[str, float] = {}
         settle = _nothing
-        while step < run.steps and not self.stop.requested:
+        while step < run.steps and not self.stop.is_due(step):
             batch = place_batch(next(self.iterator))
             state, metrics = self.train_step(state, batch)
             step += 1
@@ -210,7 +214,12 @@ class _Loop:
                 self.meter.start()  # from the second step on: the first one compiles
         settle()
         self.checkpoints.save(state, self.iterator)
-        return FitResult(state=state, is_finished=step >= run.steps, scores=scores)
+        return FitResult(
+            state=state,
+            is_finished=step >= run.steps,
+            stop_signal=self.stop.signal_number,
+            scores=scores,
+        )
 
     def _is_due(self, step: int, interval: int) -> bool:
         return step == self.run.steps or (interval > 0 and step % interval == 0)

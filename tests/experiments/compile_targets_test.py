@@ -6,7 +6,7 @@ import pytest
 from absl import flags
 
 from experiments import compile_targets
-from experiments.benchmark import figures, programs
+from experiments.benchmark import figures, names, programs, suites, topologies
 from experiments.launch import FlagError
 from tests.experiments.benchmark.sound import changed
 
@@ -16,6 +16,12 @@ def values_of(*arguments):
     compile_targets.define_flags(values)
     values(["command", *arguments])
     return values
+
+
+def test_the_names_that_help_offers_are_those_there_are():
+    assert tuple(suites.SUITES) == names.SUITES
+    assert tuple(topologies.TARGETS) == names.CHIPS
+    assert {*names.KERNEL_CHIPS, *names.PROGRAM_CHIPS} <= {*names.CHIPS}
 
 
 def test_programs_are_chosen_by_name_and_depth():
@@ -32,8 +38,8 @@ def test_a_wrong_choice_is_refused(argument):
 
 
 def test_every_program_has_a_line_and_a_record_and_faults_end_it(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(compile_targets.topologies, "prepare", lambda: None)
-    monkeypatch.setattr(compile_targets.topologies.Target, "devices", lambda *_: [])
+    monkeypatch.setattr(topologies, "prepare", lambda: None)
+    monkeypatch.setattr(topologies.Target, "devices", lambda *_: [])
     monkeypatch.setattr(programs, "trace", lambda program, _: program)
 
     def compile_traced(program, text):

@@ -14,6 +14,7 @@ from absl import flags
 
 from experiments import convert
 from experiments.flags import FlagError
+from llama4_jax import checkpoint
 from llama4_jax.checkpoint import open_checkpoint
 from tests.checkpoint.tiny import GOLDEN, assert_same
 
@@ -76,6 +77,10 @@ def test_dtype_and_model_parallel_have_their_effect(tmp_path):
 def test_flags_that_cannot_work_are_refused(arguments, says):
     with pytest.raises(FlagError, match=says):
         convert.main(values_of(*arguments))
+
+
+def test_the_layouts_that_help_offers_are_those_there_are():
+    assert convert.FORMATS == checkpoint.FORMATS
 
 
 def test_a_layout_that_does_not_exist_is_refused():

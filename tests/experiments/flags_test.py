@@ -8,6 +8,7 @@ import pytest
 from absl import flags
 
 from experiments import flags as shared
+from llama4_jax.serve import EngineConfig
 
 
 def values_of(*arguments):
@@ -87,6 +88,7 @@ def test_an_unknown_precision_is_refused():
 PROGRAM = """
 from absl import flags
 from experiments import flags as shared
+from llama4_jax.serve import EngineConfig
 def main(values):
     mesh = shared.make_mesh(values)
     print("devices", mesh.size)
@@ -114,3 +116,10 @@ def test_a_stray_argument_is_refused(monkeypatch):
     done = run_program(monkeypatch, "f(x):")
     assert done.stderr.startswith("error: 'f(x):' is no flag")
     assert done.returncode == 2
+
+
+def test_the_engine_s_sizes_that_help_shows_are_its_own():
+    values = flags.FlagValues()
+    shared.define_engine_flags(values)
+    values(["command"])
+    assert shared.engine_config(values) == EngineConfig()

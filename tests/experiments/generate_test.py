@@ -11,7 +11,7 @@ from absl import flags
 
 from experiments import flags as shared
 from experiments import generate as command
-from experiments import terminal
+from llama4_jax import pretrained, serve
 from llama4_jax.pretrained import from_pretrained
 from llama4_jax.serve import Answer, EngineConfig, NewToken, Options, Request, generate
 from llama4_jax.text import Image
@@ -118,7 +118,7 @@ def test_an_interrupted_run_keeps_its_answers(folder, tmp_path, monkeypatch):
         on_answer(Answer(tokens=[1], text="a", finish_reason="length"))
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(command, "generate", interrupted)
+    monkeypatch.setattr(serve, "generate", interrupted)
     output = tmp_path / "out.jsonl"
     with pytest.raises(KeyboardInterrupt):
         run(folder, f"--input={folder / 'in.jsonl'}", f"--output={output}")
@@ -137,7 +137,7 @@ def settings_of(monkeypatch, folder, *arguments):
     def record(pretrained, requests, **settings):
         raise Called({"pretrained": pretrained, **settings})
 
-    monkeypatch.setattr(command, "generate", record)
+    monkeypatch.setattr(serve, "generate", record)
     with pytest.raises(Called) as called:
         run(folder, "--prompt=ab", *arguments)
     return called.value.args[0]
@@ -226,7 +226,7 @@ def test_dtype_and_mesh_reach_the_model(monkeypatch, folder):
 def test_contradictory_flags_are_refused_before_anything_is_loaded(
     folder, monkeypatch, arguments, says
 ):
-    monkeypatch.setattr(shared, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     places = {
         "=IN": f"={folder / 'in.jsonl'}",
         "=PICTURE": f"={folder / 'digit.png'}",
@@ -256,7 +256,7 @@ def test_contradictory_flags_are_refused_before_anything_is_loaded(
     ],
 )
 def test_a_bad_line_is_named_before_anything_is_loaded(folder, monkeypatch, tmp_path, line, says):
-    monkeypatch.setattr(shared, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     (tmp_path / "in.jsonl").write_text('{"prompt": "a"}\n' + line)
     with pytest.raises(ValueError, match=says):
         run(folder, f"--input={tmp_path / 'in.jsonl'}")
@@ -275,7 +275,7 @@ def test_a_dialogue_remembers_what_was_said_and_ends_at_exit(folder, monkeypatch
         on_token(NewToken(index=0, token=1, text=text))
         return [Answer(tokens=[1], text=text, finish_reason="stop")]
 
-    monkeypatch.setattr(terminal, "generate", echo)
+    monkeypatch.setattr(serve, "generate", echo)
     monkeypatch.setattr(sys, "stdin", io.StringIO("first\n\nsecond\n/exit\nunheard\n"))
     picture = str(folder / "digit.png")
     run(folder, "--chat", f"--image={picture}", "--max_new_tokens=3", "--seed=4")

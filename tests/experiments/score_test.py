@@ -5,8 +5,8 @@ import json
 import pytest
 from absl import flags
 
-from experiments import flags as shared
 from experiments import score as command
+from llama4_jax import pretrained, serve
 from llama4_jax.pretrained import from_pretrained
 from llama4_jax.serve import Request, score
 from tests.serve import tiny
@@ -67,7 +67,7 @@ def test_without_an_output_scores_are_printed(folder, capsys):
 def test_dtype_mesh_and_kv_cache_reach_the_model(folder, monkeypatch):
     seen = []
     monkeypatch.setattr(
-        command,
+        serve,
         "score",
         lambda p, *_, config, **__: seen.append(
             (p.config.dtype, p.mesh is not None, config.kv_cache)
@@ -92,7 +92,7 @@ def test_dtype_mesh_and_kv_cache_reach_the_model(folder, monkeypatch):
     ],
 )
 def test_misuse_is_refused_before_anything_is_loaded(folder, monkeypatch, lines, arguments, says):
-    monkeypatch.setattr(shared, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(pretrained, "from_pretrained", lambda *_, **__: pytest.fail("loaded"))
     places = {"PICTURE": folder / "digit.png", "BARE": folder / "bare" / "checkpoint"}
     for name, place in places.items():
         arguments = [argument.replace(name, str(place)) for argument in arguments]

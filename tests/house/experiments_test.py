@@ -1,6 +1,7 @@
 """Every entry point explains itself and refuses a flag it does not know."""
 
 import ast
+import re
 import subprocess
 import sys
 from xml.etree import ElementTree
@@ -12,7 +13,7 @@ from tests.house import tree
 
 def run_experiment(name: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Run one experiment from the root, as a person would."""
-    command = [sys.executable, "-m", f"experiments.{name}", *arguments]
+    command = [sys.executable, "-X", "importtime", "-m", f"experiments.{name}", *arguments]
     return subprocess.run(command, cwd=tree.ROOT, capture_output=True, text=True, timeout=120)
 
 
@@ -27,6 +28,8 @@ def test_short_help_shows_every_flag_of_ours(name):
     unexplained = [flag.findtext("name") for flag in ours if not flag.findtext("meaning")]
     assert not hidden, f"not in the short help: {hidden}"
     assert not unexplained, f"without a meaning: {unexplained}"
+    imported = re.findall(r"\|\s+(\S+)$", result.stderr, re.MULTILINE)
+    assert "absl.flags" in imported and "jax" not in imported, "help waits for an import of jax"
 
 
 @pytest.mark.parametrize("name", tree.experiment_files())

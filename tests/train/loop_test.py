@@ -54,10 +54,10 @@ def losses(workdir):
 def test_a_stopped_and_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path):
     whole = train(tmp_path / "whole")
     half = train(tmp_path / "cut", writers=[StopAt(3)])
-    assert not half.is_finished
+    assert not half.is_finished and half.stop_signal == signal.SIGTERM
     assert half.state.step == 3
     resumed = train(tmp_path / "cut")
-    assert resumed.is_finished
+    assert resumed.is_finished and resumed.stop_signal is None
     assert_same_bits(resumed.state, whole.state)
     assert losses(tmp_path / "cut") == losses(tmp_path / "whole")
     again = train(tmp_path / "cut")  # finished: takes no more steps
@@ -260,6 +260,16 @@ def test_a_flipped_byte_of_a_checkpoint_is_noticed(tmp_path):
             train(tmp_path, make_run(steps=4))
         file.write_bytes(content)
     assert train(tmp_path, make_run(steps=4)).is_finished
+
+
+def test_a_second_run_in_the_same_folder_is_refused_and_disturbs_nothing(tmp_path):
+    class SecondRun(StopAt):
+        def write(self, step, scalars):
+            with pytest.raises(ValueError, match="is in use by another run"):
+                train(tmp_path)
+
+    assert train(tmp_path, make_run(log_interval=6), writers=[SecondRun(6)]).is_finished
+    assert losses(tmp_path).keys() == {6}
 
 
 def test_an_unknown_preset_is_refused_before_anything_is_built(tmp_path):

@@ -45,7 +45,8 @@ def decode_attention(
         temperature: (floor, coefficient), see `chunked_attention`.
         scale: factor on the logits; 1 / sqrt(H) by default.
         k_scale: what stored keys are to be multiplied with: [K, H], one for each channel, or
-            [B, S, K], one for each token and head ([pages, page size, K] with a page table).
+            [B, S, K], one for each token and head ([pages, page size, K] with a page table, and
+            pages of 128 slots or a multiple if they are to be read in place on TPUs).
         v_scale: the same for values.
         kv_start_B: int32 position of slot 0 of each row; 0 by default. A device that holds a part
             of a long cache gives its part's first position, and `merge_attention` joins the parts;

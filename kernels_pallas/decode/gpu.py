@@ -78,8 +78,8 @@ def refusal(x: Inputs, how: Settings) -> str | None:
             f"queries of a cache of {stored.name} are {plan.dtype.name}, not {x.q_BTNH.dtype.name}"
         )
     if (page := plan.page_size) is not None:
-        if page % 8 or (page % plan.block and plan.block % page):
-            return f"pages of {page} slots neither divide its blocks of {plan.block} nor hold them"
+        if page % 8:
+            return f"pages of {page} slots are not a multiple of 8"
         if any(plan.copy * s.dtype.itemsize % 128 for s in scales):
             return f"pages of {page} slots have less than 128 bytes of scales"
     elif x.num_slots % 8:

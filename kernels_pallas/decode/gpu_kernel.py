@@ -55,8 +55,8 @@ class Plan(NamedTuple):
 
     @property
     def copy(self) -> int:
-        """Return how many slots one copy brings."""
-        return self.block if self.page_size is None else min(self.block, self.page_size)
+        """Return how many slots one copy brings, all of one page."""
+        return self.block if self.page_size is None else math.gcd(self.block, self.page_size)
 
 
 class Rows(NamedTuple):

@@ -6,7 +6,6 @@ to the kernel as scalars. See `tpu_kernel` for the rest.
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
@@ -16,7 +15,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend, tuning
 from kernels_pallas.attention.visibility import NEGATIVE, Settings
-from kernels_pallas.decode.inputs import Inputs, slots_seen, slots_seen_by_all
+from kernels_pallas.decode.inputs import Inputs, scales_in_order, slots_seen, slots_seen_by_all
 from kernels_pallas.decode.tpu_kernel import TILE, Cache, Row, Scratch, Sizes, attend_row
 from kernels_pallas.tpu_primitives import LANES, in_hbm, round_up
 
@@ -41,13 +40,8 @@ def refusal(x: Inputs, how: Settings) -> str | None:
         return f"head_dim ({H}) is not a multiple of 8 up to 256"
     if K > _MAX_HEADS:
         return f"{K} kv heads are more than {_MAX_HEADS}"
-    if x.page_table_BP is not None:
-        page = x.k_BSKH.shape[1]
-        has_scales = x.k_scale_BSK is not None or x.v_scale_BSK is not None
-        itemsize = min(x.k_BSKH.dtype.itemsize, x.v_BSKH.dtype.itemsize)
-        unit = LANES if has_scales else 32 // itemsize
-        if page % unit:
-            return f"the page size ({page}) is not a multiple of {unit}"
+    if x.page_table_BP is not None and x.k_BSKH.shape[1] % TILE:
+        return f"the page size ({x.k_BSKH.shape[1]}) is not a multiple of {TILE}"
     return None
 
 
@@ -66,10 +60,11 @@ def _sizes(x: Inputs) -> Sizes:
     tuned = tuning.lookup("decode_attention", default, **shape)
     block = piece = min(tuned["kv"], round_up(x.num_slots, LANES))
     page = None if x.page_table_BP is None else x.k_BSKH.shape[1]
-    if page is not None and page <= block:
-        piece, block = page, page * _power_of_two(min(block // page, _WINDOW))
-    elif page is not None:
-        piece = block = math.gcd(page, block)
+    has_scales = x.k_scale_BSK is not None or x.v_scale_BSK is not None
+    if page is not None:
+        # Copies of scales are whole registers, unless these are put in order before.
+        piece = _piece(page, block, LANES if has_scales and page % LANES == 0 else TILE)
+        block = piece * _power_of_two(block // piece)
     return Sizes(
         batch=B,
         queries=T,
@@ -79,9 +74,16 @@ def _sizes(x: Inputs) -> Sizes:
         block=block,
         piece=piece,
         page=page,
+        orders_scales=page is not None and has_scales and page % LANES != 0,
         depth=tuned["depth"],
         splits=tuned["splits"],
     )
+
+
+def _piece(page: int, block: int, unit: int) -> int:
+    """Return the largest part of a page, itself a multiple of a unit, that a block holds."""
+    parts = range(min(page, block) // unit * unit, 0, -unit)
+    return next(part for part in parts if page % part == 0)
 
 
 def _power_of_two(x: int) -> int:
@@ -95,7 +97,6 @@ def _plan(x: Inputs, how: Settings, sizes: Sizes) -> jax.Array:
     begin_B, end_B = slots_seen(x, how)
     clear_begin_B, clear_end_B = slots_seen_by_all(x, how)
 
-    # Blocks of pages start at multiples of themselves, so that none straddles two windows.
     unit = LANES if sizes.page is None else sizes.block
     first_B = begin_B // unit * unit
     whole_blocks_B = pl.cdiv(jnp.minimum(end_B, sizes.whole) - first_B, sizes.block)
@@ -122,24 +123,29 @@ def _plan(x: Inputs, how: Settings, sizes: Sizes) -> jax.Array:
     return jnp.stack(fields, axis=-1).astype(jnp.int32).reshape(-1)
 
 
-def _heads_first(x: Inputs, sizes: Sizes) -> Cache:
+def _heads_first(x: Inputs, how: Settings, sizes: Sizes) -> Cache:
     """Return the cache with slots after heads, held in HBM: XLA would bring a small one into VMEM.
 
     Without pages, an odd number of slots is padded to whole tiles, which copies the cache: 8 slots,
     or 128 for scales.
     """
 
-    def swap(part: jax.Array | None, unit: int) -> jax.Array | None:
-        if part is None:
-            return None
-        part = part.astype(jnp.float32) if part.ndim == 3 else part
+    def swap(part: jax.Array, unit: int) -> jax.Array:
         missing = -part.shape[1] % unit if sizes.page is None else 0
         if missing:
             part = jnp.pad(part, [(0, missing) if i == 1 else (0, 0) for i in range(part.ndim)])
         return in_hbm(part.swapaxes(1, 2))
 
-    scales = swap(x.k_scale_BSK, LANES), swap(x.v_scale_BSK, LANES)
-    return Cache(swap(x.k_BSKH, TILE), swap(x.v_BSKH, TILE), *scales)
+    def scales(scale_BSK: jax.Array | None) -> jax.Array | None:
+        if scale_BSK is None or not sizes.orders_scales:
+            return None if scale_BSK is None else swap(scale_BSK, LANES)
+        scale_BKS = scales_in_order(x, how, scale_BSK, sizes.block)
+        assert scale_BKS is not None
+        blocks = scale_BKS.reshape(*scale_BKS.shape[:2], -1, sizes.block)
+        return in_hbm(blocks.swapaxes(1, 2))
+
+    k, v = swap(x.k_BSKH, TILE), swap(x.v_BSKH, TILE)
+    return Cache(k, v, scales(x.k_scale_BSK), scales(x.v_scale_BSK))
 
 
 def _windows(table_BP: jax.Array | None) -> jax.Array | None:
@@ -159,9 +165,8 @@ def _cost(
     seen = sizes.slots if how.chunk_size is None else min(how.chunk_size, sizes.slots)
     out_bytes = sum(out.size * out.dtype.itemsize for out in outs)
     padded_H = round_up(H, LANES)
-    head_bytes = sum(
-        part.dtype.itemsize * (padded_H if part.ndim == 4 else 1) for part in cache.parts()
-    )
+    head_bytes = sum(part.dtype.itemsize * padded_H for part in cache[:2])
+    head_bytes += sum(part.dtype.itemsize for part in cache[2:] if part is not None)
     return pl.CostEstimate(
         flops=4 * B * T * N * seen * H,
         transcendentals=B * T * N * seen,
@@ -188,14 +193,17 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
     q_BKTGH = x.q_BTNH.astype(compute_dtype).reshape(B, T, K, G, H).swapaxes(1, 2)
     q_BKRH = q_BKTGH.reshape(B, K, T * G, H)
     q_BKRH = jnp.pad(q_BKRH, ((0, 0), (0, 0), (0, rows - T * G), (0, 0)))
-    cache = _heads_first(x, sizes)
+    cache = _heads_first(x, how, sizes)
     windows = _windows(x.page_table_BP)
 
-    def ring(part: jax.Array) -> Any:
-        return pltpu.VMEM((sizes.depth, K, sizes.block, *part.shape[3:]), part.dtype)
+    def ring(part: jax.Array, *width: int) -> Any:
+        return pltpu.VMEM((sizes.depth, K, sizes.block, *width), part.dtype)
 
     scratch = Scratch(
-        buffers=jax.tree.map(ring, cache),
+        buffers=Cache(
+            *(ring(part, H) for part in cache[:2]),
+            *(part if part is None else ring(part) for part in cache[2:]),
+        ),
         arrived=pltpu.SemaphoreType.DMA((sizes.depth,)),
         cursor=pltpu.SMEM((len(("row", "block", "asked", "attended", "window")),), jnp.int32),
         window=None if windows is None else pltpu.SMEM(windows.shape[1:], jnp.int32),

@@ -10,8 +10,8 @@ The time is that of bringing the cache from HBM once, as stored.
   because the product of a weight 0 and a NaN would be NaN.
 - Integers and float8s are widened in VMEM. A scale belongs to a token of a head, which is a column
   of the logits, so it multiplies the float32 logits (of keys) or weights (of values).
-- With pages, a block is several pages, each copied on its own. The page table comes from HBM in
-  windows, for its 82k entries for 10M tokens, times the batch, need not fit into SMEM.
+- With pages, a block is several of them, or parts of one, each copied on its own. The page table
+  comes in windows: its 82k entries for 10M tokens, times the batch, need not fit into SMEM.
 
 Logits are in units of log 2, of which the hardware computes the exponential.
 """
@@ -49,6 +49,7 @@ class Sizes(NamedTuple):
         block: slots attended at a time.
         piece: slots of a copy: the block, or with pages a page or a part of one.
         page: slots of a page, None without pages.
+        orders_scales: the cache is in pages, and scales are blocks of rows [B, blocks, K, block].
         depth: blocks in the ring.
         splits: parts into which the blocks of every row are divided.
     """
@@ -61,6 +62,7 @@ class Sizes(NamedTuple):
     block: int
     piece: int
     page: int | None
+    orders_scales: bool
     depth: int
     splits: int
 
@@ -104,7 +106,7 @@ class Row(NamedTuple):
 
 
 class Cache(NamedTuple):
-    """The cache with heads first, [B, K, S, H] or pages [P, K, page, H], and scales without H."""
+    """The cache, [B, K, S, H] or pages [P, K, page, H]; scales without H, or by `orders_scales`."""
 
     k: Any
     v: Any
@@ -173,34 +175,38 @@ def _bounds(p: _Program, row: Row, block: Any) -> tuple[Any, Any]:
 
 
 def _copy_block(
-    p: _Program, index: Any, first: Any, stop: Any, ring: Any, *, is_start: bool
+    p: _Program, index: Any, row: Row, first: Any, stop: Any, ring: Any, *, is_start: bool
 ) -> None:
     """Start every copy that brings the slots [first, stop) of a row, or wait for every one."""
     sizes = p.sizes
+    kinds = list(zip(p.cache.parts(), p.scratch.buffers.parts(), strict=True))
+    kinds, ordered = (kinds[:2], kinds[2:]) if sizes.orders_scales else (kinds, [])
+
+    def move(source_ref: Any, target_ref: Any) -> None:
+        transfer = pltpu.make_async_copy(source_ref, target_ref, p.scratch.arrived.at[ring])
+        transfer.start() if is_start else transfer.wait()
 
     def copy(index: Any, source: Any, target: Any, size: Any, scale_size: Any) -> None:
-        for part, buffer in zip(p.cache.parts(), p.scratch.buffers.parts(), strict=True):
+        for part, buffer in kinds:
             count = size if len(part.shape) == 4 else scale_size
             source_ref = part.at[index, :, pl.ds(source, count)]
-            target_ref = buffer.at[ring, :, pl.ds(target, count)]
-            arrived = p.scratch.arrived.at[ring]
-            transfer = pltpu.make_async_copy(source_ref, target_ref, arrived)
-            transfer.start() if is_start else transfer.wait()
+            move(source_ref, buffer.at[ring, :, pl.ds(target, count)])
 
     def copy_pages(page_size: int) -> None:
-        entries = p.scratch.window.shape[1]
+        # Pages that lie before what is seen may not exist.
+        begin = jnp.maximum(first, jax.lax.div(row.begin, sizes.piece) * sizes.piece)
 
         def step(i: Any, _: None) -> None:
-            slot = first + i * sizes.piece
-            # By the time of waiting, the window may be another: only the size matters then.
-            entry = jax.lax.rem(jax.lax.div(slot, page_size), entries)
-            page = p.scratch.window[0, entry] if is_start else 0
+            slot = begin + i * sizes.piece
+            # Where a copy came from does not matter to those who wait for it.
+            page = _page(p, index, jax.lax.div(slot, page_size)) if is_start else 0
             offset = pl.multiple_of(jax.lax.rem(slot, page_size), sizes.piece)
-            target = pl.multiple_of(i * sizes.piece, sizes.piece)
+            target = pl.multiple_of(slot - first, sizes.piece)
             copy(page, offset, target, sizes.piece, sizes.piece)
 
-        pieces = pl.cdiv(stop - first, sizes.piece)
-        jax.lax.fori_loop(0, pieces, step, None)
+        jax.lax.fori_loop(0, pl.cdiv(stop - begin, sizes.piece), step, None)
+        for part, buffer in ordered:
+            move(part.at[index, jax.lax.div(first, sizes.block)], buffer.at[ring])
 
     if sizes.page is not None:
         copy_pages(sizes.page)
@@ -216,33 +222,33 @@ def _copy_block(
         pl.when(~is_last)(lambda: copy(index, first, 0, size, size))
 
 
+def _page(p: _Program, index: Any, number: Any) -> Any:
+    """Look up a page of a row, of which the window of the table is brought unless it is here."""
+    cursor, entries = p.scratch.cursor, p.windows.shape[2]
+    wanted = index * (p.windows.shape[0] // p.sizes.batch) + jax.lax.div(number, entries)
+
+    @pl.when(cursor[_HELD] != wanted)
+    def _() -> None:
+        source_ref, arrived = p.windows.at[wanted], p.scratch.window_arrived
+        copy = pltpu.make_async_copy(source_ref, p.scratch.window, arrived)
+        copy.start()
+        copy.wait()
+        cursor[_HELD] = wanted
+
+    return p.scratch.window[0, jax.lax.rem(number, entries)]
+
+
 def _ask(p: _Program) -> None:
     """Start the copies of the next block in the queue, if there is one."""
     cursor = p.scratch.cursor
     index, block = cursor[_ROW], cursor[_BLOCK]
 
-    def hold_window(first: Any, page_size: int) -> None:
-        """Bring the part of the page table that has the block's pages, unless it is here."""
-        entries = p.windows.shape[2]
-        per_row = p.windows.shape[0] // p.sizes.batch
-        wanted = index * per_row + jax.lax.div(jax.lax.div(first, page_size), entries)
-
-        @pl.when(cursor[_HELD] != wanted)
-        def _() -> None:
-            source_ref, arrived = p.windows.at[wanted], p.scratch.window_arrived
-            copy = pltpu.make_async_copy(source_ref, p.scratch.window, arrived)
-            copy.start()
-            copy.wait()
-            cursor[_HELD] = wanted
-
     @pl.when(index < p.sizes.batch)
     def _() -> None:
         row = _read_row(p, index)
         first, stop = _bounds(p, row, block)
-        if p.sizes.page is not None:
-            hold_window(first, p.sizes.page)
         ring = jax.lax.rem(cursor[_ASKED], p.sizes.depth)
-        _copy_block(p, index, first, stop, ring, is_start=True)
+        _copy_block(p, index, row, first, stop, ring, is_start=True)
         is_last = block + 1 == row.blocks
         cursor[_ROW] = jnp.where(is_last, row.follow, index)
         cursor[_BLOCK] = jnp.where(is_last, 0, block + 1)
@@ -379,7 +385,7 @@ def attend_row(
         _ask(p)
         ring = jax.lax.rem(scratch.cursor[_ATTENDED], sizes.depth)
         first, stop = _bounds(p, row, block)
-        _copy_block(p, pl.program_id(1), first, stop, ring, is_start=False)
+        _copy_block(p, pl.program_id(1), row, first, stop, ring, is_start=False)
         is_clear = (first >= row.clear_begin) & (stop <= row.clear_end)
         is_clear &= stop - first == sizes.block
         mask = functools.partial(_masks, sizes, queries, row, first, stop)

@@ -20,9 +20,9 @@ from kernels_pallas.attention import gpu_blocks, gpu_forward
 from kernels_pallas.attention.gpu_blocks import OF_ROWS, ROWS, across, load, pad
 from kernels_pallas.attention.gpu_forward import Tiles
 from kernels_pallas.attention.visibility import Settings, first_visible
-from kernels_pallas.decode.inputs import Inputs
+from kernels_pallas.decode.inputs import Inputs, scales_in_order
 from kernels_pallas.gpu_primitives import clear_lines, widen
-from kernels_pallas.prefill.queries import Blocks, scales_in_order, summarize
+from kernels_pallas.prefill.queries import Blocks, summarize
 
 _TILE = plgpu.Layout.WGMMA
 _COPIER_REGISTERS = 72  # of a thread: it widens

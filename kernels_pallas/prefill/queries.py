@@ -81,22 +81,3 @@ def summarize(x: Inputs, how: Settings, block: int) -> Blocks:
     of_rows = (*slots_seen(x, how), x.kv_start_B)
     fields += [jnp.broadcast_to(field[:, None], fields[0].shape) for field in of_rows]
     return Blocks(*fields)
-
-
-def scales_in_order(
-    x: Inputs, how: Settings, scale_PSK: jax.Array | None, block: int
-) -> jax.Array | None:
-    """Return the scales of tokens in the order of rows, [B, K, slots] in whole blocks.
-
-    They are 3 % of the cache. Those of slots that nobody sees are 0.
-    """
-    if scale_PSK is None:
-        return None
-    assert x.page_table_BP is not None
-    scale_BPKS = scale_PSK.swapaxes(1, 2).at[x.page_table_BP].get(mode="clip")
-    B, _, K, _ = scale_BPKS.shape
-    scale_BKS = scale_BPKS.swapaxes(1, 2).reshape(B, K, x.num_slots)
-    begin_B, end_B = (bound[:, None, None] for bound in slots_seen(x, how))
-    slots = jnp.arange(x.num_slots)
-    scale_BKS = jnp.where((slots >= begin_B) & (slots < end_B), scale_BKS, 0)
-    return jnp.pad(scale_BKS, ((0, 0), (0, 0), (0, -x.num_slots % block)))

@@ -21,10 +21,11 @@ from kernels_pallas import backend, tuning
 from kernels_pallas.attention import tpu_blocks as tb
 from kernels_pallas.attention.tpu_softmax import Softmax
 from kernels_pallas.attention.visibility import Settings
-from kernels_pallas.decode.inputs import Inputs
-from kernels_pallas.prefill.queries import Blocks, scales_in_order, summarize
-from kernels_pallas.tpu_primitives import LANES, in_hbm, round_up, tile_rows
+from kernels_pallas.decode.inputs import Inputs, scales_in_order
+from kernels_pallas.prefill.queries import Blocks, summarize
+from kernels_pallas.tpu_primitives import LANES, in_hbm, round_up
 
+_TILE = 8  # slots are copied in multiples of it
 _WINDOW = 1024  # entries of the page table in SMEM at a time
 
 
@@ -108,9 +109,8 @@ def refusal(x: Inputs, how: Settings) -> str | None:
     H = x.q_BTNH.shape[3]
     if H % 8 or H > 256:
         return f"head_dim ({H}) is not a multiple of 8 up to 256"
-    page, unit = x.k_BSKH.shape[1], tile_rows(x.k_BSKH.dtype)
-    if page % unit:
-        return f"pages of {page} slots are not a multiple of {unit}"
+    if x.k_BSKH.shape[1] % _TILE:
+        return f"pages of {x.k_BSKH.shape[1]} slots are not a multiple of {_TILE}"
     return None
 
 

@@ -30,6 +30,12 @@ CASES = [
     Case(name="fp8_by_token", lengths=(170, 70), stored="float8_e4m3fn", scales="token"),
     Case(name="small_pages", lengths=(300, 0, 129), slots=384, page=64, queries=2),
     Case(name="pages_of_many_blocks", lengths=(1000, 2000), slots=2048, page=1024, chunk=1500),
+    Case(name="the_chunk_of_small_pages", lengths=(300, 90), slots=320, page=16, chunk=64),
+    Case(name="pages_of_an_odd_size", lengths=(700, 300), slots=1104, page=552, queries=2),
+    Case(
+        name="int8_small_pages_by_token",
+        lengths=(300, 5), slots=384, page=64, stored="int8", scales="token", chunk=200,
+    ),
     Case(
         name="int8_pages_by_token",
         lengths=(300, 5), slots=384, page=128, stored="int8", scales="token",

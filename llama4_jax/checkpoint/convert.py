@@ -171,7 +171,7 @@ def _generation_text(config: ModelConfig) -> str:
     eos_ids = list(config.eos_ids)
     values = {
         "bos_token_id": config.bos_id,
-        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids,
+        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids or None,
         "pad_token_id": config.pad_id,
     }
     return json.dumps(values, indent=2) + "\n"

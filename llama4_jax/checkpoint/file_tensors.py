@@ -12,9 +12,12 @@ from collections.abc import Collection, Mapping
 
 import numpy as np
 
+from llama4_jax.untrusted import shown
+
 Shape = tuple[int, ...]
 
 _SHOWN = 12
+_LONGEST_NAME = 200
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -95,7 +98,7 @@ def check_tensors(where: str, expected: Mapping[str, Shape], found: Mapping[str,
     missing = [key for key in expected if key not in found]
     extra = [key for key in found if key not in expected]
     lines = [
-        f"{key} has shape {found[key]}, expected {shape}"
+        f"{key} has shape {shown(found[key])}, expected {shape}"
         for key, shape in expected.items()
         if key in found and found[key] != shape
     ]
@@ -109,15 +112,17 @@ def check_tensors(where: str, expected: Mapping[str, Shape], found: Mapping[str,
             lines.append(
                 f"{key} {expected[key]} is missing; is it misnamed as {twin} {found[twin]}?"
             )
-    lines += [f"{key} {found[key]} is not part of this model" for key in extra]
+    lines += [f"{shown(key)[1:-1]} {shown(found[key])} is not part of this model" for key in extra]
     if lines:
-        shown = "".join(f"\n  {line}" for line in lines[:_SHOWN])
+        listed = "".join(f"\n  {line}" for line in lines[:_SHOWN])
         rest = f"\n  and {len(lines) - _SHOWN} more" if len(lines) > _SHOWN else ""
-        raise ValueError(f"{where} does not hold the model that its config describes:{shown}{rest}")
+        raise ValueError(
+            f"{where} does not hold the model that its config describes:{listed}{rest}"
+        )
 
 
 def _twin(key: str, shape: Shape, extra: list[str], found: Mapping[str, Shape]) -> str | None:
     """Return the unexpected tensor of the same shape whose name is nearest to a missing one's."""
-    candidates = [name for name in extra if found[name] == shape]
+    candidates = [n for n in extra if found[n] == shape and len(n) <= _LONGEST_NAME]
     near = difflib.get_close_matches(key, candidates[:200], n=1, cutoff=0.6)
     return near[0] if near else None

@@ -22,6 +22,7 @@ from llama4_jax.checkpoint.layout import (
     Part,
     Scale,
     TensorSlice,
+    check_size,
     layout_tensors,
     new_tensors,
 )
@@ -29,7 +30,7 @@ from llama4_jax.checkpoint.parameters import Source
 from llama4_jax.checkpoint.safetensors_file import read_header, write_file
 from llama4_jax.checkpoint.writer import Advance, WritePlan, WriteUnit
 from llama4_jax.config.hf import from_hf, to_hf
-from llama4_jax.untrusted import load_json
+from llama4_jax.untrusted import load_json, shown
 
 CONFIG = "config.json"
 _INDEX = "model.safetensors.index.json"
@@ -59,6 +60,7 @@ def open_hf(directory: pathlib.Path) -> FileSource:
     """
     config = from_hf(load_json(directory / CONFIG))
     files = FileTensors(str(directory), _read_headers(directory))
+    check_size(config, files.values(), str(directory))
     slices = {
         part.parameter.name: _find(tensor, part, files)
         for tensor in layout_tensors(config, "hf").values()
@@ -77,31 +79,35 @@ def _read_headers(directory: pathlib.Path) -> dict[str, FileTensor]:
         index = load_json(index_path).get("weight_map")
         if not isinstance(index, dict):
             raise ValueError(f"{index_path} has no weight_map")
-        files = [_inside(directory, name, index_path) for name in sorted(set(index.values()))]
+        names = {name if isinstance(name, str) else "" for name in index.values()}
+        files = [_inside(directory, name, index_path) for name in sorted(names)]
     found: dict[str, FileTensor] = {}
     for path in files:
         if not path.is_file():
             raise ValueError(f"{path} is missing; {_INDEX} says that it holds part of the model")
         for key, tensor in read_header(path).items():
             if key in found:
-                raise ValueError(f"{key} is in both {found[key].path} and {path}")
+                raise ValueError(f"{shown(key)} is in both {found[key].path} and {path}")
             found[key] = tensor
     for key, name in (index or {}).items():
         if key not in found or found[key].path.name != name:
             place = "in no file" if key not in found else f"in {found[key].path.name}"
-            raise ValueError(f"{index_path} says that {key} is in {name}, but it is {place}")
+            raise ValueError(
+                f"{index_path} says that {shown(key)} is in {shown(name)}, but it is {place}"
+            )
     return found
 
 
-def _inside(directory: pathlib.Path, name: object, index_path: pathlib.Path) -> pathlib.Path:
-    if not isinstance(name, str) or pathlib.PurePath(name).name != name:
-        raise ValueError(f"{index_path} names a file outside the checkpoint: {name!r}")
+def _inside(directory: pathlib.Path, name: str, index_path: pathlib.Path) -> pathlib.Path:
+    if not name or pathlib.PurePath(name).name != name or "\0" in name:
+        raise ValueError(f"{index_path} names a file outside the checkpoint: {shown(name)}")
     return directory / name
 
 
 def _find(tensor: LayoutTensor, part: Part, files: FileTensors) -> tuple[TensorSlice, ...]:
     """Find a parameter in the files: in the layout's tensor, or in one for each expert."""
-    if tensor.key not in files and ".experts." in tensor.key:
+    unfused = tensor.key not in files and ".experts." in tensor.key
+    if unfused and part.sizes["E"] <= len(files):
         role = next(r for r in ("gate", "up", "down") if f".w_{r}_" in part.parameter.name)
         experts = tensor.key.rpartition(".")[0]
         keys = [f"{experts}.{j}.{role}_proj.weight" for j in range(part.sizes["E"])]

@@ -8,7 +8,7 @@ puts tensors together from the parameters of any source.
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -23,10 +23,13 @@ from llama4_jax.checkpoint.parameters import (
 )
 from llama4_jax.checkpoint.weight_map import Layout, find_weight
 from llama4_jax.config import ModelConfig
+from llama4_jax.cost import count_parameters
 
 BLOCK_BYTES = 64 << 20
 """Tensors are read, rearranged and written in blocks of about this many bytes."""
 _DEQUANTISE_ELEMENTS = 4 << 20
+_MOST_MISSING = 16
+"""A checkpoint that holds less than one part in so many is not examined tensor by tensor."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -87,6 +90,22 @@ class LayoutTensor:
     @property
     def size(self) -> int:
         return math.prod(self.shape)
+
+
+def check_size(config: ModelConfig, tensors: Collection[FileTensor], where: str) -> None:
+    """Refuse a config of quite another size than its files, before its many tensors are listed.
+
+    Raises:
+      ValueError: gives both sizes.
+    """
+    held = sum(math.prod(tensor.shape) for tensor in tensors)
+    needed = count_parameters(config).total
+    layers = config.text.num_layers + (config.vision.num_layers if config.vision else 0)
+    if needed > _MOST_MISSING * held or layers > len(tensors):
+        raise ValueError(
+            f"{where} has a config of {layers} layers with {needed:,} parameters in all, but holds "
+            f"{len(tensors)} tensors with {held:,} elements; one of the two is of another model"
+        )
 
 
 def layout_tensors(

@@ -20,6 +20,7 @@ from llama4_jax.checkpoint.layout import (
     Part,
     Scale,
     TensorSlice,
+    check_size,
     layout_tensors,
     new_tensors,
 )
@@ -66,6 +67,7 @@ def open_meta(directory: pathlib.Path) -> FileSource:
     paths = _rank_files(directory)
     ranks = [FileTensors(str(path), read_tensors(path)) for path in paths]
     config = _read_config(directory, ranks)
+    check_size(config, [tensor for rank in ranks for tensor in rank.values()], str(directory))
     scale_paths = [directory / f"fp8_scales_{rank}.pt" for rank in range(len(ranks))]
     scales = [read_tensors(path) if path.is_file() else {} for path in scale_paths]
     slices = {}

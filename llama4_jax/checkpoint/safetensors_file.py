@@ -5,7 +5,6 @@ values at once. So it reads and checks the header here, and the tensors are mapp
 they are; and it lays a new file out from zeros that take no memory, which are then overwritten.
 """
 
-import json
 import math
 import pathlib
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,6 +14,7 @@ import numpy as np
 from safetensors import SafetensorError, TensorSpec, safe_open, serialize_file
 
 from llama4_jax.checkpoint.file_tensors import FileTensor
+from llama4_jax.untrusted import parse_json, refuse_pointer, shown
 
 _DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -41,9 +41,9 @@ def read_header(path: pathlib.Path) -> dict[str, FileTensor]:
     for name, (dtype, shape) in entries.items():
         if dtype not in _DTYPES:
             known = ", ".join(_DTYPES)
-            raise ValueError(f"{path}: {name} has dtype {dtype}; only {known} can be read")
+            raise ValueError(f"{path}: {shown(name)} has dtype {dtype}; only {known} can be read")
         if 0 in shape:
-            raise ValueError(f"{path}: {name} has shape {shape}, which holds nothing")
+            raise ValueError(f"{path}: {shown(name)} has shape {shown(shape)}, which holds nothing")
     sizes = [math.prod(shape) * _DTYPES[dtype].itemsize for dtype, shape in entries.values()]
     offset = path.stat().st_size - sum(sizes)
     tensors = {}
@@ -57,21 +57,24 @@ def _explain(path: pathlib.Path, error: SafetensorError) -> str:
     """Say what is wrong with a file that the package refuses; of a cut one, which tensor is cut."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
+        head = file.read(64)
+        refuse_pointer(path, head)
+        length = int.from_bytes(head[:8], "little")
         if length > size - 8:
             return (
                 f"{path} is truncated or not safetensors: its header should have {length} bytes "
                 f"and the whole file has {size}"
             )
+        file.seek(8)
         text = file.read(length)
     try:
-        header = json.loads(text)
+        header = parse_json(text, "the header")
         ends = {key: 8 + length + e["data_offsets"][1] for key, e in header.items() if "dtype" in e}
         name = min((key for key in ends if ends[key] > size), key=ends.__getitem__)
-    except (AttributeError, KeyError, TypeError, ValueError):
-        return f"{path} is not safetensors: {error}"
-    shape = tuple(header[name]["shape"])
-    return f"{path} is truncated: {name} {shape} ends at byte {ends[name]} and the file has {size}"
+        what = f"{shown(name)} {shown(tuple(header[name]['shape']))} ends at byte {ends[name]}"
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError):
+        return f"{path} is not safetensors: {str(error)[:200]}"
+    return f"{path} is truncated: {what} and the file has {size}"
 
 
 def write_file(

@@ -11,6 +11,7 @@ from typing import Any
 from llama4_jax.config.families import every
 from llama4_jax.config.json_section import EXTRAS_KEY, Section, refuse_balance_bias
 from llama4_jax.config.model import (
+    MAX_LAYERS,
     DType,
     ModelConfig,
     RopeScaling,
@@ -18,6 +19,7 @@ from llama4_jax.config.model import (
     TextConfig,
     VisionConfig,
 )
+from llama4_jax.untrusted import shown
 
 _DTYPES: dict[str, DType] = {"bfloat16": "bfloat16", "float32": "float32", "float16": "float32"}
 
@@ -43,22 +45,23 @@ def from_hf(values: Mapping[str, Any]) -> ModelConfig:
     has_vision = nested and "vision_config" in top
     extras = top.section(EXTRAS_KEY)
     dtype = text.get("dtype", text.get("torch_dtype", top.get("dtype", top.get("torch_dtype"))))
-    dtype = str(dtype or "float32").removeprefix("torch.")
-    if dtype not in _DTYPES:
-        raise ValueError(f"config.json: dtype ({dtype!r}) must be one of {sorted(_DTYPES)}")
-    eos_ids = _token_ids(text if "eos_token_id" in text else top, "eos_token_id", default=2)
-    bos_ids = _token_ids(text if "bos_token_id" in text else top, "bos_token_id", default=1)
-    pad_ids = _token_ids(text if "pad_token_id" in text else top, "pad_token_id", default=-1)
+    dtype = "float32" if dtype is None else dtype
+    known = dtype.removeprefix("torch.") if isinstance(dtype, str) else None
+    if known not in _DTYPES:
+        raise ValueError(f"config.json: dtype ({shown(dtype)}) must be one of {sorted(_DTYPES)}")
+    eos_ids = _token_ids(text, top, "eos_token_id", default=2)
+    bos_ids = _token_ids(text, top, "bos_token_id", default=1)
+    pad_ids = _token_ids(text, top, "pad_token_id", default=None)
     return ModelConfig(
-        name=extras.get("name", "llama4"),
+        name=extras.text("name", "llama4"),
         text=_text_from_hf(text, top, extras),
         vision=_vision_from_hf(top.section("vision_config")) if has_vision else None,
-        bos_id=(bos_ids or (0,))[0],
+        bos_id=bos_ids[0] if bos_ids else None,
         eos_ids=eos_ids,
         pad_id=(pad_ids or eos_ids or (0,))[0],
         patch_id=_patch_id(top, extras, has_vision=has_vision),
         max_tiles=extras.integer("max_tiles", 16),
-        dtype=_DTYPES[dtype],
+        dtype=_DTYPES[known],
     )
 
 
@@ -68,10 +71,16 @@ def _patch_id(top: Section, extras: Section, *, has_vision: bool) -> int | None:
     return extras.integer("patch_id", None)
 
 
-def _token_ids(section: Section, key: str, default: int) -> tuple[int, ...]:
-    """Return one id or a list of ids as a tuple; a negative id means that there is none."""
-    value = section.get(key, default)
-    ids = value if isinstance(value, list) else [value]
+def _token_ids(text: Section, top: Section, key: str, default: int | None) -> tuple[int, ...]:
+    """Return one id or a list of ids as a tuple; null and a negative id mean that there is none.
+
+    The default is for a key that is in neither section.
+    """
+    section = text if key in text else top
+    if not any(key in s.values for s in (text, top)):
+        return () if default is None else (default,)
+    value = section.get(key)
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
         raise section.fail(key, "a token id or a list of them")
     return tuple(i for i in ids if i >= 0)
@@ -81,6 +90,8 @@ def _text_from_hf(text: Section, top: Section, extras: Section) -> TextConfig:
     _refuse(text, "hidden_act", allowed=("silu",))
     _refuse(text, "attention_bias", allowed=(False,))
     num_layers = text.integer("num_hidden_layers", 48)
+    if num_layers > MAX_LAYERS:
+        raise text.fail("num_hidden_layers", f"at most {MAX_LAYERS}")
     num_heads = text.integer("num_attention_heads", 40)
     embed_dim = text.integer("hidden_size", 5120)
     has_chunks = text.values.get("attention_chunk_size", 8192) is not None
@@ -111,7 +122,7 @@ def _text_from_hf(text: Section, top: Section, extras: Section) -> TextConfig:
         norm_eps=text.number("rms_norm_eps", 1e-5),
         max_positions=text.integer("max_position_embeddings", 131_072),
         tie_embeddings=tied.flag("tie_word_embeddings", default=False),
-        rope_positions=extras.get("rope_positions", "chunk"),
+        rope_positions=extras.text("rope_positions", "chunk"),
     )
 
 
@@ -127,8 +138,11 @@ def _temperature(text: Section) -> Temperature:
 
 
 def _moe_layers(text: Section, num_layers: int) -> tuple[int, ...]:
-    if "moe_layers" in text:
-        return tuple(sorted(int(i) for i in text.get("moe_layers")))
+    layers = text.items("moe_layers", "a list of layers, counted from 0")
+    if layers is not None:
+        if not all(type(i) is int and 0 <= i < num_layers for i in layers):
+            raise text.fail("moe_layers", f"a list of layers, from 0 to {num_layers - 1}")
+        return tuple(sorted(layers))
     step = text.integer("interleave_moe_layer_step", 1)
     if step < 1:
         raise text.fail("interleave_moe_layer_step", "at least 1, or moe_layers must be given")
@@ -137,7 +151,7 @@ def _moe_layers(text: Section, num_layers: int) -> tuple[int, ...]:
 
 def _nope_layers(text: Section, num_layers: int) -> tuple[int, ...]:
     """Read `no_rope_layers`, whose 1 marks a RoPE layer and 0 a NoPE layer; empty means default."""
-    marks = text.get("no_rope_layers")
+    marks = text.items("no_rope_layers", "a list of 0 and 1")
     if not marks:
         interval = text.integer("no_rope_layer_interval", 4)
         if interval < 1:
@@ -150,7 +164,7 @@ def _nope_layers(text: Section, num_layers: int) -> tuple[int, ...]:
 
 def _check_layer_types(text: Section, nope: tuple[int, ...], chunk_size: int | None) -> None:
     """Refuse `layer_types` that would chunk a NoPE layer or let a RoPE layer see past its chunk."""
-    types = text.get("layer_types")
+    types = text.items("layer_types", "a list with the kind of each layer")
     if not types or chunk_size is None:
         return
     for layer, kind in enumerate(types):
@@ -158,7 +172,7 @@ def _check_layer_types(text: Section, nope: tuple[int, ...], chunk_size: int | N
         never_cut = chunk_size >= text.integer("max_position_embeddings", 131_072)
         if kind != expected and not never_cut:
             raise ValueError(
-                f"{text.where}: layer_types[{layer}] ({kind!r}) must be {expected!r}, because "
+                f"{text.where}: layer_types[{layer}] ({shown(kind)}) must be {expected!r}, because "
                 f"no_rope_layers makes it a {'NoPE' if layer in nope else 'RoPE'} layer"
             )
 
@@ -167,20 +181,26 @@ def _rope_from_hf(text: Section) -> tuple[float, RopeScaling | None]:
     """Read theta and scaling from `rope_parameters` (5.x) or `rope_theta`, `rope_scaling` (4.x)."""
     rope = text.section("rope_parameters" if "rope_parameters" in text else "rope_scaling")
     theta = rope.number("rope_theta", text.number("rope_theta", 500_000.0))
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    key = "type" if "type" in rope and "rope_type" not in rope else "rope_type"
+    kind = rope.get(key, "default")
     if kind == "default":
         return theta, None
     if kind != "llama3":
-        raise rope.fail("rope_type", "'llama3' or 'default'")
+        raise rope.fail(key, "'llama3' or 'default'")
+    low = rope.number("low_freq_factor", positive=True)
+    high = rope.number("high_freq_factor", positive=True)
+    if high < low:
+        raise rope.fail("high_freq_factor", f"at least low_freq_factor ({low})")
     return theta, RopeScaling(
-        factor=rope.number("factor"),
-        low_freq_factor=rope.number("low_freq_factor"),
-        high_freq_factor=rope.number("high_freq_factor"),
-        original_max_positions=rope.integer("original_max_position_embeddings"),
+        factor=rope.number("factor", positive=True),
+        low_freq_factor=low,
+        high_freq_factor=high,
+        original_max_positions=rope.integer("original_max_position_embeddings", least=1),
     )
 
 
 def _vision_from_hf(vision: Section) -> VisionConfig:
+    """Read the encoder; its `norm_eps` is ignored as by transformers, which computes with 1e-5."""
     _refuse(vision, "hidden_act", allowed=("gelu",))
     _refuse(vision, "multi_modal_projector_bias", allowed=(False,))
     _refuse(vision, "vision_feature_select_strategy", allowed=("default",))
@@ -198,7 +218,6 @@ def _vision_from_hf(vision: Section) -> VisionConfig:
         num_heads=vision.integer("num_attention_heads", 16),
         mlp_dim=vision.integer("intermediate_size", 5632),
         adapter_dim=adapter_dim,
-        norm_eps=vision.number("norm_eps", 1e-5),
         rope_theta=rope.number("rope_theta", vision.number("rope_theta", 10_000.0)),
         pixel_shuffle_ratio=vision.number("pixel_shuffle_ratio", 0.5),
     )
@@ -216,7 +235,7 @@ def _side(vision: Section, key: str, default: int) -> int:
     if isinstance(value, list):
         if len(value) != 2 or value[0] != value[1]:
             raise vision.fail(key, "one side or two equal ones")
-        return int(value[0])
+        return Section({key: value[0]}, vision.where).integer(key)
     return vision.integer(key, default)
 
 
@@ -289,7 +308,7 @@ def _text_to_hf(config: ModelConfig) -> dict[str, Any]:
         "hidden_act": "silu",
         "tie_word_embeddings": text.tie_embeddings,
         "bos_token_id": config.bos_id,
-        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids,
+        "eos_token_id": eos_ids[0] if len(eos_ids) == 1 else eos_ids or None,
         "pad_token_id": config.pad_id,
         "dtype": config.dtype,
     }
@@ -312,6 +331,11 @@ def _rope_scaling_to_hf(scaling: RopeScaling | None) -> dict[str, Any] | None:
 
 def _vision_to_hf(vision: VisionConfig, dtype: DType) -> dict[str, Any]:
     shuffled = vision.embed_dim * vision.shuffle**2
+    if vision.norm_eps != 1e-5:
+        raise ValueError(
+            f"vision norm_eps ({vision.norm_eps}) cannot be expressed by config.json, whose "
+            "readers compute with 1e-05 whatever it says"
+        )
     if vision.mlp_dim != shuffled:
         raise ValueError(
             f"vision mlp_dim ({vision.mlp_dim}) must be embed_dim / pixel_shuffle_ratio**2 "

@@ -4,9 +4,14 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama4_jax.config.model import TextConfig
+from llama4_jax.untrusted import shown
 
 EXTRAS_KEY = "llama4_jax"
 """A key of ours in a foreign file for what that format cannot say; other readers skip it."""
+
+MAX_INTEGER = 2**31 - 1
+MAX_NUMBER = 1e30
+"""Largest numbers that a config may have; what is computed from them stays finite."""
 
 _MISSING = object()
 
@@ -16,7 +21,7 @@ class Section:
 
     def __init__(self, values: object, where: str) -> None:
         if not isinstance(values, Mapping):
-            raise ValueError(f"{where} must be a JSON object, not {values!r}")
+            raise ValueError(f"{where} must be a JSON object, not {shown(values)}")
         self.values = values
         self.where = where
 
@@ -29,26 +34,42 @@ class Section:
         return default if value is None else value
 
     def fail(self, key: str, expected: str) -> ValueError:
-        return ValueError(f"{self.where}: {key} ({self.values.get(key)!r}) must be {expected}")
+        value = self.values.get(key)
+        return ValueError(f"{self.where}: {key} ({shown(value)}) must be {expected}")
 
-    def integer(self, key: str, default: Any = _MISSING) -> Any:
-        """Return a whole number; 8192.0 counts as one, a boolean does not."""
-        value = self._found(key, default, "a whole number")
+    def integer(self, key: str, default: Any = _MISSING, *, least: int = 0) -> Any:
+        """Return a whole number of at least `least`; 8192.0 counts as one, a boolean does not."""
+        expected = f"a whole number from {least} to {MAX_INTEGER}"
+        value = self._found(key, default, expected)
         if value is default:
             return value
-        whole = isinstance(value, int | float) and not isinstance(value, bool)
-        if not whole or value != int(value):
-            raise self.fail(key, "a whole number")
+        if not _is_number(value) or not least <= value <= MAX_INTEGER or value != int(value):
+            raise self.fail(key, expected)
         return int(value)
 
-    def number(self, key: str, default: Any = _MISSING) -> Any:
+    def number(self, key: str, default: Any = _MISSING, *, positive: bool = False) -> Any:
         """Return a float."""
-        value = self._found(key, default, "a number")
+        expected = "a finite number" + " above 0" * positive
+        value = self._found(key, default, expected)
         if value is default:
             return value
-        if not isinstance(value, int | float) or isinstance(value, bool):
-            raise self.fail(key, "a number")
+        if not _is_number(value) or abs(value) > MAX_NUMBER or (positive and value <= 0):
+            raise self.fail(key, expected)
         return float(value)
+
+    def text(self, key: str, default: str) -> Any:
+        """Return a text."""
+        value = self.get(key, default)
+        if not isinstance(value, str):
+            raise self.fail(key, "a text")
+        return value
+
+    def items(self, key: str, expected: str) -> list[Any] | None:
+        """Return a list, or None where there is none."""
+        value = self.get(key)
+        if not isinstance(value, list | tuple | None):
+            raise self.fail(key, expected)
+        return None if value is None else list(value)
 
     def flag(self, key: str, *, default: bool) -> bool:
         """Return a switch; early Hugging Face configs spell true as a number, such as 4."""
@@ -65,6 +86,11 @@ class Section:
         if value is _MISSING:
             raise ValueError(f"{self.where}: {key} is missing; it must be {expected}")
         return value
+
+
+def _is_number(value: object) -> bool:
+    """Return whether a JSON value is a number; NaN is none."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and value == value
 
 
 def refuse_balance_bias(text: TextConfig, file: str) -> None:

@@ -10,7 +10,14 @@ from typing import Any
 
 from llama4_jax.config.families import every
 from llama4_jax.config.json_section import EXTRAS_KEY, Section, refuse_balance_bias
-from llama4_jax.config.model import ModelConfig, RopeScaling, Temperature, TextConfig, VisionConfig
+from llama4_jax.config.model import (
+    MAX_LAYERS,
+    ModelConfig,
+    RopeScaling,
+    Temperature,
+    TextConfig,
+    VisionConfig,
+)
 
 _VOCAB_SIZE = 202_048
 _RELEASED_IDS = {
@@ -64,7 +71,13 @@ def from_meta(values: Mapping[str, Any], *, dtype: Any = "bfloat16") -> ModelCon
       ValueError: a key is missing or impossible, or the vocabulary is not Llama 4's own and the
         file does not say its special token ids.
     """
-    outer = Section(values, "params.json")
+    try:
+        return _from_meta(Section(values, "params.json"), dtype)
+    except ArithmeticError as error:
+        raise ValueError(f"params.json: its numbers give no model ({error})") from error
+
+
+def _from_meta(outer: Section, dtype: Any) -> ModelConfig:
     params = Section(outer.get("model"), "params.json model") if "model" in outer else outer
     extras = (params if EXTRAS_KEY in params else outer).section(EXTRAS_KEY)
     vocab_size = params.integer("vocab_size", -1)
@@ -72,7 +85,7 @@ def from_meta(values: Mapping[str, Any], *, dtype: Any = "bfloat16") -> ModelCon
     vision = params.section("vision_args") if "vision_args" in params else None
     ids = _token_ids(extras, vocab_size)
     return ModelConfig(
-        name=extras.get("name", "llama4"),
+        name=extras.text("name", "llama4"),
         text=_text_from_meta(params, extras, vocab_size),
         vision=None if vision is None else _vision_from_meta(vision),
         bos_id=ids["bos_id"],
@@ -80,13 +93,14 @@ def from_meta(values: Mapping[str, Any], *, dtype: Any = "bfloat16") -> ModelCon
         pad_id=ids["pad_id"],
         patch_id=ids["patch_id"],
         max_tiles=extras.integer("max_tiles", 16),
-        dtype=extras.get("dtype", dtype),
+        dtype=extras.text("dtype", dtype),
     )
 
 
 def _token_ids(extras: Section, vocab_size: int) -> dict[str, Any]:
-    if "bos_id" in extras:
-        return {key: extras.values.get(key) for key in _RELEASED_IDS}
+    if "bos_id" in extras.values:
+        eos_ids = extras.items("eos_ids", "a list of token ids") or []
+        return {**{key: extras.values.get(key) for key in _RELEASED_IDS}, "eos_ids": eos_ids}
     if vocab_size != _VOCAB_SIZE:
         raise ValueError(
             f"params.json: vocab_size ({vocab_size}) is not Llama 4's {_VOCAB_SIZE}, so the ids of "
@@ -98,7 +112,9 @@ def _token_ids(extras: Section, vocab_size: int) -> dict[str, Any]:
 def _text_from_meta(params: Section, extras: Section, vocab_size: int) -> TextConfig:
     embed_dim = params.integer("dim")
     num_layers = params.integer("n_layers")
-    num_heads = params.integer("n_heads")
+    if num_layers > MAX_LAYERS:
+        raise params.fail("n_layers", f"at most {MAX_LAYERS}")
+    num_heads = params.integer("n_heads", least=1)
     moe = params.section("moe_args") if "moe_args" in params else None
     rule = _read_rule(params, moe)
     nope = "nope_layer_interval" in params
@@ -130,16 +146,16 @@ def _text_from_meta(params: Section, extras: Section, vocab_size: int) -> TextCo
         norm_eps=params.number("norm_eps", 1e-5),
         max_positions=extras.integer("max_positions", _max_positions(scaling, chunk_size)),
         tie_embeddings=extras.flag("tie_embeddings", default=False),
-        rope_positions=extras.get("rope_positions", "chunk"),
+        rope_positions=extras.text("rope_positions", "chunk"),
     )
 
 
 def _read_rule(params: Section, moe: Section | None) -> FFNRule:
     moe = Section({}, "moe_args") if moe is None else moe
     return FFNRule(
-        multiple_of=params.integer("multiple_of", 256),
-        ffn_dim_multiplier=params.number("ffn_dim_multiplier", None),
-        ffn_exp=params.number("ffn_exp", 4.0),
+        multiple_of=params.integer("multiple_of", 256, least=1),
+        ffn_dim_multiplier=params.number("ffn_dim_multiplier", None, positive=True),
+        ffn_exp=params.number("ffn_exp", 4.0, positive=True),
         capacity_factor=moe.number("capacity_factor", 1.0),
         auto_scale=moe.flag("auto_scale_F", default=True),
     )
@@ -154,7 +170,7 @@ def _every(section: Section, key: str, num_layers: int) -> tuple[int, ...]:
 
 def _scaling(params: Section) -> RopeScaling:
     return RopeScaling(
-        factor=params.number("rope_scaling_factor", 16.0),
+        factor=params.number("rope_scaling_factor", 16.0, positive=True),
         high_freq_factor=params.number("rope_high_freq_factor", 1.0),
     )
 

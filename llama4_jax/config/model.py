@@ -3,7 +3,16 @@
 import dataclasses
 from typing import Literal
 
+from llama4_jax.config.field_types import require_types
+from llama4_jax.untrusted import shown
+
 DType = Literal["float32", "bfloat16"]
+
+MAX_LAYERS = 512
+"""Most layers of a decoder or of an encoder, for a file may ask for any number."""
+
+MAX_TILES = 256
+"""Most tiles of an image: the grids of so many are all looked at."""
 
 
 def _require(condition: bool, message: str) -> None:
@@ -15,6 +24,10 @@ def _require_positive(config: object, *names: str) -> None:
     for name in names:
         value = getattr(config, name)
         _require(value > 0, f"{type(config).__name__}.{name} ({value}) must be positive")
+
+
+def _require_few_layers(num_layers: int) -> None:
+    _require(num_layers <= MAX_LAYERS, f"num_layers ({num_layers}) must be at most {MAX_LAYERS}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -31,6 +44,7 @@ class RopeScaling:
     original_max_positions: int = 8192
 
     def __post_init__(self) -> None:
+        require_types(self)
         _require_positive(self, "factor", "low_freq_factor", "original_max_positions")
         _require(
             self.high_freq_factor >= self.low_freq_factor,
@@ -47,6 +61,7 @@ class Temperature:
     coefficient: float = 0.1
 
     def __post_init__(self) -> None:
+        require_types(self)
         _require_positive(self, "floor")
 
 
@@ -91,6 +106,12 @@ class TextConfig:
     balance_bias: bool = False
 
     def __post_init__(self) -> None:
+        _require(
+            isinstance(self.balance_bias, bool),
+            f"balance_bias ({shown(self.balance_bias)}) must be True or False; how fast it moves "
+            "is the balance_bias_rate of an OptimizerConfig",
+        )
+        require_types(self)
         _require_positive(
             self, "vocab_size", "embed_dim", "num_layers", "num_heads", "num_kv_heads", "head_dim"
         )
@@ -101,12 +122,14 @@ class TextConfig:
             f"num_kv_heads ({self.num_kv_heads})",
         )
         _require(self.head_dim % 2 == 0, f"head_dim ({self.head_dim}) must be even for RoPE")
+        _require_few_layers(self.num_layers)
         for name in ("moe_layers", "nope_layers"):
             layers = getattr(self, name)
             is_sorted = tuple(sorted(set(layers))) == layers
             _require(
                 is_sorted and set(layers) <= set(range(self.num_layers)),
-                f"{name} {layers} must be increasing layer indices from 0 to {self.num_layers - 1}",
+                f"{name} {shown(layers)} must be increasing layer indices from 0 to "
+                f"{self.num_layers - 1}",
             )
         if self.moe_layers:
             _require_positive(self, "num_experts")
@@ -117,15 +140,6 @@ class TextConfig:
             )
         if self.chunk_size is not None:
             _require_positive(self, "chunk_size")
-        _require(
-            self.rope_positions in ("chunk", "absolute"),
-            f"rope_positions ({self.rope_positions!r}) must be 'chunk' or 'absolute'",
-        )
-        _require(
-            isinstance(self.balance_bias, bool),
-            f"balance_bias ({self.balance_bias!r}) must be True or False; how fast it moves is "
-            "the balance_bias_rate of an OptimizerConfig",
-        )
         _require(
             bool(self.moe_layers) or not self.balance_bias,
             "balance_bias is for routers, and this model has none: moe_layers is empty",
@@ -149,9 +163,11 @@ class VisionConfig:
     pixel_shuffle_ratio: float = 0.5
 
     def __post_init__(self) -> None:
+        require_types(self)
         _require_positive(self, "image_size", "patch_size", "num_channels", "embed_dim")
         _require_positive(self, "num_layers", "num_heads", "mlp_dim", "adapter_dim")
         _require_positive(self, "norm_eps", "rope_theta")
+        _require_few_layers(self.num_layers)
         _require(
             self.image_size % self.patch_size == 0,
             f"image_size ({self.image_size}) must be a multiple of patch_size ({self.patch_size})",
@@ -200,12 +216,15 @@ class VisionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A whole model: decoder, optional vision encoder, token ids it must know, and its dtype."""
+    """A whole model: decoder, optional vision encoder, token ids it must know, and its dtype.
+
+    `bos_id` is None for a model whose texts begin with no token of their own.
+    """
 
     name: str
     text: TextConfig
     vision: VisionConfig | None
-    bos_id: int
+    bos_id: int | None
     eos_ids: tuple[int, ...]
     pad_id: int
     patch_id: int | None
@@ -213,12 +232,16 @@ class ModelConfig:
     dtype: DType = "bfloat16"
 
     def __post_init__(self) -> None:
-        ids = {"bos_id": self.bos_id, "pad_id": self.pad_id}
+        require_types(self)
+        ids = {"pad_id": self.pad_id}
         ids |= {f"eos_ids[{i}]": eos for i, eos in enumerate(self.eos_ids)}
         if self.vision is not None:
             _require(self.patch_id is not None, "a model with vision needs a patch_id")
-        if self.patch_id is not None:
-            ids["patch_id"] = self.patch_id
+        ids |= {
+            name: value
+            for name, value in (("bos_id", self.bos_id), ("patch_id", self.patch_id))
+            if value is not None
+        }
         for name, value in ids.items():
             _require(
                 0 <= value < self.text.vocab_size,
@@ -226,6 +249,5 @@ class ModelConfig:
             )
         _require_positive(self, "max_tiles")
         _require(
-            self.dtype in ("float32", "bfloat16"),
-            f"dtype ({self.dtype!r}) must be 'float32' or 'bfloat16'",
+            self.max_tiles <= MAX_TILES, f"max_tiles ({self.max_tiles}) must be at most {MAX_TILES}"
         )

@@ -214,7 +214,11 @@ def _read(pretrained: Pretrained, request: Request) -> tuple[list[int], Sequence
         return tokens, images
     runs = _image_runs(config, tokenizer, request.images)
     text = tokenizer.encode(request.prompt or "", allow_special=request.allow_special)
-    return [config.bos_id, *(token for run in runs for token in run), *text], request.images
+    begin = [] if config.bos_id is None else [config.bos_id]
+    tokens = [*begin, *(token for run in runs for token in run), *text]
+    if not tokens:
+        raise ValueError("prompt is empty, and the model has no begin-of-text token to begin with.")
+    return tokens, request.images
 
 
 def _check_ids(tokens: Sequence[int], vocab_size: int) -> list[int]:

@@ -52,5 +52,5 @@ def _prompt(engine: Engine, length: int, index: int) -> Prompt:
     """Make a prompt that no other begins like; patch tokens are no part of it."""
     model = engine.pretrained.config
     tokens_T = np.random.default_rng((length, index)).integers(0, model.text.vocab_size, length)
-    tokens_T[tokens_T == model.patch_id] = model.bos_id
+    tokens_T[tokens_T == model.patch_id] = model.pad_id
     return Prompt(index=index, tokens_T=tokens_T.astype(np.int32), images=())

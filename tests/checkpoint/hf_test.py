@@ -1,5 +1,6 @@
 """Tests of checkpoint/hf.py: what transformers wrote is read, what we write is well formed."""
 
+import dataclasses
 import json
 import shutil
 
@@ -8,8 +9,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
+from llama4_jax.checkpoint import hf
 from llama4_jax.checkpoint.convert import make_plan, open_checkpoint
+from llama4_jax.checkpoint.file_tensors import FileTensors
 from llama4_jax.checkpoint.hf import open_hf, plan_hf
+from llama4_jax.checkpoint.layout import layout_tensors
 from llama4_jax.checkpoint.parameters import parameters
 from llama4_jax.checkpoint.safetensors_file import read_header
 from llama4_jax.checkpoint.writer import write_checkpoint
@@ -264,7 +268,7 @@ def test_an_index_that_lies_is_refused(tmp_path):
     with pytest.raises(ValueError, match="outside the checkpoint"):
         open_hf(directory)
     rewritten(lambda m: m.update({NORM: first}))
-    with pytest.raises(ValueError, match=rf"{NORM} is in {first}, but it is in"):
+    with pytest.raises(ValueError, match=rf"'{NORM}' is in '{first}', but it is in"):
         open_hf(directory)
     rewritten(lambda m: None)
     shutil.move(directory / first, directory / "elsewhere")
@@ -294,3 +298,63 @@ def test_one_absent_unfused_expert_is_named(tmp_path):
     _rewrite(tmp_path / "hf", lambda tensors: tensors.pop(key))
     with pytest.raises(ValueError, match=r"experts.2.up_proj.weight"):
         open_hf(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_hidden_layers": 512, "moe_layers": list(range(0, 512, 7)), "no_rope_layers": None},
+        {"num_local_experts": 10**9},
+        {"vocab_size": 2**31 - 1, "hidden_size": 2**31 - 1},
+    ],
+)
+def test_a_config_of_quite_another_size_is_refused_before_tensors_are_listed(
+    tmp_path, monkeypatch, changes
+):
+    shutil.copytree(GOLDEN / "hf", tmp_path / "hf")
+    path = tmp_path / "hf" / "config.json"
+    config = json.loads(path.read_text())
+    config["text_config"].update(changes)
+    path.write_text(json.dumps(config))
+    monkeypatch.setattr(hf, "layout_tensors", lambda *_, **__: pytest.fail("listed"))
+    with pytest.raises(ValueError, match="one of the two is of another model"):
+        open_hf(tmp_path / "hf")
+
+
+def test_more_experts_than_tensors_are_not_looked_for_one_by_one(tmp_path):
+    """The expert count alone is large: with hidden widths of one it is not a matter of size."""
+    text = dataclasses.replace(TINY.text, num_experts=100_000, embed_dim=2, expert_dim=1)
+    files = FileTensors("here", {})
+    for tensor in layout_tensors(dataclasses.replace(TINY, vision=None, text=text), "hf").values():
+        for part in tensor.parts:
+            assert hf._find(tensor, part, files) == ()
+    assert len(files._needed) < 100
+
+
+def test_a_pointer_of_git_lfs_is_named_as_such(tmp_path):
+    shutil.copytree(GOLDEN / "hf", tmp_path / "hf")
+    path = sorted((tmp_path / "hf").glob("*.safetensors"))[0]
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    with pytest.raises(ValueError, match=rf"{path.name} is a pointer of Git LFS"):
+        open_hf(tmp_path / "hf")
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b'{"a":' * 100_000,
+        b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0]}}',
+        b'{"a":{"dtype":"F32","shape":3,"data_offsets":[0,400]}}',
+        b'{"a":"dtype"}',
+        b"[]",
+        b'{"' + b"a" * 100_000 + b'":{"dtype":"F32","shape":[100],"data_offsets":[0,400]}}',
+    ],
+)
+def test_a_header_that_is_none_is_a_short_line(tmp_path, header):
+    path = tmp_path / "model.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(ValueError, match=r"model.safetensors is (not safetensors|truncated): "):
+        read_header(path)
+    with pytest.raises(ValueError, match=r"^.{1,500}$"):
+        read_header(path)

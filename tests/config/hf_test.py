@@ -1,9 +1,11 @@
 """Tests of config/hf.py and config/meta.py: both files to ModelConfig and back."""
 
 import dataclasses
+import math
 
 import pytest
 
+from llama4_jax.checkpoint.native import config_from_json, config_to_json
 from llama4_jax.config import FAMILIES, RopeScaling, nano, scout
 from llama4_jax.config.hf import from_hf, to_hf
 from llama4_jax.config.meta import FFNRule, from_meta, to_meta
@@ -245,6 +247,96 @@ def test_an_impossible_config_json_is_refused_by_key(values, message):
 def test_impossible_params_are_refused_by_key(changes, message):
     with pytest.raises(ValueError, match=message):
         from_meta({**SCOUT_PARAMS, **changes})
+
+
+def test_a_null_id_means_none_and_an_absent_one_what_transformers_takes():
+    none = from_hf(_text(MAVERICK, eos_token_id=None, bos_token_id=None))
+    assert none.eos_ids == () and none.bos_id is None
+    assert from_hf(to_hf(none)) == none
+    assert from_meta(to_meta(none)) == none
+    absent = {k: v for k, v in MAVERICK["text_config"].items() if not k.endswith("_token_id")}
+    found = from_hf({**MAVERICK, "text_config": absent})
+    assert (found.bos_id, found.eos_ids, found.pad_id) == (1, (2,), 2)
+    above = from_hf({**_text(MAVERICK, eos_token_id=None), "eos_token_id": 7})
+    assert above.eos_ids == (7,)
+
+
+def test_the_encoders_norm_eps_is_ignored_as_by_transformers_and_no_other_is_written():
+    vision = {**MAVERICK["vision_config"], "norm_eps": 0.1}
+    assert from_hf({**MAVERICK, "vision_config": vision}) == from_hf(MAVERICK)
+    other = dataclasses.replace(scout().vision, norm_eps=1e-6)
+    with pytest.raises(ValueError, match=r"norm_eps \(1e-06\) cannot be expressed"):
+        to_hf(dataclasses.replace(scout(), vision=other))
+
+
+@pytest.mark.parametrize(
+    ("key", "scaling", "says"),
+    [
+        ("rope_scaling", {"type": "yarn"}, r"rope_scaling: type \('yarn'\)"),
+        ("rope_scaling", {"rope_type": "yarn"}, r"rope_scaling: rope_type \('yarn'\)"),
+        ("rope_parameters", {"rope_type": ["x"]}, "rope_parameters: rope_type"),
+        ("rope_scaling", {"rope_type": "llama3"}, "rope_scaling: low_freq_factor is missing"),
+        ("rope_scaling", {"factor": 0}, r"rope_scaling: factor \(0\)"),
+        ("rope_scaling", {"high_freq_factor": 0.5}, r"rope_scaling: high_freq_factor \(0.5\)"),
+        (
+            "rope_parameters",
+            {"original_max_position_embeddings": 0},
+            r"rope_parameters: original_max_position_embeddings \(0\) must be .* from 1 to",
+        ),
+        ("rope_scaling", 3, "rope_scaling must be a JSON object, not 3"),
+    ],
+)
+def test_errors_of_rope_scaling_name_the_key_that_was_written(key, scaling, says):
+    whole = {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    if isinstance(scaling, dict) and not {"type", "rope_type"} & scaling.keys():
+        scaling = {**whole, **scaling}
+    with pytest.raises(ValueError, match=says):
+        from_hf(_text(MAVERICK, **{key: scaling}))
+
+
+STRANGE = [
+    *(None, True, "x", "", [], ["x"], {}, {"a": 1}, -1, 0, 0.5, 2**31, 10**12, 10**400, -(10**12)),
+    *(math.inf, -math.inf, math.nan, 1e308, [10**12], [[]], "\0", "é" * 10_000),
+]
+
+
+def _keys(values, path=()):
+    """Yield the path of every key of a config."""
+    for key, value in values.items():
+        yield (*path, key)
+        if isinstance(value, dict):
+            yield from _keys(value, (*path, key))
+
+
+def _with(values, path, value):
+    if not path:
+        return value
+    return {**values, path[0]: _with(values.get(path[0], {}), path[1:], value)}
+
+
+EVERY_KEY = {
+    "hf": (from_hf, to_hf(scout())),
+    "meta": (from_meta, to_meta(scout())),
+    "native": (lambda v: config_from_json(v, "config"), config_to_json(scout())),
+}
+
+
+@pytest.mark.parametrize("layout", EVERY_KEY)
+def test_a_strange_value_of_any_key_is_a_config_or_a_line(layout):
+    read, values = EVERY_KEY[layout]
+    paths = [*_keys(values), ("rope_theta",), ("text_config", "layer_types")]
+    for path in paths:
+        for strange in STRANGE:
+            try:
+                assert read(_with(values, path, strange)).text.num_layers <= 512
+            except ValueError as error:
+                assert len(str(error)) < 1000, (path, strange)
 
 
 def test_widths_follow_metas_integer_arithmetic():

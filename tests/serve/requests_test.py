@@ -128,6 +128,14 @@ def test_a_template_puts_images_where_it_writes_them(pretrained):
     assert read(own, **request).tokens_T.tolist() == read(pretrained, **request).tokens_T.tolist()
 
 
+def test_a_prompt_begins_with_no_token_where_the_model_has_none(pretrained):
+    config = dataclasses.replace(pretrained.config, bos_id=None)
+    bare = dataclasses.replace(pretrained, config=config)
+    assert read(bare, prompt="ab").tokens_T.tolist() == [*b"ab"]
+    with pytest.raises(RequestError, match="prompt is empty, and the model has no begin-of-text"):
+        read(bare, prompt="")
+
+
 @pytest.mark.parametrize("request_", [{"prompt": "a"}, {"messages": [Message("user", "a")]}])
 def test_an_id_beyond_the_table_is_refused_whoever_made_it(pretrained, request_):
     class Foreign(type(pretrained.tokenizer)):

@@ -85,10 +85,12 @@ def talk(
       ValueError: the dialogue no longer fits the model's positions.
     """
     from llama4_jax.serve import Engine, Request, generate
+    from llama4_jax.serve.sizes import Work
 
     history: list[Message] = []
     tokens = 2 * config.context(pretrained.config) * options.n
-    engine = Engine(pretrained, dataclasses.replace(config, max_rows=options.n), tokens=tokens)
+    config = dataclasses.replace(config, max_rows=options.n)
+    engine = Engine(pretrained, config, work=Work(choices=options.n, tokens=tokens))
     while (line := _read_line()) is not None:
         if not line.strip():
             continue

@@ -243,7 +243,7 @@ class Device:
         wanted = Shape(
             rows=min(bucket(len(pieces)), bucket(self._rows)),
             tokens=bucket(longest),
-            whole=self._width(whole, floor=64 if every else 4),
+            whole=self._width(whole, floor=16 if every else 4),
             chunk=max(of_chunk if chunk else 0, 1),
             every=every,
             **how,

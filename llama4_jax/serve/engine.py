@@ -24,7 +24,7 @@ from llama4_jax.serve.plan import Choice, Numbers, Piece
 from llama4_jax.serve.requests import Prompt, RequestError
 from llama4_jax.serve.sampling import answer_key
 from llama4_jax.serve.scheduler import Draft, Scheduler, no_drafts
-from llama4_jax.serve.sizes import EngineConfig
+from llama4_jax.serve.sizes import EngineConfig, Work
 from llama4_jax.serve.transcript import Ending, FinishReason, Transcript
 
 
@@ -45,7 +45,7 @@ class Engine:
     Args:
       pretrained: the model, its tokenizer if it has one, and its generation defaults.
       config: sizes.
-      tokens: of all requests that there will ever be, if that is known; saves memory.
+      work: all that there will ever be, if that is known; saves memory.
 
     Raises:
       ValueError: the cache holds no row.
@@ -56,7 +56,7 @@ class Engine:
         pretrained: Pretrained,
         config: EngineConfig | None = None,
         *,
-        tokens: int | None = None,
+        work: Work | None = None,
     ):
         self.pretrained, self.config = pretrained, config or EngineConfig()
         self.counters = Counters()
@@ -64,7 +64,7 @@ class Engine:
         devices = 1
         if pretrained.mesh is not None:
             devices = dict(pretrained.mesh.shape).get("context", 1)
-        layout = self.config.layout(pretrained.config, devices=devices, tokens=tokens)
+        layout = self.config.layout(pretrained.config, devices=devices, work=work)
         self.scheduler = Scheduler(
             layout, max_rows=self.config.max_rows, step_tokens=self.config.step_tokens
         )

@@ -9,7 +9,7 @@ from llama4_jax.serve.answers import Event, TokenLogprobs
 from llama4_jax.serve.engine import Engine
 from llama4_jax.serve.options import Options
 from llama4_jax.serve.requests import Prompt, Requests, list_requests, read_requests
-from llama4_jax.serve.sizes import EngineConfig
+from llama4_jax.serve.sizes import EngineConfig, Work
 from llama4_jax.serve.transcript import FinishReason
 
 
@@ -222,11 +222,10 @@ def make_engine(
             raise ValueError("an engine has its config already; leave config out.")
         engine = model
     else:
-        lengths = [
-            (len(prompt.tokens_T) + o.max_new_tokens) * o.n
-            for prompt, o in zip(prompts, options, strict=True)
-        ]
-        engine = Engine(model, config, tokens=sum(lengths) or 1)
+        each = list(zip(prompts, options, strict=True))
+        tokens = sum((len(prompt.tokens_T) + o.max_new_tokens) * o.n for prompt, o in each)
+        work = Work(choices=sum(o.n for o in options) or 1, tokens=tokens or 1)
+        engine = Engine(model, config, work=work)
     for prompt, o in zip(prompts, options, strict=True):
         engine.check(prompt, o)
     return engine

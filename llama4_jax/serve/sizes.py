@@ -16,6 +16,19 @@ CACHE_BYTES = 1 << 30  # where a device does not say how much memory it has
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Work:
+    """All that an engine will ever do, if that is known.
+
+    Attributes:
+      choices: answers.
+      tokens: of all of them, prompts included.
+    """
+
+    choices: int
+    tokens: int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class EngineConfig:
     """Sizes that trade memory for speed, and ways to save either.
 
@@ -77,7 +90,7 @@ class EngineConfig:
         return self.max_context or limit
 
     def layout(
-        self, model: ModelConfig, *, devices: int = 1, tokens: int | None = None
+        self, model: ModelConfig, *, devices: int = 1, work: Work | None = None
     ) -> CacheLayout:
         """Divide the bytes of the cache into pages.
 
@@ -87,7 +100,7 @@ class EngineConfig:
         Args:
           model: whose cache it is.
           devices: over which each page is divided.
-          tokens: that are all there will ever be, if that is known; saves memory.
+          work: all that there will ever be, if that is known; saves memory.
 
         Raises:
           ValueError: pages do not divide a chunk, or not one row fits.
@@ -101,15 +114,19 @@ class EngineConfig:
         has_whole = any(kind.sees.chunk_size is None for kind in kinds)
         chunk = text.chunk_size if any(kind.sees.chunk_size for kind in kinds) else None
         budget = self.cache_bytes or _left()
-        rows, per_chunk = self.max_rows, 0 if chunk is None else -(-min(chunk, context) // page)
+        per_chunk = 0 if chunk is None else -(-min(chunk, context) // page)
+        rows = self.max_rows if work is None else min(self.max_rows, work.choices)
         wanted = rows * per_chunk + -(-self.step_tokens // page)
-        most = -(-(tokens or rows * context) // page) + rows
-        chunk_pages = 0 if chunk is None else min(wanted, most, budget // 2 // of_chunk)
+        most = None  # pages of all tokens, the last one of each row in part
+        if work is not None:
+            most = bucket(-(-work.tokens // page) + work.choices)
+            wanted = min(bucket(wanted), most)
+        chunk_pages = 0 if chunk is None else min(wanted, budget // 2 // of_chunk)
         whole_pages = (budget - chunk_pages * of_chunk) // of_whole if has_whole else None
-        if whole_pages is not None:
-            whole_pages = min(whole_pages, most if tokens else whole_pages)
-            whole_pages = bucket(whole_pages) if tokens else whole_pages
-        if chunk_pages < min(per_chunk, most) or (whole_pages is not None and whole_pages < 1):
+        if whole_pages is not None and most is not None:
+            whole_pages = min(whole_pages, most)
+        least = per_chunk if most is None else min(per_chunk, most)
+        if chunk_pages < least or (whole_pages is not None and whole_pages < 1):
             raise ValueError(
                 f"cache_bytes ({budget:,}) hold no row; a chunk takes {per_chunk * of_chunk:,} "
                 f"and every further page {of_whole:,}."
@@ -118,7 +135,7 @@ class EngineConfig:
             page_size=page,
             chunk_size=chunk,
             whole_pages=whole_pages,
-            chunk_pages=bucket(chunk_pages) if tokens and chunk else chunk_pages,
+            chunk_pages=chunk_pages,
             keep_prefixes=self.keep_prefixes,
         )
 

@@ -96,7 +96,10 @@ def main(values: flags.FlagValues) -> None:
     limits, config = read_limits(values), shared.engine_config(values)
     room = None if values.cache_gb is None else int(values.cache_gb * 1e9)
     try:
-        config = dataclasses.replace(config, max_context=values.max_context, cache_bytes=room)
+        # Tokens come one by one, and who arrives waits for one step, not for several.
+        config = dataclasses.replace(
+            config, max_context=values.max_context, cache_bytes=room, loops=1
+        )
     except ValueError as error:
         raise shared.FlagError(f"{error}") from error
     try:

@@ -222,6 +222,42 @@ def test_no_stop_token_is_drawn_before_so_many_tokens(pretrained):
     assert not set(held[:3]) & set(free)
 
 
+@pytest.mark.parametrize(
+    ("penalty", "times"),
+    [
+        ({}, 4),
+        ({"presence_penalty": 100.0}, 1),
+        ({"frequency_penalty": 30.0}, 2),  # 50, then 20, then less than others
+        ({"repetition_penalty": 20.0}, 1),
+    ],
+)
+def test_a_penalty_keeps_a_token_from_coming_again(pretrained, penalty, times):
+    (prompt,) = prompts_of(pretrained, Request(tokens=[tiny.BOS]))
+    options = Options(max_new_tokens=4, logit_bias={70: 50.0}, **penalty)
+    tokens = alone(pretrained, (prompt, options))[0, 0]["tokens"]
+    assert tokens[:times] == [70] * times
+    assert tokens.count(70) == times
+
+
+def test_the_checkpoint_s_own_stop_tokens_may_be_ignored(pretrained):
+    (prompt,) = prompts_of(pretrained, Request(tokens=[tiny.BOS]))
+    options = Options(max_new_tokens=3, logit_bias={tiny.EOT: 100.0})
+    assert alone(pretrained, (prompt, options))[0, 0]["end"] == "stop"
+    ignoring = dataclasses.replace(options, ignore_eos=True)
+    assert alone(pretrained, (prompt, ignoring))[0, 0]["tokens"] == [tiny.EOT] * 3
+
+
+def test_a_smaller_priority_is_served_sooner(pretrained):
+    prompts = prompts_of(pretrained, *(Request(tokens=[tiny.BOS, n]) for n in range(3)))
+    engine = Engine(pretrained, dataclasses.replace(SIZES, max_rows=1))
+    for prompt, priority in zip(prompts, (5, 0, -5), strict=True):
+        engine.submit(prompt, Options(max_new_tokens=2, priority=priority))
+    ended = []
+    while engine.is_busy:
+        ended += [event.request for event in engine.step() if event.finish_reason]
+    assert ended == [2, 1, 0]
+
+
 def test_salts_share_nothing_and_equal_ones_do(pretrained):
     (prompt,) = prompts_of(pretrained, Request(tokens=tiny.random_tokens(0, 17)))
     engine = Engine(pretrained, SIZES)

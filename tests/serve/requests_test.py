@@ -256,3 +256,30 @@ def test_an_image_is_an_array_or_a_data_url(pretrained, kind):
     assert got.tokens_T.tolist() == want.tokens_T.tolist()
     found, tiles = (prompt.row(pretrained.config).tiles_NCHW for prompt in (got, want))
     np.testing.assert_array_equal(found, tiles)
+
+
+def test_special_tokens_are_typed_only_where_that_is_allowed(pretrained):
+    typed, special = read_requests(
+        pretrained,
+        [Request(prompt="<|eot|>"), Request(prompt="<|eot|>", allow_special=True)],
+    )
+    assert typed.tokens_T.tolist() == [tiny.BOS, *b"<|eot|>"]
+    assert special.tokens_T.tolist() == [tiny.BOS, tiny.EOT]
+
+
+def test_an_answer_may_go_on_with_the_last_message(pretrained):
+    messages = [Message("user", "q"), Message("assistant", "it is")]
+    whole, final = read_requests(
+        pretrained,
+        [
+            Request(messages=messages),
+            Request(messages=messages, continue_final_message=True),
+        ],
+    )
+    tokens = final.tokens_T.tolist()
+    assert tokens[-5:] == [*b"it is"]
+    assert whole.tokens_T.tolist()[: len(tokens)] == tokens
+    with pytest.raises(ValueError, match="needs a last message of the assistant"):
+        read_requests(pretrained, [Request(messages=messages[:1], continue_final_message=True)])
+    with pytest.raises(ValueError, match="continue_final_message is for messages"):
+        Request(prompt="a", continue_final_message=True)

@@ -18,7 +18,7 @@ find_python = for p in $(1); do \
 	done
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow lint types format nano parity bench-hf browser compile kernels hooks \
+.PHONY: help demo test slow lint types format nano parity bench-hf bench-serve browser compile kernels hooks \
 	clean
 
 help:  ## print this list
@@ -52,6 +52,9 @@ parity: .venv/.installed .oracle/.installed  ## compare live with HF transformer
 
 bench-hf: .venv/.installed .oracle/.installed  ## time beside HF transformers on this CPU
 	$(PY) tests/parity/bench.py $(ARGS)
+
+bench-serve: .venv/.installed .oracle/.installed  ## time the engine and the server on this CPU
+	$(PY) tests/parity/bench_serve.py $(ARGS)
 
 browser: .venv/.installed  ## send text and a picture by the chat page in a headless Chromium
 	@command -v chromium >/dev/null || { apt-get update -q && apt-get install -y -q chromium; }

@@ -33,7 +33,7 @@ def define_model_flags(values: flags.FlagValues) -> None:
     """Define --checkpoint, --mesh and --dtype: which model runs, where, and in what precision."""
     flags.DEFINE_string(
         "checkpoint", None,
-        "Folder of the checkpoint, in Hugging Face, Meta or Orbax layout, or nano, which ships.",
+        "Folder of the checkpoint, in any layout; an id of huggingface.co; or nano, which ships.",
         flag_values=values,
     )  # fmt: skip
     define_mesh_flag(values)

@@ -85,6 +85,7 @@ class Pretrained:
 def from_pretrained(
     directory: str | pathlib.Path,
     *,
+    revision: str | None = None,
     mesh: Mesh | str | None = None,
     rules: parallel.Rules | None = None,
     dtype: DTypeLike | None = None,
@@ -96,7 +97,10 @@ def from_pretrained(
 
     Args:
       directory: a Hugging Face, Meta or native checkpoint; the layout is recognised. "nano" is the
-        model that ships.
+        model that ships, and an id of huggingface.co, such as
+        "meta-llama/Llama-4-Scout-17B-16E-Instruct", is downloaded into the cache of
+        huggingface_hub.
+      revision: of the hub: a branch, tag or commit.
       mesh: where to lay the model out, such as "expert:4,tensor:2"; None is the default device.
         The result remembers it.
       rules: which mesh axes divide which logical axes; by default `parallel.serving_rules`.
@@ -107,7 +111,7 @@ def from_pretrained(
       ValueError: the checkpoint is damaged or incomplete, the mesh cannot be made, or a weight
         does not divide over it.
     """
-    directory = find_checkpoint(directory)
+    directory = find_checkpoint(directory, revision=revision)
     if isinstance(mesh, str):
         mesh = parallel.make_mesh(mesh)
     source = open_checkpoint(directory)

@@ -28,6 +28,21 @@ def token_ids() -> np.ndarray:
     return rng.integers(3, TEXT["vocab_size"], size=(1, LENGTH), dtype=np.int32)
 
 
+def mixed_requests(count: int = 64) -> list[tuple[list[int], int]]:
+    """Return prompts and how many new tokens each gets: many short ones, few long ones.
+
+    Lengths are 16 to 1024 and 8 to 256, by Zipf's law.
+    """
+    rng = np.random.default_rng(2)
+    prompts = np.clip(16 * rng.zipf(1.6, count), 16, LENGTH)
+    answers = np.clip(8 * rng.zipf(1.6, count), 8, 256)
+    words = TEXT["vocab_size"]
+    return [
+        (rng.integers(3, words, length).tolist(), int(new))
+        for length, new in zip(prompts, answers, strict=True)
+    ]
+
+
 def layer_inputs() -> np.ndarray:
     """Return normalised hidden states [1, LENGTH, D] float32."""
     rng = np.random.default_rng(1)

@@ -117,6 +117,26 @@ class Model:
             },
         }
 
+    def serve(self, batch: int, cache: str | None) -> float:
+        """Return the seconds that all mixed requests take in batches, padded on the left."""
+        requests = bench_case.mixed_requests()
+        start = time.perf_counter()
+        for first in range(0, len(requests), batch):
+            rows = requests[first : first + batch]
+            longest = max(len(prompt) for prompt, _ in rows)
+            ids = torch.zeros((len(rows), longest), dtype=torch.long)
+            mask = torch.zeros_like(ids)
+            for row, (prompt, _) in enumerate(rows):
+                ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+                mask[row, longest - len(prompt) :] = 1
+            new = max(new for _, new in rows)
+            more = {} if cache is None else {"cache_implementation": cache}
+            self.model.generate(
+                ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False,
+                pad_token_id=0, **more,
+            )  # fmt: skip
+        return time.perf_counter() - start
+
     def results(self) -> dict[str, np.ndarray]:
         """Compute what both sides are to agree on."""
         cache, logits = self.read_prompt(self.model, None)
@@ -144,7 +164,12 @@ def main() -> None:
         ways = model.ways()
         for line in sys.stdin:
             request = json.loads(line)
-            if "item" not in request:
+            if "batch" in request:
+                try:
+                    answer = {"seconds": [model.serve(request["batch"], request["cache"])]}
+                except Exception as error:  # noqa: BLE001, not every cache runs
+                    answer = {"refused": str(error).splitlines()[0][:200]}
+            elif "item" not in request:
                 answer = {
                     "torch": torch.__version__,
                     "transformers": transformers.__version__,

@@ -96,10 +96,8 @@ def main(values: flags.FlagValues) -> None:
     limits, config = read_limits(values), shared.engine_config(values)
     room = None if values.cache_gb is None else int(values.cache_gb * 1e9)
     try:
-        # Tokens come one by one, and who arrives waits for one step, not for several.
-        config = dataclasses.replace(
-            config, max_context=values.max_context, cache_bytes=room, loops=1
-        )
+        sizes = {"max_context": values.max_context, "cache_bytes": room}
+        config = dataclasses.replace(config, **sizes, loops=1)  # who arrives waits for one step
     except ValueError as error:
         raise shared.FlagError(f"{error}") from error
     try:

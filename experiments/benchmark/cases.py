@@ -247,7 +247,7 @@ def expert_case(shape: shapes.Experts) -> Case:
 
 
 # Of each operation of the experts' kernels, sizes to try in all combinations.
-_TPU_SIZES = {"window": (512, 1024, 2048), "chunk": (128, 256), "tile": (256, 512)}
+_TPU_SIZES = {"block": (512, 1024, 2048), "chunk": (128, 256), "tile": (256, 512)}
 _EXPERT_SIZES = {
     ("tpu", "forward"): {"forward": _TPU_SIZES},
     ("tpu", "backward"): {

@@ -210,7 +210,7 @@ serves. Splash estimates nothing; both its figures are in blocks.
 Experts: the floor of bytes is matrices of experts that are hit, tokens, result, and hidden rows
 each way, once. Kernels take no notice of who goes where when they say their FLOPs, six for a token,
 D and F. What they multiply, in blocks, are whole chunks of rows (the number after the stroke, after
-window x columns), about half a chunk more for each expert: with 128 experts twice the floor, in a
+block x columns), about half a chunk more for each expert: with 128 experts twice the floor, in a
 time that the bytes of their matrices decide. On GPUs what blocks in turn read from L2 is not
 counted again. Megablox' figures are in blocks, too.""",
 )

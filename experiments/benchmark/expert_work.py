@@ -15,8 +15,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.benchmark.schedule import Work
-from kernels_pallas.experts import tpu_rows, tpu_sizes
+from kernels_pallas.experts import tpu_outer, tpu_rows
 from kernels_pallas.experts.dispatch import most_units
+from kernels_pallas.experts.tpu_blocks import BlockSizes
 from kernels_pallas.shapes import Experts
 
 LANES = 128  # numbers beside a row that a kernel reads as one
@@ -73,7 +74,7 @@ def products(shape: Experts, direction: str) -> list[Product]:
     ]  # fmt: skip
 
 
-def _cut(shape: Experts, of: Product) -> tpu_rows.Cut | None:
+def _row_sizes(shape: Experts, of: Product) -> BlockSizes | None:
     """Ask which sizes the kernel takes; on the device of the mesh in force."""
     array: Any = jax.ShapeDtypeStruct
     is_transposed = of.operation != "forward"
@@ -95,12 +96,12 @@ def _cut(shape: Experts, of: Product) -> tpu_rows.Cut | None:
         [array((1, of.width), of_bytes[size]) for size in of.tiles],
     )
     outs = [jnp.dtype(of_bytes[size]) for size in of.outs]
-    return tpu_sizes.row_cut(of.operation, rows, by, outs, shape.T * shape.X, shape.E)
+    return tpu_rows.row_sizes(of.operation, rows, by, outs, shape.T * shape.X, shape.E)
 
 
-def _blocks(sizes_E: np.ndarray, window: int) -> list[list[int]]:
+def _blocks(sizes_E: np.ndarray, size: int) -> list[list[int]]:
     """Cut the rows of each expert that has some into blocks."""
-    return [[min(window, n - at) for at in range(0, n, window)] for n in sizes_E.tolist() if n]
+    return [[min(size, n - at) for at in range(0, n, size)] for n in sizes_E.tolist() if n]
 
 
 def _chunked(blocks: list[list[int]], chunk: int) -> int:
@@ -123,16 +124,16 @@ def tpu_work(shape: Experts, direction: str) -> Work | None:
     flops = traffic = 0
     texts = []
     for of in products(shape, direction):
-        cut = _cut(shape, of)
-        if cut is None:
+        sizes = _row_sizes(shape, of)
+        if sizes is None:
             return None
-        blocks = _blocks(sizes_E, cut.window)
-        flops += 2 * of.matrices * of.depth * of.width * _chunked(blocks, cut.chunk)
+        blocks = _blocks(sizes_E, sizes.block)
+        flops += 2 * of.matrices * of.depth * of.width * _chunked(blocks, sizes.chunk)
         share = of.matrices * shape.matrices_bytes() // 3
-        of_row = cut.cores * (of.depth * size + 4 * LANES * of.beside)
+        of_row = sizes.cores * (of.depth * size + 4 * LANES * of.beside)
         of_row += of.width * sum((*of.tiles, *of.outs))
         traffic += sum(map(len, blocks)) * share + int(sizes_E.sum()) * of_row
-        texts.append(f"{cut.window}x{cut.tile}/{cut.chunk}")
+        texts.append(f"{sizes.block}x{sizes.tile}/{sizes.chunk}")
     if direction == "backward":
         outer = _outer_work(shape, sizes_E)
         if outer is None:
@@ -169,15 +170,15 @@ def _outer_work(shape: Experts, sizes_E: np.ndarray) -> tuple[int, int, str] | N
     D, F, size = shape.D, shape.F, width_of(shape)
     array: Any = jax.ShapeDtypeStruct
     x, dy = array((1, D), shape.dtype), array((1, F), shape.dtype)
-    cut = tpu_sizes.outer_cut(x, dy, shape.T * shape.X, shape.E)
-    if cut is None:
+    sizes = tpu_outer.outer_sizes(x, dy, shape.T * shape.X, shape.E)
+    if sizes is None:
         return None
-    blocks, steps = _blocks(sizes_E, cut.window), F // (cut.tile * cut.cores)
+    blocks, steps = _blocks(sizes_E, sizes.block), F // (sizes.tile * sizes.cores)
     # The rows of x stay while tiles follow each other, unless an expert has several blocks of them.
     readings = sum(sum(each) * (1 if len(each) == 1 else steps) for each in blocks)
-    traffic = size * (cut.cores * readings * D + int(sizes_E.sum()) * F + shape.E * D * F)
-    flops = 2 * D * F * _chunked(blocks, cut.chunk)
-    return 3 * flops, 3 * traffic, f"{cut.window}x{cut.tile}/{cut.chunk}"
+    traffic = size * (sizes.cores * readings * D + int(sizes_E.sum()) * F + shape.E * D * F)
+    flops = 2 * D * F * _chunked(blocks, sizes.chunk)
+    return 3 * flops, 3 * traffic, f"{sizes.block}x{sizes.tile}/{sizes.chunk}"
 
 
 def gpu_work(shape: Experts, direction: str) -> Work:

@@ -32,8 +32,6 @@ from kernels_pallas.experts.gpu_product import Term, product
 from kernels_pallas.experts.gpu_rows import Rows
 from kernels_pallas.experts.gpu_work import (
     DEPTH,
-    OF_ROWS,
-    ROWS,
     Item,
     Plan,
     Sums,
@@ -45,11 +43,13 @@ from kernels_pallas.experts.gpu_work import (
 )
 from kernels_pallas.experts.inputs import INT4_GROUP, Inputs, stored_as
 from kernels_pallas.experts.quantize import fp8_rows
+from kernels_pallas.gpu_primitives import OF_ROWS, ROWS
 
 _FEW = 256  # rows up to which copying matrices takes longer than multiplying
 
 
 backward = gpu_backward.backward
+grouped_matmul, grouped_outer = gpu_backward.grouped_matmul, gpu_backward.grouped_outer
 
 
 def refusal(x: Inputs, num_experts: int) -> str | None:
@@ -160,12 +160,10 @@ def _rounded(x_PK: jax.Array, stored: str) -> tuple[jax.Array, jax.Array | None]
 
 def _product(x: Inputs, x_PK: jax.Array, names: tuple[str, ...], *rest: Any, **how: Any) -> Any:
     """Multiply rows by the matrices of these names, as they are stored."""
-    matrices = {"gate": x.w_gate_NDF, "up": x.w_up_NDF, "down": x.w_down_NFD}
-    w = tuple(matrices[name] for name in names)
-    if x.scales is None:
-        return product([Term(x_PK, w)], *rest, **how)
-    scales = tuple(getattr(x.scales, name) for name in names)
-    term = gpu_quantized.Stored(*_rounded(x_PK, stored_as(x)), w, scales)
+    w, scales = x.matrices(*names)
+    if scales is None:
+        return product([Term(x_PK, tuple(w))], *rest, **how)
+    term = gpu_quantized.Stored(*_rounded(x_PK, stored_as(x)), tuple(w), tuple(scales))
     return gpu_quantized.product(term, *rest, **how)
 
 

@@ -4,10 +4,12 @@ With a = x Wg, b = x Wu, u = g a, v = g b and hidden = silu(u) v, the first prod
 epilogue turns it into the gradients of u and v, times g those of a and b, writes hidden again, and
 sums a du + b dv along each row, the gradient of the gate. The second is da Wg^T + db Wu^T, that of
 x. Gradients of matrices are in `gpu_outer`.
+
+The same kernels are the grouped product on its own, and its gradient: `grouped_matmul`.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -16,13 +18,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import tuning
+from kernels_pallas.experts.dispatch import experts_of
 from kernels_pallas.experts.gpu_outer import outer
 from kernels_pallas.experts.gpu_product import Term, product
 from kernels_pallas.experts.gpu_rows import Rows
 from kernels_pallas.experts.gpu_work import (
-    OF_ROWS,
-    ROWS,
-    TILE,
     Item,
     Plan,
     Sums,
@@ -30,7 +30,8 @@ from kernels_pallas.experts.gpu_work import (
     staging,
     write,
 )
-from kernels_pallas.experts.inputs import Inputs, expected_rows
+from kernels_pallas.experts.inputs import Inputs, among_layers, expected_rows
+from kernels_pallas.gpu_primitives import OF_ROWS, ROWS, TILE
 
 _GROUPS = 2  # warpgroups that multiply
 _PART = 64  # columns that the epilogue of the first product takes at a time
@@ -53,12 +54,11 @@ def cost(x: Inputs, num_experts: int, *, matrices: int, rows: int) -> pl.CostEst
         matrices: of one expert.
         rows: numbers that each row reads and writes.
     """
-    D, (_, _, F), held = x.x_TD.shape[1], x.w_gate_NDF.shape, expected_rows(x.expert_TX.size)
-    hit = min(held, num_experts)
-    size = x.w_gate_NDF.shape[1] * F * x.w_gate_NDF.dtype.itemsize
+    D, w, held = x.x_TD.shape[1], x.w_gate_NDF, expected_rows(x.expert_TX.size)
+    size = matrices * min(held, num_experts) * w.shape[1] * w.shape[2] * w.dtype.itemsize
     return pl.CostEstimate(
-        flops=2 * matrices * held * D * F,
-        bytes_accessed=matrices * hit * size + held * rows * x.x_TD.dtype.itemsize,
+        flops=2 * matrices * held * D * w.shape[2],
+        bytes_accessed=size + held * rows * x.x_TD.dtype.itemsize,
         transcendentals=0,
     )
 
@@ -139,6 +139,44 @@ def _epilogue(
     plgpu.copy_smem_to_gmem(mine.sums, dgate_CP.at[item.column // plan.width, here])
 
 
+def plain_product(
+    terms: Sequence[Term],
+    rows: Rows,
+    sizes: Mapping[str, int],
+    dtype: Any,
+    *,
+    is_transposed: bool,
+    name: str,
+    cost: pl.CostEstimate,
+) -> jax.Array:
+    """Multiply rows by their experts' matrices and write the sums; see `gpu_product.product`.
+
+    Args:
+        terms: what is multiplied and added up, one matrix in each.
+        rows: their places and blocks.
+        sizes: "width" of a tile at most, and "stages" of the ring.
+        dtype: of the result.
+        is_transposed: whether matrices are [columns, input channels].
+        name: of the kernel.
+        cost: estimate.
+    """
+    columns = terms[0].w[0].shape[1 if is_transposed else 2]
+    width, block = fitting(columns, sizes["width"]), _GROUPS * ROWS
+    plan = Plan(_GROUPS, block, width, sizes["stages"], 1, is_transposed=is_transposed)
+    (y_PC,) = product(
+        terms,
+        rows.blocks_BF,
+        plan,
+        functools.partial(write, plan=plan),
+        extras=[],
+        out_type=(jax.ShapeDtypeStruct((terms[0].x_PK.shape[0], columns), dtype),),
+        scratch=[staging(_GROUPS, dtype)],
+        name=name,
+        cost=cost,
+    )
+    return y_PC
+
+
 def _hidden_gradients(
     x: Inputs, num_experts: int, saved: Saved, gate_P: jax.Array, dy_PD: jax.Array
 ) -> Sequence[jax.Array]:
@@ -174,23 +212,17 @@ def _token_gradients(
     x: Inputs, num_experts: int, rows: Rows, da_PF: jax.Array, db_PF: jax.Array
 ) -> jax.Array:
     """Return dx_PD = da Wg^T + db Wu^T."""
-    (P, F), (_, D), dtype = da_PF.shape, x.x_TD.shape, x.x_TD.dtype
+    (_, F), (_, D), dtype = da_PF.shape, x.x_TD.shape, x.x_TD.dtype
     sizes = tuning.lookup("expert_mlp.dx", {"width": 256, "stages": 4}, dtype=dtype.name)
-    width = fitting(D, sizes["width"])
-    plan = Plan(_GROUPS, _GROUPS * ROWS, width, sizes["stages"], 1, is_transposed=True)
-    out_dtype = dtype if x.expert_TX.shape[1] == 1 else jnp.dtype(jnp.float32)
-    (dx_PD,) = product(
+    return plain_product(
         [Term(da_PF, (x.w_gate_NDF,)), Term(db_PF, (x.w_up_NDF,))],
-        rows.blocks_BF,
-        plan,
-        functools.partial(write, plan=plan),
-        extras=[],
-        out_type=(jax.ShapeDtypeStruct((P, D), out_dtype),),
-        scratch=[staging(_GROUPS, out_dtype)],
+        rows,
+        sizes,
+        dtype if x.expert_TX.shape[1] == 1 else jnp.dtype(jnp.float32),
+        is_transposed=True,
         name="expert_mlp_dx",
         cost=cost(x, num_experts, matrices=2, rows=D + 2 * F),
     )
-    return dx_PD
 
 
 def backward(
@@ -212,12 +244,55 @@ def backward(
     d_gate, d_up = outer(x_PD, (da, db), rows, dtype, for_two, name="expert_mlp_dup")
     (d_down,) = outer(hidden, (dy_PD,), rows, dtype, for_one, name="expert_mlp_ddown")
 
-    def among(dw: jax.Array, w: jax.Array) -> jax.Array:
-        """Place the gradients of E matrices among those of all layers."""
-        if dw.shape == w.shape:
-            return dw
-        return jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(w), dw, x.first, axis=0)
-
-    weights = (x.w_gate_NDF, x.w_up_NDF, x.w_down_NFD)
-    d_gate, d_up, d_down = map(among, (d_gate, d_up, d_down), weights)
+    weights = zip((d_gate, d_up, d_down), (x.w_gate_NDF, x.w_up_NDF, x.w_down_NFD), strict=True)
+    d_gate, d_up, d_down = (among_layers(dw, x.first, w) for dw, w in weights)
     return dx_TD, d_gate, d_up, d_down, dgate_TX
+
+
+def _rows(sizes_E: jax.Array, num_rows: int, first: jax.Array) -> Rows:
+    """Place rows that are sorted by expert, in blocks of 128, whatever their number."""
+    expert_R, block = experts_of(sizes_E, num_rows), _GROUPS * ROWS
+    return Rows.of(expert_R, sizes_E.shape[0], first, size=block, granule=block)
+
+
+def _cost_alone(num_rows: int, num_experts: int, D: int, F: int, dtype: Any) -> pl.CostEstimate:
+    """Estimate a product, or a sum of outer products: matrices of all experts that may be hit."""
+    rows, size = expected_rows(num_rows), jnp.dtype(dtype).itemsize
+    return pl.CostEstimate(
+        flops=2 * rows * D * F,
+        bytes_accessed=(min(rows, num_experts) * D * F + rows * (D + F)) * size,
+        transcendentals=0,
+    )
+
+
+def grouped_matmul(
+    x_RD: jax.Array,
+    w_NDF: jax.Array,
+    sizes_E: jax.Array,
+    first: jax.Array,
+    *,
+    is_transposed: bool = False,
+) -> jax.Array:
+    """Multiply each run of sorted rows by its expert's matrix; see `reference.grouped_matmul`."""
+    (R, D), F, dtype = x_RD.shape, w_NDF.shape[1 if is_transposed else 2], x_RD.dtype
+    rows = _rows(sizes_E, R, first)
+    y_PF = plain_product(
+        [Term(rows.spread(x_RD, 1), (w_NDF,))],
+        rows,
+        {"width": 256, "stages": 4},
+        dtype,
+        is_transposed=is_transposed,
+        name="expert_mlp_grouped",
+        cost=_cost_alone(R, sizes_E.shape[0], D, F, dtype),
+    )
+    return rows.gather(y_PF[None], 1).astype(dtype)
+
+
+def grouped_outer(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: Any) -> jax.Array:
+    """Sum x^T dy over each expert's rows in float32; see `reference.grouped_outer`."""
+    (R, D), F = x_RD.shape, dy_RF.shape[1]
+    rows = _rows(sizes_E, R, jnp.int32(0))
+    cost = _cost_alone(R, sizes_E.shape[0], D, F, dtype)
+    y = (rows.spread(dy_RF, 1),)
+    (dw_EDF,) = outer(rows.spread(x_RD, 1), y, rows, dtype, cost, name="expert_mlp_ddown")
+    return dw_EDF

@@ -14,15 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import backend, tuning
 from kernels_pallas.experts.gpu_rows import Rows
-from kernels_pallas.experts.gpu_work import (
-    ROWS,
-    Item,
-    drain,
-    fitting,
-    launch,
-    staging,
-    store,
-)
+from kernels_pallas.experts.gpu_work import Item, fitting, run, staging, store
+from kernels_pallas.gpu_primitives import ROWS, Slots
 
 _GROUPS = 2  # warpgroups that multiply, each 64 lines of a tile
 _LINES = _GROUPS * ROWS
@@ -49,14 +42,14 @@ class _Ring(NamedTuple):
 
 
 def _walk(
-    starts_E: Any,
-    sizes_E: Any,
+    bounds: Sequence[Any],
     lines: int,
     columns: int,
     step: Callable[..., jax.Array],
     width: int,
 ) -> jax.Array:
     """Do `step` (tiles before it, item) -> tiles after it, for each item of this program."""
+    starts_E, sizes_E = bounds
     E = starts_E.shape[0]
     tiles = lines * columns
 
@@ -74,16 +67,11 @@ def _walk(
 
 
 def _copy(x_PL: Any, y: Sequence[Any], ring: _Ring, walk: Callable[..., jax.Array]) -> None:
-    stages = ring.x.shape[0]
+    slots = Slots(ring.ready, ring.free)
 
     def copies(turn: jax.Array, tile: _Tile) -> jax.Array:
         def fetch(k: jax.Array, turn: jax.Array) -> jax.Array:
-            slot = jax.lax.rem(turn, jnp.int32(stages))
-
-            @pl.when(turn >= stages)
-            def _reuse() -> None:
-                plgpu.barrier_wait(ring.free.at[slot])
-
+            slot = slots.reuse(turn)
             rows = pl.ds(pl.multiple_of(tile.start + k * _DEPTH, _DEPTH), _DEPTH)
             ready = ring.ready.at[slot]
             source = x_PL.at[rows, pl.ds(tile.line, _LINES)]
@@ -95,37 +83,29 @@ def _copy(x_PL: Any, y: Sequence[Any], ring: _Ring, walk: Callable[..., jax.Arra
 
         return jax.lax.fori_loop(jnp.int32(0), tile.steps, fetch, turn)
 
-    drain(ring.free, walk(copies))
+    slots.drain(walk(copies))
 
 
 def _multiply(ring: _Ring, walk: Callable[..., jax.Array], write: Callable[..., None]) -> None:
-    stages, count = jnp.int32(ring.x.shape[0]), ring.y.shape[1]
+    slots, count = Slots(ring.ready, ring.free), ring.y.shape[1]
     group = jax.lax.axis_index("warpgroup")
 
     def visit(turn: jax.Array, tile: _Tile) -> jax.Array:
         def sum_up(*accs: Any) -> Sequence[jax.Array]:
             def step(k: jax.Array, _: None) -> None:
-                slot = jax.lax.rem(turn + k, stages)
-                plgpu.barrier_wait(ring.ready.at[slot])
+                slot = slots.filled(turn + k)
                 for i, acc in enumerate(accs):
                     x_tile = ring.x.at[slot, :, pl.ds(group * ROWS, ROWS)].transpose((1, 0))
                     plgpu.wgmma(acc, x_tile, ring.y.at[slot, i])
                 plgpu.wgmma_wait(len(accs))  # those before are done with their tiles
-
-                @pl.when(k > 0)
-                def _release() -> None:
-                    plgpu.barrier_arrive(ring.free.at[jax.lax.rem(turn + k - 1, stages)])
+                pl.when(k > 0)(lambda: slots.release(turn + k - 1))
 
             jax.lax.fori_loop(jnp.int32(0), tile.steps, step, None)
             return [acc[...] for acc in accs]
 
         accs = [plgpu.ACC((ROWS, ring.y.shape[3]), jnp.float32)] * count
         sums = pl.run_scoped(sum_up, *accs)
-
-        @pl.when(tile.steps > 0)
-        def _release_last() -> None:
-            plgpu.barrier_arrive(ring.free.at[jax.lax.rem(turn + tile.steps - 1, stages)])
-
+        pl.when(tile.steps > 0)(lambda: slots.release(turn + tile.steps - 1))
         write(sums, tile)
         return turn + tile.steps
 
@@ -166,40 +146,36 @@ def outer(
         plgpu.Barrier(num_arrivals=_GROUPS, num_barriers=stages),
     )
 
-    def body(*refs: Any) -> None:
-        x_ref, y_refs, (starts_E, sizes_E) = refs[0], refs[1 : 1 + count], refs[1 + count :][:2]
-        outs, (*ring_refs, buffers) = refs[3 + count : 3 + 2 * count], refs[3 + 2 * count :]
-        ring, group = _Ring(*ring_refs), jax.lax.axis_index("warpgroup")
+    def walk(bounds: Sequence[Any]) -> Callable[..., jax.Array]:
+        return lambda step: _walk(bounds, lines, columns, step, width)
 
-        def walk(step: Callable[..., jax.Array]) -> jax.Array:
-            return _walk(starts_E, sizes_E, lines, columns, step, width)
+    def copy(inputs: Any, ring: _Ring) -> None:
+        x_ref, y_refs, bounds = inputs
+        _copy(x_ref, y_refs, ring, walk(bounds))
+
+    def multiply(inputs: Any, outs: Sequence[Any], ring: _Ring, own: Sequence[Any]) -> None:
+        group = jax.lax.axis_index("warpgroup")
+        buffers = own[0].at[group]
 
         def write(sums: Sequence[jax.Array], tile: _Tile) -> None:
             start = tile.line + group * ROWS
             at = Item(tile.expert, start, jnp.int32(ROWS), tile.column, jnp.int32(0))
-            copies = width // buffers.shape[3]
+            copies = width // buffers.shape[2]
             for i, (tile_sums, out) in enumerate(zip(sums, outs, strict=True)):
-                target = out.at[tile.expert]
-                store(tile_sums, buffers.at[group], target, at, ROWS, before=i * copies)
+                store(tile_sums, buffers, out.at[tile.expert], at, ROWS, before=i * copies)
 
-        @pl.when(group < _GROUPS)
-        def _() -> None:
-            plgpu.set_max_registers(232, action="increase")
-            _multiply(ring, walk, write)
-            plgpu.wait_smem_to_gmem(0)
+        _multiply(ring, walk(inputs[2]), write)
 
-        @pl.when(group == _GROUPS)
-        def _() -> None:
-            plgpu.set_max_registers(40, action="decrease")
-            _copy(x_ref, y_refs, ring, walk)
-
-    return launch(
-        body,
-        [x_PL, *y, rows.places.starts_E, rows.places.counts_E],
+    return run(
+        (x_PL, y, (rows.places.starts_E, rows.places.counts_E)),
+        copy,
+        multiply,
         out_type=(jax.ShapeDtypeStruct((E, L, C), dtype),) * count,
-        scratch=(*rings, staging(_GROUPS, dtype)),
+        ring=rings,
+        scratch=[staging(_GROUPS, dtype)],
+        groups=_GROUPS,
         programs=min(backend.gpu().multiprocessors, E * lines * columns),
-        warpgroups=_GROUPS + 1,
+        shifts_registers=True,
         name=name,
         cost=cost,
     )

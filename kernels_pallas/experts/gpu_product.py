@@ -7,6 +7,7 @@ multiply, 64 rows each, and hand the float32 sums to an epilogue. Gate and up ar
 side, so that rows are read once for both. A warpgroup whose rows are all empty only keeps step.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,17 +18,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas.experts.gpu_work import (
     DEPTH,
-    ROWS,
     Item,
     Plan,
     Sums,
     bring_rows,
-    drain,
-    launch,
+    run_items,
     sliced,
     span,
-    walk,
 )
+from kernels_pallas.gpu_primitives import ROWS, Slots
 
 
 class Term(NamedTuple):
@@ -56,24 +55,15 @@ def _span(term: Term, plan: Plan, item: Item) -> tuple[jax.Array, jax.Array]:
 
 
 def _copy(
-    terms: Sequence[Term],
-    blocks_BF: Any,
-    columns: int,
-    plan: Plan,
-    ring: _Ring,
-    finish: Callable[[], None],
-) -> None:
-    """Bring the tiles of all items, each as soon as there is room, and finish."""
+    terms: Sequence[Term], visit: Callable[..., jax.Array], ring: _Ring, *, plan: Plan
+) -> jax.Array:
+    """Bring the tiles of all items, each as soon as there is room; return the turns it took."""
+
+    slots = Slots(ring.ready, ring.free)
 
     def fetch(term: Term, item: Item, k: jax.Array, turn: jax.Array) -> jax.Array:
-        slot = jax.lax.rem(turn, jnp.int32(plan.stages))
-        ready = ring.ready.at[slot]
-        channels = pl.ds(k * DEPTH, DEPTH)
-
-        @pl.when(turn >= plan.stages)
-        def _reuse() -> None:
-            plgpu.barrier_wait(ring.free.at[slot])
-
+        slot = slots.reuse(turn)
+        ready, channels = ring.ready.at[slot], pl.ds(k * DEPTH, DEPTH)
         for i, w in enumerate(term.w):
             theirs = pl.ds(item.column, plan.width)
             side = (theirs, channels) if plan.is_transposed else (channels, theirs)
@@ -90,23 +80,20 @@ def _copy(
             turn = jax.lax.fori_loop(*_span(term, plan, item), step, turn)
         return turn
 
-    turns = walk(blocks_BF, columns, plan.splits, plan.width, copies)
-    finish()
-    drain(ring.free, turns)
+    return visit(copies)
 
 
 def _multiply(
     terms: Sequence[Term],
-    blocks_BF: Any,
-    columns: int,
-    plan: Plan,
+    visit: Callable[..., jax.Array],
     ring: _Ring,
     prologue: Callable[[Item], None],
     epilogue: Callable[[Sequence[Sums], Item], None],
+    *,
+    plan: Plan,
 ) -> None:
     """Sum the products of this warpgroup's rows, and hand over the sums of each item."""
-    stages = jnp.int32(plan.stages)
-    group = jax.lax.axis_index("warpgroup")
+    slots, group = Slots(ring.ready, ring.free), jax.lax.axis_index("warpgroup")
     mine = pl.ds(group * ROWS, ROWS)
 
     def sum_up(accs: Sequence[Any], turn: jax.Array, item: Item) -> Sequence[jax.Array]:
@@ -114,18 +101,13 @@ def _multiply(
         for term in terms:
 
             def step(_: jax.Array, turn: jax.Array) -> jax.Array:
-                slot = jax.lax.rem(turn, stages)
-                plgpu.barrier_wait(ring.ready.at[slot])
+                slot = slots.filled(turn)
                 for i, acc in enumerate(accs):
                     w_tile = ring.w.at[slot, i]
                     w_tile = w_tile.transpose((1, 0)) if plan.is_transposed else w_tile
                     plgpu.wgmma(acc, ring.x.at[slot, mine], w_tile)
                 plgpu.wgmma_wait(len(accs))  # those before are done with their tiles
-
-                @pl.when(turn > first)
-                def _release() -> None:
-                    plgpu.barrier_arrive(ring.free.at[jax.lax.rem(turn - 1, stages)])
-
+                pl.when(turn > first)(lambda: slots.release(turn - 1))
                 return turn + 1
 
             turn = jax.lax.fori_loop(*_span(term, plan, item), step, turn)
@@ -140,19 +122,17 @@ def _multiply(
         prologue(own)
         accs = [plgpu.ACC((ROWS, plan.width), jnp.float32)] * ring.w.shape[1]
         sums = pl.run_scoped(lambda *accs: sum_up(accs, turn, item), *accs)
-        last = turn + count(item) - 1
-        plgpu.barrier_arrive(ring.free.at[jax.lax.rem(last, stages)])
+        slots.release(turn + count(item) - 1)
         epilogue([sliced(total) for total in sums], own)
 
     def keep_step(turn: jax.Array, item: Item) -> None:
         def step(k: jax.Array, _: None) -> None:
-            slot = jax.lax.rem(turn + k, stages)
-            plgpu.barrier_wait(ring.ready.at[slot])
-            plgpu.barrier_arrive(ring.free.at[slot])
+            slots.filled(turn + k)
+            slots.release(turn + k)
 
         jax.lax.fori_loop(jnp.int32(0), count(item), step, None)
 
-    def visit(turn: jax.Array, item: Item) -> jax.Array:
+    def take(turn: jax.Array, item: Item) -> jax.Array:
         if plan.groups == 1:
             work(turn, item)
         else:
@@ -161,7 +141,7 @@ def _multiply(
             pl.when(~has_rows)(lambda: keep_step(turn, item))
         return turn + count(item)
 
-    walk(blocks_BF, columns, plan.splits, plan.width, visit)
+    visit(take)
 
 
 def product(
@@ -169,15 +149,7 @@ def product(
     blocks_BF: jax.Array,
     plan: Plan,
     epilogue: Callable[..., None],
-    *,
-    prologue: Callable[..., None] | None = None,
-    afterwards: Callable[..., None] | None = None,
-    extras: Sequence[jax.Array],
-    out_type: Any,
-    scratch: Sequence[Any],
-    name: str,
-    cost: pl.CostEstimate,
-    reads_back: bool = False,
+    **how: Any,
 ) -> Any:
     """Multiply the rows of each block by its expert's matrices.
 
@@ -185,15 +157,8 @@ def product(
         terms: what is multiplied and added up.
         blocks_BF: see `gpu_rows`.
         plan: static sizes.
-        epilogue: (sums of each matrix, item, extras, outputs, scratch) writes the outputs.
-        prologue: (item, extras, scratch) starts copies that the epilogue waits for.
-        afterwards: (blocks, extras), what the warpgroup does that copied, after the last copy.
-        extras: further arrays for these.
-        out_type: of the outputs.
-        scratch: what prologue and epilogue need.
-        name: of the kernel.
-        cost: estimate.
-        reads_back: whether they read shared memory that they write.
+        epilogue: see `gpu_work.run_items`.
+        **how: see there.
     """
     matrices = len(terms[0].w)
     channels_axis, columns_axis = (2, 1) if plan.is_transposed else (1, 2)
@@ -209,48 +174,16 @@ def product(
         plgpu.Barrier(num_arrivals=1 + matrices, num_barriers=plan.stages),
         plgpu.Barrier(num_arrivals=plan.groups, num_barriers=plan.stages),
     )
-    last = afterwards or (lambda *_: None)
-    inputs = (list(terms), blocks_BF, list(extras))
-    leaves, tree = jax.tree.flatten(inputs)
-    outputs = jax.tree.leaves(out_type)
-
-    def body(*refs: Any) -> None:
-        terms, blocks_BF, extras = jax.tree.unflatten(tree, refs[: len(leaves)])
-        outs = refs[len(leaves) : len(leaves) + len(outputs)]
-        ring = _Ring(*refs[len(leaves) + len(outputs) :][: len(rings)])
-        own = refs[len(leaves) + len(outputs) + len(rings) :]
-
-        def begin(item: Item) -> None:
-            if prologue is not None:
-                prologue(item, extras, own)
-
-        def finish(sums: Sequence[Sums], item: Item) -> None:
-            epilogue(sums, item, extras, outs, own)
-
-        group = jax.lax.axis_index("warpgroup")
-
-        @pl.when(group < plan.groups)
-        def _() -> None:
-            if plan.per_processor == 1:
-                plgpu.set_max_registers(232, action="increase")
-            _multiply(terms, blocks_BF, columns, plan, ring, begin, finish)
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(group == plan.groups)
-        def _() -> None:
-            if plan.per_processor == 1:
-                plgpu.set_max_registers(40, action="decrease")
-            _copy(terms, blocks_BF, columns, plan, ring, lambda: last(blocks_BF, extras))
-
-    programs = min(plan.programs, blocks_BF.shape[0] * columns * plan.splits)
-    return launch(
-        body,
-        leaves,
-        out_type=out_type,
-        scratch=(*rings, *scratch),
-        programs=programs,
-        warpgroups=plan.groups + 1,
-        name=name,
-        cost=cost,
-        reads_back=reads_back,
+    return run_items(
+        list(terms),
+        blocks_BF,
+        plan,
+        functools.partial(_copy, plan=plan),
+        functools.partial(_multiply, plan=plan),
+        epilogue,
+        columns=columns,
+        width=plan.width,
+        ring=rings,
+        shifts_registers=plan.per_processor == 1,
+        **how,
     )

@@ -12,6 +12,7 @@ so threads take eight columns of a line at a time, and levels come of few instru
 at a time are spread over the last bits of bfloat16s that are 128.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -25,30 +26,11 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import vector
 
 from kernels_pallas import backend
-from kernels_pallas.experts.gpu_work import (
-    DEPTH,
-    OF_ROWS,
-    ROWS,
-    TILE,
-    Item,
-    Plan,
-    Sums,
-    bring_rows,
-    drain,
-    launch,
-    span,
-    walk,
-)
+from kernels_pallas.experts.gpu_work import DEPTH, Item, Plan, Sums, bring_rows, run_items, span
 from kernels_pallas.experts.inputs import INT4_GROUP
+from kernels_pallas.gpu_primitives import LINES, OF_COLUMNS, OF_ROWS, PART, ROWS, Slots, widen
 
-_OF_COLUMNS = TILE.reduce(0)
-# Each thread has eight columns of a line: reading bytes and writing bfloat16s meet no conflicts.
-_LINES = plgpu.Layout.TILED(
-    plgpu.Tiling(((16, 64), (4, 64), (8,))), warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1
-)
 _MANY = 16  # copies to memory that may be under way: more than are, so nothing but a barrier
-_PART = 64  # columns that are widened and multiplied at a time
-_SLICE = 32  # lines of these, as many as registers hold
 
 
 class Stored(NamedTuple):
@@ -103,23 +85,14 @@ def halved(x_PK: jax.Array) -> jax.Array:
     return x.swapaxes(2, 3).reshape(x_PK.shape)
 
 
-def _copy(
-    term: Stored,
-    visit: Callable[..., jax.Array],
-    plan: Plan,
-    ring: _Ring,
-    finish: Callable[[], None],
-) -> None:
-    """Bring the tiles of all items, each as soon as there is room, and finish."""
+def _copy(term: Stored, visit: Callable[..., jax.Array], ring: _Ring, *, plan: Plan) -> jax.Array:
+    """Bring the tiles of all items, each as soon as there is room; return the turns it took."""
+
+    slots = Slots(ring.ready, ring.free)
 
     def fetch(item: Item, k: jax.Array, turn: jax.Array) -> jax.Array:
-        slot = jax.lax.rem(turn, jnp.int32(plan.stages))
+        slot = slots.reuse(turn)
         ready = ring.ready.at[slot]
-
-        @pl.when(turn >= plan.stages)
-        def _reuse() -> None:
-            plgpu.barrier_wait(ring.free.at[slot])
-
         for group in range(plan.groups):
             columns = pl.ds(item.column + group * plan.width, plan.width)
             for i, (w, scale) in enumerate(zip(term.w, term.scales, strict=True)):
@@ -136,9 +109,7 @@ def _copy(
         steps = span(term.x_PK.shape[1] // term.channels, item.split, plan.splits)
         return jax.lax.fori_loop(*steps, lambda k, turn: fetch(item, k, turn), turn)
 
-    turns = visit(copies)
-    finish()
-    drain(ring.free, turns)
+    return visit(copies)
 
 
 def _levels_of_word(word: Any, half: int) -> Sequence[Any]:
@@ -170,9 +141,9 @@ def _levels(tile: jax.Array, half: int) -> jax.Array:
     if backend.is_interpreting():
         levels = jnp.right_shift(tile, 4) if half else ((tile & 15) ^ 8) - 8
         return levels.astype(jnp.bfloat16)
-    result = plgpu.ShapeDtypeStruct(tile.shape, jnp.dtype(jnp.bfloat16), _LINES)
+    result = plgpu.ShapeDtypeStruct(tile.shape, jnp.dtype(jnp.bfloat16), LINES)
 
-    @plgpu.inline_mgpu(arg_types=(_LINES,), return_type=result)
+    @plgpu.inline_mgpu(arg_types=(LINES,), return_type=result)
     def split(_: Any, tile: Any) -> Any:
         words_type = ir.VectorType.get((2,), ir.IntegerType.get_signless(32))
         out = np.empty_like(tile.registers)
@@ -187,20 +158,10 @@ def _levels(tile: jax.Array, half: int) -> jax.Array:
     return split(tile)
 
 
-def _widen(stored: Any, wide: Any) -> None:
-    """Write 64 columns as bfloat16."""
-    for line in range(0, DEPTH, _SLICE):
-        lines = pl.ds(line, _SLICE)
-        tile = plgpu.load(stored.at[lines], layout=_LINES)
-        if tile.dtype == jnp.float8_e4m3fn:
-            tile = tile.astype(jnp.float32)
-        wide[lines, :] = tile.astype(wide.dtype)
-
-
 def _widen_int4(stored: Any, scale: Any, half: int, wide: Any) -> None:
     """Write the even input channels of 64 columns, or the odd ones, as bfloat16 and scaled."""
-    tile = plgpu.load(stored, layout=_LINES)
-    scale_C = plgpu.load(scale, layout=_LINES.reduce(0), optimized=False)
+    tile = plgpu.load(stored, layout=LINES)
+    scale_C = plgpu.load(scale, layout=LINES.reduce(0), optimized=False)
     factor = jax.lax.broadcast_in_dim(scale_C.astype(wide.dtype), tile.shape, [1])
     wide[...] = _levels(tile, half) * factor
 
@@ -208,35 +169,33 @@ def _widen_int4(stored: Any, scale: Any, half: int, wide: Any) -> None:
 def _multiply(
     term: Stored,
     visit: Callable[..., jax.Array],
-    plan: Plan,
     ring: _Ring,
+    prologue: Callable[[Item], None],
     epilogue: Callable[[Sequence[Sums], Item], None],
+    *,
+    plan: Plan,
 ) -> None:
     """Sum the products of this warpgroup's columns, and hand over the sums of each item."""
-    stages, (_, tiles, _, columns) = jnp.int32(plan.stages), ring.wide.shape
-    group = jax.lax.axis_index("warpgroup")
-    count, parts = len(term.w), plan.width // _PART
-    blocks = [(i, pl.ds(part * _PART, _PART)) for i in range(count) for part in range(parts)]
-
-    def release(turn: jax.Array) -> None:
-        plgpu.barrier_arrive(ring.free.at[jax.lax.rem(turn, stages)])
+    _, tiles, _, columns = ring.wide.shape
+    slots, group = Slots(ring.ready, ring.free), jax.lax.axis_index("warpgroup")
+    count, parts = len(term.w), plan.width // PART
+    blocks = [(i, pl.ds(part * PART, PART)) for i in range(count) for part in range(parts)]
 
     def fill(n: int, slot: jax.Array, wide: Any) -> Any:
         """Widen tile n of a step and return the rows' channels that meet it."""
         if ring.scales is None:
             i, here = blocks[n]
-            _widen(ring.w.at[slot, group, i, :, here], wide)
+            widen(ring.w.at[slot, group, i, :, here], wide)
             return ring.x.at[slot]
         for block, (i, here) in enumerate(blocks):
             stored, scale = ring.w.at[slot, group, i, :, here], ring.scales.at[slot, group, i, here]
-            _widen_int4(stored, scale, n, wide.at[:, pl.ds(block * _PART, _PART)])
+            _widen_int4(stored, scale, n, wide.at[:, pl.ds(block * PART, PART)])
         return ring.x.at[slot, :, pl.ds(n * DEPTH, DEPTH)]
 
     def sum_up(turn: jax.Array, steps: jax.Array) -> Sequence[jax.Array]:
         def run(*accs: Any) -> Sequence[jax.Array]:
             def step(k: jax.Array, _: None) -> None:
-                slot = jax.lax.rem(turn + k, stages)
-                plgpu.barrier_wait(ring.ready.at[slot])
+                slot = slots.filled(turn + k)
                 for n in range(tiles):
                     wide = ring.wide.at[group, n]
                     plgpu.wgmma_wait(tiles - 1)  # the last product with this tile is done
@@ -244,14 +203,14 @@ def _multiply(
                     rows = fill(n, slot, wide)
                     plgpu.commit_smem()
                     plgpu.wgmma(accs[n % len(accs)], rows, wide)
-                pl.when(k > 0)(lambda: release(turn + k - 1))
+                pl.when(k > 0)(lambda: slots.release(turn + k - 1))
 
             jax.lax.fori_loop(jnp.int32(0), steps, step, None)
             return [acc[...] for acc in accs]
 
         accs = [plgpu.ACC((ROWS, columns), jnp.float32)] * (count * plan.width // columns)
         sums = pl.run_scoped(run, *accs)
-        release(turn + steps - 1)
+        slots.release(turn + steps - 1)
         return sums
 
     def of_matrix(sums: Sequence[jax.Array], i: int) -> Sums:
@@ -269,7 +228,7 @@ def _multiply(
         def columns(begin: int, size: int) -> jax.Array:
             tile = sums(begin, size)
             source = scale_NC.at[item.matrix, pl.ds(pl.multiple_of(item.column + begin, 8), size)]
-            scale_C = plgpu.load(source, layout=_OF_COLUMNS, optimized=False)
+            scale_C = plgpu.load(source, layout=OF_COLUMNS, optimized=False)
             tile *= jax.lax.broadcast_in_dim(scale_C, tile.shape, [1])
             if term.scale_P is None:
                 return tile
@@ -282,6 +241,7 @@ def _multiply(
     def work(turn: jax.Array, item: Item) -> jax.Array:
         begin, end = span(term.x_PK.shape[1] // term.channels, item.split, plan.splits)
         own = item._replace(column=item.column + group * plan.width)
+        prologue(own)
         totals = sum_up(turn, end - begin)
         sums = [of_matrix(totals, i) for i in range(count)]
         if not term.is_int4:
@@ -297,19 +257,13 @@ def product(
     blocks_BF: jax.Array,
     plan: Plan,
     epilogue: Callable[..., None],
-    *,
-    afterwards: Callable[..., None] | None = None,
-    extras: Sequence[jax.Array],
-    out_type: Any,
-    scratch: Sequence[Any],
-    name: str,
-    cost: pl.CostEstimate,
+    **how: Any,
 ) -> Any:
     """Multiply the rows of each block by its expert's matrices; see `gpu_product.product`."""
     count, groups, stages = len(term.w), plan.groups, plan.stages
     scales = plgpu.SMEM((stages, groups, count, plan.width), jnp.float32)
     total = count * plan.width
-    wide = (2, DEPTH, total) if term.is_int4 else (total // _PART, DEPTH, _PART)
+    wide = (2, DEPTH, total) if term.is_int4 else (total // PART, DEPTH, PART)
     copies = 1 + groups * count * (2 if term.is_int4 else 1)
     rings = _Ring(
         plgpu.SMEM((stages, ROWS, term.channels), term.x_PK.dtype),
@@ -320,40 +274,16 @@ def product(
         plgpu.Barrier(num_arrivals=groups, num_barriers=stages),
     )
     width = groups * plan.width
-    columns = term.w[0].shape[2] // width
-    last = afterwards or (lambda *_: None)
-    leaves, tree = jax.tree.flatten((term, blocks_BF, list(extras)))
-    outputs = jax.tree.leaves(out_type)
-
-    def body(*refs: Any) -> None:
-        term, blocks_BF, extras = jax.tree.unflatten(tree, refs[: len(leaves)])
-        outs, rest = refs[len(leaves) :][: len(outputs)], refs[len(leaves) + len(outputs) :]
-        ring, own = _Ring(*rest[: len(rings)]), rest[len(rings) :]
-
-        def visit(step: Callable[..., jax.Array]) -> jax.Array:
-            return walk(blocks_BF, columns, plan.splits, width, step)
-
-        def finish(sums: Sequence[Sums], item: Item) -> None:
-            epilogue(sums, item, extras, outs, own)
-
-        group = jax.lax.axis_index("warpgroup")
-
-        @pl.when(group < groups)
-        def _() -> None:
-            _multiply(term, visit, plan, ring, finish)
-            plgpu.wait_smem_to_gmem(0)
-
-        @pl.when(group == groups)
-        def _() -> None:
-            _copy(term, visit, plan, ring, lambda: last(blocks_BF, extras))
-
-    return launch(
-        body,
-        leaves,
-        out_type=out_type,
-        scratch=(*rings, *scratch),
-        programs=min(plan.programs, blocks_BF.shape[0] * columns * plan.splits),
-        warpgroups=groups + 1,
-        name=name,
-        cost=cost,
+    return run_items(
+        term,
+        blocks_BF,
+        plan,
+        functools.partial(_copy, plan=plan),
+        functools.partial(_multiply, plan=plan),
+        epilogue,
+        columns=term.w[0].shape[2] // width,
+        width=width,
+        ring=rings,
+        shifts_registers=False,
+        **how,
     )

@@ -1,9 +1,6 @@
-"""Routed rows in their places for the GPU kernels, and the order of work on them.
+"""Routed rows in their places for the GPU kernels.
 
-Work goes by blocks and columns of the matrices. Blocks of one expert, up to a dozen at a time,
-come before the next columns: what they read of the matrix is then read from memory once, and from
-the L2 cache by all blocks but the first, and so are their own rows. Empty places hold zeros, and
-whatever a kernel writes there, it writes beside its own expert's rows.
+Empty places hold zeros, and whatever a kernel writes there, it writes beside its own expert's rows.
 """
 
 from typing import NamedTuple
@@ -13,34 +10,14 @@ import jax.numpy as jnp
 
 from kernels_pallas.experts.dispatch import Places, arrange, list_blocks
 
-_TOGETHER = 16  # blocks that take turns at the same columns
-
-
-class Block(NamedTuple):
-    """A block of rows: a row of `Rows.blocks_BF`.
-
-    Attributes:
-        matrix: of its expert.
-        start: its first row.
-        rows: how many belong to its expert.
-        first, count: the run of blocks that take turns at the same columns.
-        total: blocks of all experts.
-    """
-
-    matrix: jax.Array
-    start: jax.Array
-    rows: jax.Array
-    first: jax.Array
-    count: jax.Array
-    total: jax.Array
-
 
 class Rows(NamedTuple):
     """The places of routed rows.
 
     Attributes:
         places: where rows lie, each expert's at a multiple of a granule.
-        blocks_BF: int32 fields of `Block`, padded to 8; those past the total are arbitrary.
+        blocks_BF: int32 fields of `dispatch.Block`, but the number of its matrix for an expert's;
+            then how many blocks there are; padded to 8. Those past that are arbitrary.
     """
 
     places: Places
@@ -60,17 +37,9 @@ class Rows(NamedTuple):
             granule: of which each expert's rows fill a multiple; it divides the size.
         """
         places = arrange(expert_R, num_experts, granule, spare=size - granule)
-        found, total = list_blocks(places, size, unit=granule)
-        run_B = found.number // _TOGETHER * _TOGETHER
-        fields = Block(
-            matrix=first + found.expert,
-            start=found.start,
-            rows=found.rows,
-            first=jnp.arange(len(run_B), dtype=jnp.int32) - found.number + run_B,
-            count=jnp.clip(found.count - run_B, 1, _TOGETHER),
-            total=jnp.broadcast_to(total, run_B.shape),
-        )
-        blank = [jnp.zeros_like(run_B)] * (8 - len(fields))
+        fields, total = list_blocks(places, size, unit=granule)
+        fields = [first + fields.expert, *fields[1:], jnp.broadcast_to(total, fields.start.shape)]
+        blank = [jnp.zeros_like(fields[0])] * (8 - len(fields))
         return Rows(places, jnp.stack([*fields, *blank], 1))
 
     def spread(self, x_TD: jax.Array, choices: int) -> jax.Array:

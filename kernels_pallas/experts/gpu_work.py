@@ -1,6 +1,5 @@
 """What the grouped products of the GPU kernels share: items of work, the ring's rules, writing."""
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,15 +8,13 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels_pallas import backend
-from kernels_pallas.experts.gpu_rows import Block
+from kernels_pallas import backend, gpu_primitives
+from kernels_pallas.experts.dispatch import Block
+from kernels_pallas.gpu_primitives import ROWS, Slots
 
-ROWS = 64  # of the tile that one warpgroup multiplies
 DEPTH = 64  # input channels of a step
-TILE = plgpu.Layout.WGMMA
-OF_ROWS = TILE.reduce(1)  # a vector with one number per row of a tile
+_TOGETHER = 16  # blocks that take turns at the same columns
 _BOX = 256  # lines that one operation of TMA takes at most
-_TAKES_COST = "cost_estimate" in inspect.signature(plgpu.kernel).parameters
 
 
 class Plan(NamedTuple):
@@ -69,6 +66,13 @@ def _read(blocks_BF: Any, b: jax.Array) -> Block:
     return Block(*(blocks_BF[b, f] for f in range(len(Block._fields))))
 
 
+def _run_of(blocks_BF: Any, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the first block of the run that block b belongs to, and how many those are."""
+    block = _read(blocks_BF, b)
+    inside = jax.lax.rem(block.number, jnp.int32(_TOGETHER))
+    return b - inside, jnp.minimum(block.count - block.number + inside, _TOGETHER)
+
+
 def walk(
     blocks_BF: Any,
     columns: int,
@@ -77,7 +81,11 @@ def walk(
     step: Callable[..., jax.Array],
     most: int | None = None,
 ) -> jax.Array:
-    """Visit the items of this program.
+    """Visit the items of this program, by blocks and columns of the matrices.
+
+    Blocks of one expert, up to a dozen at a time, come before the next columns: what they read of
+    the matrix is then read from memory once, and from the L2 cache by all blocks but the first, and
+    so are their own rows.
 
     Args:
         blocks_BF: see `gpu_rows`.
@@ -94,16 +102,16 @@ def walk(
 
     def visit(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         i, turn = state
-        run = _read(blocks_BF, jax.lax.div(i, jnp.int32(parts)))  # some block of the same run
-        inside = i - run.first * parts
-        part = jax.lax.div(inside, run.count)
-        block = _read(blocks_BF, run.first + jax.lax.rem(inside, run.count))
+        first, count = _run_of(blocks_BF, jax.lax.div(i, jnp.int32(parts)))
+        inside = i - first * parts
+        part = jax.lax.div(inside, count)
+        block = _read(blocks_BF, first + jax.lax.rem(inside, count))
         column = jax.lax.div(part, jnp.int32(splits)) * width
         split = jax.lax.rem(part, jnp.int32(splits))
-        turn = step(turn, Item(block.matrix, block.start, block.rows, column, split))
+        turn = step(turn, Item(block.expert, block.start, block.rows, column, split))
         return i + jax.lax.axis_size("program"), turn
 
-    total = blocks_BF[0, Block._fields.index("total")] * parts
+    total = blocks_BF[0, len(Block._fields)] * parts
     total = total if most is None else jnp.minimum(total, most)
     start = jax.lax.axis_index("program").astype(jnp.int32), jnp.int32(0)
     return jax.lax.while_loop(lambda state: state[0] < total, visit, start)[1]
@@ -160,15 +168,6 @@ def prefetch(w: Any, blocks_BF: Any, plan: Plan, width: int, steps: int) -> None
         return turn
 
     walk(blocks_BF, w.shape[2] // width, plan.splits, width, touch, most=plan.programs)
-
-
-def drain(free: Any, turns: jax.Array) -> None:
-    """Wait until all tiles that were brought have been read."""
-    for slot in range(free.shape[0]):
-
-        @pl.when(slot < turns)
-        def _drain(slot: int = slot) -> None:
-            plgpu.barrier_wait(free.at[slot])
 
 
 def fitting(size: int, most: int) -> int:
@@ -236,39 +235,141 @@ def staging(groups: int, dtype: Any, *, line: int = 128, count: int = 2) -> Any:
     return plgpu.SMEM((groups, count, ROWS, line // jnp.dtype(dtype).itemsize), dtype)
 
 
-def launch(
-    body: Callable[..., None],
-    arrays: Sequence[jax.Array],
+def run(
+    inputs: Any,
+    copy: Callable[[Any, Any], None],
+    multiply: Callable[[Any, Sequence[Any], Any, Sequence[Any]], None],
     *,
     out_type: Any,
+    ring: Any,
     scratch: Sequence[Any],
+    groups: int,
     programs: int,
-    warpgroups: int,
+    shifts_registers: bool,
     name: str,
     cost: pl.CostEstimate,
     reads_back: bool = False,
 ) -> Any:
-    """Run a kernel; its results vary over the manual mesh axes over which some argument does.
+    """Run a kernel of persistent programs: a warpgroup copies into a ring, others multiply.
 
     Unless a warpgroup reads back shared memory that it wrote, or writes what it read, no barrier is
     wanted beside those that commits and waits bring: each would stall its four warps.
+
+    Args:
+        inputs: arrays, in any structure.
+        copy: (inputs, ring) brings the tiles of all items.
+        multiply: (inputs, outputs, ring, scratch) multiplies and writes them.
+        out_type: of the outputs.
+        ring: a tuple of shared memory and barriers.
+        scratch: shared memory besides.
+        groups: warpgroups that multiply.
+        programs: as many.
+        shifts_registers: whether those that multiply get registers of the one that copies.
+        name: of the kernel.
+        cost: estimate.
+        reads_back: whether `multiply` reads shared memory that it writes.
     """
-    how: dict[str, Any] = {"cost_estimate": cost} if _TAKES_COST else {}
-    params = plgpu.CompilerParams(
-        approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=not reads_back
-    )
-    call = plgpu.kernel(
+    leaves, tree = jax.tree.flatten(inputs)
+    outputs = len(jax.tree.leaves(out_type))
+
+    def body(*refs: Any) -> None:
+        given = jax.tree.unflatten(tree, refs[: len(leaves)])
+        outs, rest = refs[len(leaves) :][:outputs], refs[len(leaves) + outputs :]
+        tiles, own = type(ring)(*rest[: len(ring)]), rest[len(ring) :]
+        group = jax.lax.axis_index("warpgroup")
+
+        @pl.when(group < groups)
+        def _() -> None:
+            if shifts_registers:
+                plgpu.set_max_registers(232, action="increase")
+            multiply(given, outs, tiles, own)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(group == groups)
+        def _() -> None:
+            if shifts_registers:
+                plgpu.set_max_registers(40, action="decrease")
+            copy(given, tiles)
+
+    call = gpu_primitives.kernel(
         body,
+        name=name,
+        warpgroups=groups + 1,
+        cost=cost,
         out_type=out_type,
-        scratch_types=scratch,
+        scratch_types=(*ring, *scratch),
         grid=(programs,),
         grid_names=("program",),
-        num_threads=warpgroups,
-        thread_name="warpgroup",
-        kernel_name=name,
-        compiler_params=params,
-        interpret=backend.gpu_interpreter(),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=not reads_back
+        ),
+    )
+    return call(*leaves)
+
+
+def run_items(
+    factors: Any,
+    blocks_BF: jax.Array,
+    plan: Plan,
+    copy: Callable[..., jax.Array],
+    multiply: Callable[..., None],
+    epilogue: Callable[..., None],
+    *,
+    prologue: Callable[..., None] | None = None,
+    afterwards: Callable[..., None] | None = None,
+    extras: Sequence[jax.Array],
+    columns: int,
+    width: int,
+    ring: Any,
+    **how: Any,
+) -> Any:
+    """Run a kernel whose items are blocks of rows and columns of matrices.
+
+    Args:
+        factors: rows and matrices.
+        blocks_BF: see `gpu_rows`.
+        plan: static sizes.
+        copy: (factors, visit, ring) brings tiles and returns of how many turns; `visit` is `walk`
+            but for its last argument.
+        multiply: (factors, visit, ring, prologue, epilogue) multiplies them.
+        epilogue: (sums of each matrix, item, extras, outputs, scratch) writes the outputs.
+        prologue: (item, extras, scratch) starts copies that the epilogue waits for.
+        afterwards: (blocks, extras), what the warpgroup does that copied, after the last copy.
+        extras: further arrays for these.
+        columns: tiles of so many columns.
+        width: of a tile.
+        ring: tiles, and barriers `ready` and `free` of their `Slots`.
+        **how: see `run`.
+    """
+
+    def visits(blocks_BF: Any) -> Callable[..., jax.Array]:
+        return lambda step: walk(blocks_BF, columns, plan.splits, width, step)
+
+    def copy_all(inputs: Any, ring: Any) -> None:
+        factors, blocks_BF, extras = inputs
+        turns = copy(factors, visits(blocks_BF), ring)
+        if afterwards is not None:
+            afterwards(blocks_BF, extras)
+        Slots(ring.ready, ring.free).drain(turns)
+
+    def multiply_all(inputs: Any, outs: Sequence[Any], ring: Any, own: Sequence[Any]) -> None:
+        factors, blocks_BF, extras = inputs
+
+        def begin(item: Item) -> None:
+            if prologue is not None:
+                prologue(item, extras, own)
+
+        def finish(sums: Sequence[Sums], item: Item) -> None:
+            epilogue(sums, item, extras, outs, own)
+
+        multiply(factors, visits(blocks_BF), ring, begin, finish)
+
+    return run(
+        (factors, blocks_BF, list(extras)),
+        copy_all,
+        multiply_all,
+        ring=ring,
+        groups=plan.groups,
+        programs=min(plan.programs, blocks_BF.shape[0] * columns * plan.splits),
         **how,
     )
-    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
-    return jax.lax.pcast(call(*arrays), tuple(axes), to="varying")

@@ -5,7 +5,6 @@ matrix, `combine` brings rows back to their tokens; what happens between product
 """
 
 import functools
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -13,12 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kernels_pallas.attention.reference import dot_f32
 from kernels_pallas.backend import Backend, choose, vary_alike
-from kernels_pallas.experts import gpu, gpu_grouped, tpu
 from kernels_pallas.experts.dispatch import Dispatch, combine_sorted, sort_rows
-from kernels_pallas.experts.inputs import Inputs
-from kernels_pallas.experts.reference import block_rows, blocks_of_sorted
+from kernels_pallas.experts.inputs import Inputs, among_layers
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16, jnp.float64)
 
@@ -113,8 +109,7 @@ def grouped_matmul(
 
     expert_TX, down = shaped(R, 1, dtype=jnp.int32), shaped(len(w_NDF), F, D)
     like_mlp = Inputs(x_RD, w_NDF, w_NDF, down, expert_TX, shaped(R, 1), first, None, None)
-    products = _products(choose(backend, "experts", like_mlp, E))
-    return _apply(products, vary_alike(arguments))
+    return _apply(choose(backend, "experts", like_mlp, E), vary_alike(arguments))
 
 
 class _Arguments(NamedTuple):
@@ -126,92 +121,24 @@ class _Arguments(NamedTuple):
     first: jax.Array
 
 
-class _Products(NamedTuple):
-    """A backend's product, and its sum of x^T dy over each expert's rows."""
-
-    matmul: Callable[..., jax.Array]
-    outer: Callable[..., jax.Array]
-
-
-def _products(chosen: ModuleType) -> _Products:
-    if chosen is tpu:
-        return _Products(tpu.grouped_matmul, tpu.grouped_outer)
-    if chosen is gpu:
-        return _Products(gpu_grouped.grouped_matmul, gpu_grouped.grouped_outer)
-    return _Products(_matmul, _outer)
-
-
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(products: _Products, x: _Arguments) -> jax.Array:
-    return products.matmul(*x)
+def _apply(backend: ModuleType, x: _Arguments) -> jax.Array:
+    return backend.grouped_matmul(*x)
 
 
-def _apply_fwd(products: _Products, x: _Arguments) -> tuple[jax.Array, _Arguments]:
-    return products.matmul(*x), x
+def _apply_fwd(backend: ModuleType, x: _Arguments) -> tuple[jax.Array, _Arguments]:
+    return backend.grouped_matmul(*x), x
 
 
-def _apply_bwd(products: _Products, x: _Arguments, dy_RF: jax.Array) -> tuple[_Arguments]:
+def _apply_bwd(backend: ModuleType, x: _Arguments, dy_RF: jax.Array) -> tuple[_Arguments]:
     dy_RF = jnp.asarray(dy_RF)
-    dx_RD = products.matmul(dy_RF, x.w_NDF, x.sizes_E, x.first, is_transposed=True)
-    dw = products.outer(x.x_RD, dy_RF, x.sizes_E, x.w_NDF.dtype)
-    if dw.shape != x.w_NDF.shape:
-        dw = jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(x.w_NDF), dw, x.first, axis=0)
-    return (_Arguments(dx_RD, dw, None, None),)  # type: ignore[arg-type]
+    dx_RD = backend.grouped_matmul(dy_RF, x.w_NDF, x.sizes_E, x.first, is_transposed=True)
+    dw_EDF = backend.grouped_outer(x.x_RD, dy_RF, x.sizes_E, x.w_NDF.dtype)
+    dw_NDF = among_layers(dw_EDF, x.first, x.w_NDF)
+    return (_Arguments(dx_RD, dw_NDF, None, None),)  # type: ignore[arg-type]
 
 
 _apply.defvjp(_apply_fwd, _apply_bwd)
-
-
-def _pad_rows(x: jax.Array, rows: int) -> jax.Array:
-    return jnp.pad(x, ((0, rows), (0, 0)))
-
-
-def _matmul(
-    x_RD: jax.Array,
-    w_NDF: jax.Array,
-    sizes_E: jax.Array,
-    first: jax.Array,
-    *,
-    is_transposed: bool = False,
-) -> jax.Array:
-    """Multiply blocks of rows one after the other, by w^T if they are [N, F, D]."""
-    (R, D), F = x_RD.shape, w_NDF.shape[1 if is_transposed else 2]
-    rows = block_rows(R, sizes_E.shape[0])
-    blocks = blocks_of_sorted(sizes_E, R, rows)
-    x_padded = _pad_rows(x_RD, rows)
-    product = "RD,FD->RF" if is_transposed else "RD,DF->RF"
-
-    def body(i: jax.Array, y: jax.Array) -> jax.Array:
-        expert, start, *_ = jax.tree.map(lambda field: field[i], blocks.fields)
-        x = jax.lax.dynamic_slice(x_padded, (start, 0), (rows, D))
-        w = jax.lax.dynamic_index_in_dim(w_NDF, first + expert, keepdims=False)
-        # Rows past the expert's end are overwritten by the blocks that follow.
-        part = dot_f32(product, x, w).astype(y.dtype)
-        return jax.lax.dynamic_update_slice(y, part, (start, 0))
-
-    y, *_ = vary_alike((jnp.zeros((R + rows, F), x_RD.dtype), x_RD, w_NDF, sizes_E))
-    y_RF = jax.lax.fori_loop(0, blocks.total, body, y)[:R]
-    return jnp.where((jnp.arange(R) < sizes_E.sum())[:, None], y_RF, 0)
-
-
-def _outer(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: Any) -> jax.Array:
-    """Sum x^T dy over each expert's rows in float32. Returns dw_EDF in a dtype."""
-    (R, D), F, (E,) = x_RD.shape, dy_RF.shape[1], sizes_E.shape
-    rows = block_rows(R, E)
-    blocks = blocks_of_sorted(sizes_E, R, rows)
-    x_padded, dy_padded = _pad_rows(x_RD, rows), _pad_rows(dy_RF, rows)
-
-    def body(i: jax.Array, dw: jax.Array) -> jax.Array:
-        expert, start, count, *_ = jax.tree.map(lambda field: field[i], blocks.fields)
-        x = jax.lax.dynamic_slice(x_padded, (start, 0), (rows, D))
-        dy = jax.lax.dynamic_slice(dy_padded, (start, 0), (rows, F))
-        x, dy = (jnp.where(jnp.arange(rows)[:, None] < count, part, 0) for part in (x, dy))
-        dw_DF = dot_f32("RD,RF->DF", x, dy)
-        dw_DF += jax.lax.dynamic_index_in_dim(dw, expert, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(dw, dw_DF, expert, 0)
-
-    dw, *_ = vary_alike((jnp.zeros((E, D, F), jnp.float32), x_RD, dy_RF, sizes_E))
-    return jax.lax.fori_loop(0, blocks.total, body, dw).astype(dtype)
 
 
 def _check_dimensions(name: str, array: jax.Array, ndim: int) -> None:

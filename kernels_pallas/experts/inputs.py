@@ -127,6 +127,14 @@ class Inputs(NamedTuple):
     shared_TD: jax.Array | None
     scales: WeightScales | None
 
+    def matrices(self, *names: str) -> tuple[list[jax.Array], list[jax.Array] | None]:
+        """Return the matrices called gate, up or down, and their scales if they are quantised."""
+        every = {"gate": self.w_gate_NDF, "up": self.w_up_NDF, "down": self.w_down_NFD}
+        scales = None
+        if self.scales is not None:
+            scales = [getattr(self.scales, name) for name in names]
+        return [every[name] for name in names], scales
+
 
 def stored_as(x: Inputs) -> Literal["float", "int8", "int4", "fp8"]:
     """Return how the matrices are stored."""
@@ -135,6 +143,14 @@ def stored_as(x: Inputs) -> Literal["float", "int8", "int4", "fp8"]:
     if x.w_gate_NDF.dtype == jnp.float8_e4m3fn:
         return "fp8"
     return "int4" if x.scales.gate.ndim == 3 else "int8"
+
+
+def among_layers(dw_EDF: jax.Array, first: jax.Array, w_NDF: jax.Array) -> jax.Array:
+    """Place the gradients of E matrices among zeros for those of other layers, in their dtype."""
+    dw_EDF = dw_EDF.astype(w_NDF.dtype)
+    if dw_EDF.shape == w_NDF.shape:
+        return dw_EDF
+    return jax.lax.dynamic_update_slice_in_dim(jnp.zeros_like(w_NDF), dw_EDF, first, axis=0)
 
 
 @contextlib.contextmanager

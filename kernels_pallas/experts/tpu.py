@@ -17,9 +17,9 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
+from kernels_pallas.experts import tpu_blocks as tb
 from kernels_pallas.experts import tpu_outer as to
 from kernels_pallas.experts import tpu_rows as tr
-from kernels_pallas.experts import tpu_sizes as ts
 from kernels_pallas.experts.dispatch import (
     Block,
     Places,
@@ -37,17 +37,17 @@ def _run(
 ) -> list[jax.Array]:
     """Run one kernel over all blocks."""
     (R,), (E,) = p.place_R.shape, p.counts_E.shape
-    cut = ts.row_cut(operation, rows, by, outs, R, E)
-    assert cut is not None
+    sizes = tr.row_sizes(operation, rows, by, outs, R, E)
+    assert sizes is not None
     return tr.grouped_rows(
         rows,
         by,
-        tr.Table.of(list_blocks(p, cut.window, unit=cut.unit)),
-        cut,
+        tb.Table.of(list_blocks(p, sizes.block, unit=sizes.unit)),
+        sizes,
         epilogue,
         outs,
         name=f"expert_mlp_{operation}",
-        cost=ts.cost(rows, by, outs, R, E, cut),
+        cost=tr.row_cost(rows, by, outs, R, E, sizes.cores),
     )
 
 
@@ -56,12 +56,7 @@ def _column(x_P: jax.Array) -> jax.Array:
 
 
 def _matrices(x: Inputs, *names: str, is_transposed: bool = False) -> tr.Matrices:
-    """Collect the matrices called gate, up or down."""
-    weights = {"gate": x.w_gate_NDF, "up": x.w_up_NDF, "down": x.w_down_NFD}
-    scales = None
-    if x.scales is not None:
-        scales = [getattr(x.scales, name) for name in names]
-    return tr.Matrices([weights[n] for n in names], scales, is_transposed, stored_as(x), x.first)
+    return tr.Matrices(*x.matrices(*names), is_transposed, stored_as(x), x.first)
 
 
 def _swiglu(products: list[jax.Array], gate: jax.Array, _) -> tuple[jax.Array, ...]:
@@ -82,7 +77,7 @@ def _filled(x: Inputs) -> Inputs:
 
     Matrices are copied for it, which small models can afford.
     """
-    if x.x_TD.shape[1] % LANES == 0 and x.w_down_NFD.shape[1] % LANES == 0:
+    if x.x_TD.shape[1] % LANES == 0 and x.w_up_NDF.shape[2] % LANES == 0:
         return x
     x_TD, *weights = map(_fill_lanes, (x.x_TD, x.w_gate_NDF, x.w_up_NDF, x.w_down_NFD))
     shared_TD = None if x.shared_TD is None else _fill_lanes(x.shared_TD)
@@ -101,16 +96,16 @@ def refusal(x: Inputs, num_experts: int) -> str | None:
             return f"D ({D}) and F ({F}) of quantised or stacked matrices must divide by {LANES}"
         x = jax.eval_shape(_filled, x)
         D, F = x.x_TD.shape[1], x.w_up_NDF.shape[2]
-    for operation, cut in _cuts(x, F, num_experts).items():
-        if cut is None:
+    for operation, sizes in _sizes(x, F, num_experts).items():
+        if sizes is None:
             return f"the {operation} kernel does not fit into VMEM for D = {D} and F = {F}"
-        needed = 4 * len(Block._fields) * most_blocks(R, num_experts, cut.window)
-        if needed > tr.SCALARS_BUDGET:
-            return f"its list of blocks takes {needed} bytes of SMEM, over {tr.SCALARS_BUDGET}"
+        needed = 4 * len(Block._fields) * most_blocks(R, num_experts, sizes.block)
+        if needed > tb.SCALARS_BUDGET:
+            return f"its list of blocks takes {needed} bytes of SMEM, over {tb.SCALARS_BUDGET}"
     return None
 
 
-def _cuts(x: Inputs, F: int, num_experts: int) -> dict[str, tr.Cut | None]:
+def _sizes(x: Inputs, F: int, num_experts: int) -> dict[str, tb.BlockSizes | None]:
     """Return the sizes of all kernels, backward included if the matrices are floats."""
     D, dtype, R = x.x_TD.shape[1], x.x_TD.dtype, x.expert_TX.size
 
@@ -119,21 +114,21 @@ def _cuts(x: Inputs, F: int, num_experts: int) -> dict[str, tr.Cut | None]:
 
     column: Any = jax.ShapeDtypeStruct((1, LANES), jnp.float32)
 
-    def cut(operation: str, rows: tr.Rows, outs: int, *names: str) -> tr.Cut | None:
+    def sizes(operation: str, rows: tr.Rows, outs: int, *names: str) -> tb.BlockSizes | None:
         by = _matrices(x, *names, is_transposed=operation != "forward")
-        return ts.row_cut(operation, rows, by, [dtype] * outs, R, num_experts)
+        return tr.row_sizes(operation, rows, by, [dtype] * outs, R, num_experts)
 
-    cuts = {
-        "gate and up": cut("forward", tr.Rows([row(D)], column), 3, "gate", "up"),
-        "down": cut("forward", tr.Rows([row(F)], column), 1, "down"),
+    found = {
+        "gate and up": sizes("forward", tr.Rows([row(D)], column), 3, "gate", "up"),
+        "down": sizes("forward", tr.Rows([row(F)], column), 1, "down"),
     }
     if stored_as(x) == "float":
         rows = tr.Rows([row(D)], column, [row(F)] * 2)
-        cuts["backward hidden"] = cut("backward_hidden", rows, 3, "down")
+        found["backward hidden"] = sizes("backward_hidden", rows, 3, "down")
         rows = tr.Rows([row(F)], None, [row(D, jnp.float32)])
-        cuts["backward tokens"] = cut("backward_tokens", rows, 1, "up")
-        cuts["backward weights"] = ts.outer_cut(row(D), row(F), R, num_experts)
-    return cuts
+        found["backward tokens"] = sizes("backward_tokens", rows, 1, "up")
+        found["backward weights"] = to.outer_sizes(row(D), row(F), R, num_experts)
+    return found
 
 
 def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, "Saved | None"]:
@@ -194,11 +189,11 @@ def _outer(
 ) -> jax.Array:
     """Sum x^T dy (or dy^T x) over each expert's rows, among zeros for those of other layers."""
     (R,), (E,) = p.place_R.shape, p.counts_E.shape
-    cut = ts.outer_cut(x_PK, dy_PM, R, E)
-    assert cut is not None
+    sizes = to.outer_sizes(x_PK, dy_PM, R, E)
+    assert sizes is not None
     K, M, size = x_PK.shape[1], dy_PM.shape[1], like.dtype.itemsize
     held = expected_rows(R)
-    readings = cut.cores if held <= E * cut.window else M // cut.tile  # rows in several blocks
+    readings = sizes.cores if held <= E * sizes.block else M // sizes.tile  # rows in several blocks
     cost = pl.CostEstimate(
         flops=2 * held * K * M,
         transcendentals=0,
@@ -207,8 +202,8 @@ def _outer(
     return to.grouped_outer_places(
         x_PK,
         dy_PM,
-        tr.Table.of(list_blocks(p, cut.window, unit=cut.unit, every_expert=True), least=0),
-        cut,
+        tb.Table.of(list_blocks(p, sizes.block, unit=sizes.unit, every_expert=True), least=0),
+        sizes,
         first=first,
         num_experts=E,
         like=like,
@@ -264,49 +259,28 @@ def backward(
 def grouped_matmul(
     x_RD: jax.Array,
     w_NDF: jax.Array,
-    group_sizes_E: jax.Array,
-    first: jax.Array | int,
+    sizes_E: jax.Array,
+    first: jax.Array,
     *,
     is_transposed: bool = False,
 ) -> jax.Array:
-    """Multiply each run of sorted rows by its expert's matrix; no gradient of its own.
+    """Multiply each run of sorted rows by its expert's matrix; see `reference.grouped_matmul`.
 
-    Args:
-        x_RD: rows sorted by expert.
-        w_NDF: float matrices of these experts and perhaps of others; copied if D or F are no
-            multiples of 128.
-        group_sizes_E: int32 rows of each expert; rows beyond their sum belong to nobody.
-        first: number of expert 0's matrix in w_NDF; the others follow it.
-        is_transposed: whether the matrices are [N, F, D].
-
-    Returns:
-        y_RF in the dtype of x; rows of nobody are zero.
+    Matrices are copied if D or F are no multiples of 128.
     """
-    (R, _), (E,), dtype = x_RD.shape, group_sizes_E.shape, x_RD.dtype
+    (R, _), (E,), dtype = x_RD.shape, sizes_E.shape, x_RD.dtype
     F, x_RD, w_NDF = w_NDF.shape[1 if is_transposed else 2], _fill_lanes(x_RD), _fill_lanes(w_NDF)
-    p = arrange(experts_of(group_sizes_E, R), E, tile_rows(dtype))
-    by = tr.Matrices([w_NDF], None, is_transposed, "float", jnp.asarray(first, jnp.int32))
+    p = arrange(experts_of(sizes_E, R), E, tile_rows(dtype))
+    by = tr.Matrices([w_NDF], None, is_transposed, "float", first)
     (y_PF,) = _run("forward", tr.Rows([x_RD[p.source_P]]), by, _add, [dtype], p=p)
     return p.back(y_PF)[:, :F]
 
 
-def grouped_outer(
-    x_RD: jax.Array, dy_RF: jax.Array, group_sizes_E: jax.Array, dtype: jnp.dtype
-) -> jax.Array:
-    """Sum x^T dy over each expert's rows in float32: the gradient of its matrix.
-
-    Args:
-        x_RD: rows sorted by expert.
-        dy_RF: rows in the same order.
-        group_sizes_E: int32 rows of each expert; rows beyond their sum belong to nobody.
-        dtype: of the result.
-
-    Returns:
-        dw_EDF; zero for experts without rows.
-    """
-    (R, D), F, (E,) = x_RD.shape, dy_RF.shape[1], group_sizes_E.shape
+def grouped_outer(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: Any) -> jax.Array:
+    """Sum x^T dy over each expert's rows in float32; see `reference.grouped_outer`."""
+    (R, D), F, (E,) = x_RD.shape, dy_RF.shape[1], sizes_E.shape
     x_RD, dy_RF = _fill_lanes(x_RD), _fill_lanes(dy_RF)
-    p = arrange(experts_of(group_sizes_E, R), E, tile_rows(x_RD.dtype))
+    p = arrange(experts_of(sizes_E, R), E, tile_rows(x_RD.dtype))
     dy_PF = jnp.where(p.is_held_P[:, None], dy_RF[p.source_P], 0)
     dw_EDF = jax.ShapeDtypeStruct((E, x_RD.shape[1], dy_RF.shape[1]), dtype)
     return _outer(x_RD[p.source_P], dy_PF, p, dw_EDF, jnp.int32(0))[:, :D, :F]

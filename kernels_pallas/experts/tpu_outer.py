@@ -15,16 +15,26 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend
-from kernels_pallas.experts.tpu_rows import VMEM_LIMIT, Cut, Table, read_block
-from kernels_pallas.tpu_primitives import dot
+from kernels_pallas.experts.tpu_blocks import VMEM_LIMIT, BlockSizes, Table, fit, read_block
+from kernels_pallas.tpu_primitives import dot, in_hbm
 
 _PIECE = 512  # rows of the matrix that are summed at once
 
 
-def buffer_bytes(x: Any, dy: Any, window: int, tile: int) -> int:
-    """Return how much VMEM the buffers take."""
-    (_, K), size = x.shape, x.dtype.itemsize
-    return 2 * window * (K + tile) * size + K * tile * (4 + 2 * size)
+def outer_sizes(x: jax.Array, dy: jax.Array, num_rows: int, num_experts: int) -> BlockSizes | None:
+    """Choose the sizes of the kernel, or None if none fit; see `tpu_blocks.fit`.
+
+    Args:
+        x, dy: its operands, of which only widths and dtypes matter.
+        num_rows: of all experts together.
+        num_experts: that a row may belong to.
+    """
+    K, M, dtype = x.shape[1], dy.shape[1], x.dtype
+
+    def needed(block: int, tile: int) -> int:
+        return 2 * block * (K + tile) * dtype.itemsize + K * tile * (4 + 2 * dtype.itemsize)
+
+    return fit("backward_weights", needed, K, M, dtype, str(dtype), num_rows, num_experts)
 
 
 class _Item(NamedTuple):
@@ -45,18 +55,18 @@ def _item(table: Any, at: Any, steps: int, unit: int) -> _Item:
     return _Item(number, read_block(table, number, unit), column)
 
 
-def _kernel(cut: Cut, steps: int, K: int, is_transposed: bool):
+def _kernel(sizes: BlockSizes, steps: int, K: int, is_transposed: bool):
     """Return the kernel for static sizes."""
 
     def kernel(_, table, x_hbm, dy_hbm, *flat):
         dw, x_buffer, dy_buffer, acc, x_slot_ref, x_arrived, dy_arrived = flat[-7:]
         c, at = pl.program_id(0), pl.program_id(1)
-        item = _item(table, at, steps, cut.unit)
+        item = _item(table, at, steps, sizes.unit)
         slot = jax.lax.rem(at, 2)
 
         def is_new(at):
-            before = _item(table, jnp.maximum(at - 1, 0), steps, cut.unit)
-            return (at == 0) | (before.number != _item(table, at, steps, cut.unit).number)
+            before = _item(table, jnp.maximum(at - 1, 0), steps, sizes.unit)
+            return (at == 0) | (before.number != _item(table, at, steps, sizes.unit).number)
 
         def x_copy(item, slot):
             rows = pl.ds(item.block.start, item.block.rows)
@@ -65,13 +75,13 @@ def _kernel(cut: Cut, steps: int, K: int, is_transposed: bool):
 
         def dy_copy(item, slot):
             rows = pl.ds(item.block.start, item.block.rows)
-            first = pl.multiple_of((c * steps + item.column) * cut.tile, cut.tile)
+            first = pl.multiple_of((c * steps + item.column) * sizes.tile, sizes.tile)
             target = dy_buffer.at[slot, pl.ds(0, item.block.rows)]
-            source = dy_hbm.at[rows, pl.ds(first, cut.tile)]
+            source = dy_hbm.at[rows, pl.ds(first, sizes.tile)]
             return pltpu.make_async_copy(source, target, dy_arrived.at[slot])
 
         def start(at, x_slot):
-            item = _item(table, at, steps, cut.unit)
+            item = _item(table, at, steps, sizes.unit)
 
             @pl.when(item.block.rows > 0)
             def _():
@@ -83,11 +93,11 @@ def _kernel(cut: Cut, steps: int, K: int, is_transposed: bool):
             rows, width = item.block.rows, buffer.shape[2]
 
             def clear(n, _):
-                rest = pl.ds(pl.multiple_of(n * cut.unit, cut.unit), cut.unit)
-                buffer[slot, rest] = jnp.zeros((cut.unit, width), buffer.dtype)
+                rest = pl.ds(pl.multiple_of(n * sizes.unit, sizes.unit), sizes.unit)
+                buffer[slot, rest] = jnp.zeros((sizes.unit, width), buffer.dtype)
 
-            begin, end = jax.lax.div(rows, cut.unit), pl.cdiv(rows, cut.chunk) * cut.chunk
-            jax.lax.fori_loop(begin, jax.lax.div(end, cut.unit), clear, None)
+            begin, end = jax.lax.div(rows, sizes.unit), pl.cdiv(rows, sizes.chunk) * sizes.chunk
+            jax.lax.fori_loop(begin, jax.lax.div(end, sizes.unit), clear, None)
 
         @pl.when(at == 0)
         def _():
@@ -116,7 +126,7 @@ def _kernel(cut: Cut, steps: int, K: int, is_transposed: bool):
             acc[...] = jnp.zeros_like(acc)
 
         def add(n, _):
-            rows = pl.ds(pl.multiple_of(n * cut.chunk, cut.chunk), cut.chunk)
+            rows = pl.ds(pl.multiple_of(n * sizes.chunk, sizes.chunk), sizes.chunk)
             dy = dy_buffer[slot, rows]
             size = math.gcd(K, _PIECE)
             for first in range(0, K, size):
@@ -127,7 +137,7 @@ def _kernel(cut: Cut, steps: int, K: int, is_transposed: bool):
                 else:
                     acc[piece] += dot(x, dy, (0, 0))
 
-        jax.lax.fori_loop(0, pl.cdiv(item.block.rows, cut.chunk), add, None)
+        jax.lax.fori_loop(0, pl.cdiv(item.block.rows, sizes.chunk), add, None)
 
         @pl.when(item.block.number == item.block.count - 1)
         def _():
@@ -140,7 +150,7 @@ def grouped_outer_places(
     x_PK: jax.Array,
     dy_PM: jax.Array,
     table: Table,
-    cut: Cut,
+    sizes: BlockSizes,
     *,
     first: jax.Array,
     num_experts: int,
@@ -155,8 +165,8 @@ def grouped_outer_places(
         x_PK: rows by place, of which a block is kept in VMEM.
         dy_PM: rows by place, of which tiles of columns follow each other. Of the two, one is zero
             in empty places and the other finite.
-        table: the list of blocks, of cut.window rows, with one for each expert at least.
-        cut: static sizes.
+        table: the list of blocks, of sizes.block rows, with one for each expert at least.
+        sizes: static sizes.
         first: number of expert 0's matrix.
         num_experts: E.
         like: the matrices [N, K, M], an array if some of them are no expert's; those are zero.
@@ -168,27 +178,27 @@ def grouped_outer_places(
         dw_NKM, or dw_NMK, in the dtype of the matrices.
     """
     K, M = x_PK.shape[1], dy_PM.shape[1]
-    steps = M // (cut.tile * cut.cores)
-    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
+    steps = M // (sizes.tile * sizes.cores)
     others = [] if like.shape[0] == num_experts else [jnp.zeros_like(like)]
+    operands = [in_hbm(array) for array in (x_PK, dy_PM, *others)]
 
-    tile = (cut.tile, K) if is_transposed else (K, cut.tile)
+    tile = (sizes.tile, K) if is_transposed else (K, sizes.tile)
 
     def place(c, at, first, table):
-        item = _item(table, at, steps, cut.unit)
+        item = _item(table, at, steps, sizes.unit)
         column = c * steps + item.column
         return first[0] + item.block.expert, *((column, 0) if is_transposed else (0, column))
 
     return pl.pallas_call(
-        _kernel(cut, steps, K, is_transposed),
+        _kernel(sizes, steps, K, is_transposed),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(cut.cores, table.count * steps),
-            in_specs=[in_hbm] * (2 + len(others)),
+            grid=(sizes.cores, table.count * steps),
+            in_specs=[pl.BlockSpec(memory_space=pltpu.HBM)] * len(operands),
             out_specs=pl.BlockSpec((None, *tile), place),
             scratch_shapes=[
-                pltpu.VMEM((2, cut.window, K), x_PK.dtype),
-                pltpu.VMEM((2, cut.window, cut.tile), dy_PM.dtype),
+                pltpu.VMEM((2, sizes.block, K), x_PK.dtype),
+                pltpu.VMEM((2, sizes.block, sizes.tile), dy_PM.dtype),
                 pltpu.VMEM(tile, jnp.float32),
                 pltpu.SMEM((1,), jnp.int32),
                 pltpu.SemaphoreType.DMA((2,)),
@@ -203,4 +213,4 @@ def grouped_outer_places(
         cost_estimate=cost,
         interpret=backend.tpu_interpreter(),
         name=name,
-    )(first.reshape(1), table.fields, x_PK, dy_PM, *others)
+    )(first.reshape(1), table.fields, *operands)

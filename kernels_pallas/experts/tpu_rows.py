@@ -1,9 +1,9 @@
 """The TPU kernel that takes sorted rows through their experts' matrices.
 
-A program owns a block of rows of one expert, up to a window of about a thousand, and keeps them in
-VMEM while the expert's matrices stream past in tiles of columns: each is read once if the expert's
-rows fit into a window. The rows of the next block arrive meanwhile. What is done to the products
-(SwiGLU, its derivative) is an epilogue in float32.
+A program owns a block of rows of one expert, up to about a thousand, and keeps them in VMEM while
+the expert's matrices stream past in tiles of columns: each is read once if the expert's rows fit
+into a block. The rows of the next block arrive meanwhile. What is done to the products (SwiGLU, its
+derivative) is an epilogue in float32.
 
 All rows go through the same chunk of code, of a fixed number of rows: what becomes of a row cannot
 depend on where it stands. A chunk has as many rows as keep the multiplier busy while the next
@@ -11,6 +11,7 @@ weights are shifted in; fewer would take the same time. Where a device is two co
 half of the columns, so both work at one token and whatever the balance of the experts.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -19,37 +20,14 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import backend, chips
-from kernels_pallas.experts.dispatch import Block, Blocks
-from kernels_pallas.experts.inputs import INT4_GROUP
+from kernels_pallas import backend
+from kernels_pallas.experts.dispatch import Block
+from kernels_pallas.experts.inputs import INT4_GROUP, expected_rows
 from kernels_pallas.experts.quantize import FP8_MAX, ROW_MAX
-from kernels_pallas.tpu_primitives import LANES, dot
+from kernels_pallas.experts.tpu_blocks import VMEM_LIMIT, BlockSizes, Table, fit, read_block
+from kernels_pallas.tpu_primitives import LANES, dot, in_hbm, round_to_fp8, widen
 
-VMEM_LIMIT = chips.LEAST_VMEM - 12 * 2**20  # the compiler has the rest
-VMEM_BUDGET = VMEM_LIMIT - 8 * 2**20  # for buffers; the rest for the products of a chunk
-TILES = (512, 256, 128)
-SCALARS_BUDGET = chips.TPU7X.smem // 2  # every TPU has as much SMEM
-
-
-class Table(NamedTuple):
-    """The blocks that a kernel walks over: the fields of each in turn, and how many they are."""
-
-    fields: jax.Array
-    count: jax.Array
-
-    @staticmethod
-    def of(blocks: Blocks, least: int = 1) -> "Table":
-        """Lay a list out for SMEM: a block at least, of so many rows, if only empty places."""
-        fields = blocks.fields._replace(rows=jnp.maximum(blocks.fields.rows, least))
-        return Table(jnp.stack(fields, axis=1).reshape(-1), jnp.maximum(blocks.total, 1))
-
-
-def read_block(table: Any, i: jax.Array, unit: int) -> Block:
-    """Read entry i of a table in SMEM; its rows are rounded up to whole tiles of memory."""
-    block = Block(*(table[len(Block._fields) * i + n] for n in range(len(Block._fields))))
-    rows = jax.lax.div(block.rows + (unit - 1), unit) * unit
-    start = pl.multiple_of(block.start, unit)
-    return block._replace(start=start, rows=pl.multiple_of(rows, unit))
+Epilogue = Callable[[list[jax.Array], jax.Array | None, list[jax.Array]], Sequence[jax.Array]]
 
 
 class Matrices(NamedTuple):
@@ -72,24 +50,13 @@ class Matrices(NamedTuple):
     @property
     def depth(self) -> int:
         """Return K."""
-        return self.weights[0].shape[2 if self.is_transposed else 1] * (
-            2 if self.stored == "int4" else 1
-        )
+        stored = self.weights[0].shape[2 if self.is_transposed else 1]
+        return 2 * stored if self.stored == "int4" else stored
 
     @property
     def width(self) -> int:
         """Return M."""
         return self.weights[0].shape[1 if self.is_transposed else 2]
-
-
-class Cut(NamedTuple):
-    """Static sizes: rows in VMEM, rows multiplied at once, columns of a step, rows of a tile."""
-
-    window: int
-    chunk: int
-    tile: int
-    unit: int
-    cores: int
 
 
 class Rows(NamedTuple):
@@ -105,65 +72,142 @@ class Rows(NamedTuple):
     column: jax.Array | None = None
     tiles: Sequence[jax.Array] = ()
 
-    def windows(self) -> list[jax.Array]:
+    def resident(self) -> list[jax.Array]:
         """Return what is kept in VMEM for a block."""
         return [*self.left, *([] if self.column is None else [self.column])]
 
 
-def buffer_bytes(rows: Rows, by: Matrices, outs: Sequence[Any], window: int, tile: int) -> int:
-    """Return how much VMEM the buffers take."""
-    windows = sum(a.shape[1] * a.dtype.itemsize for a in rows.windows())
-    windows += 2 * LANES if by.stored == "fp8" else 0
+def row_sizes(
+    operation: str, rows: Rows, by: Matrices, outs: list, num_rows: int, num_experts: int
+) -> BlockSizes | None:
+    """Choose the sizes of a kernel, or None if none fit; see `tpu_blocks.fit`.
+
+    Args:
+        operation: under which sizes are looked up.
+        rows, by: its operands; of rows only widths and dtypes matter.
+        outs: dtypes of its results.
+        num_rows: of all experts together.
+        num_experts: that a row may belong to.
+    """
+    resident = sum(a.shape[1] * a.dtype.itemsize for a in rows.resident())
+    resident += 2 * LANES if by.stored == "fp8" else 0
     tiles = sum(a.dtype.itemsize for a in rows.tiles) + sum(jnp.dtype(d).itemsize for d in outs)
-    entry = by.weights[0].dtype.itemsize * by.weights[0].shape[1] * by.weights[0].shape[2]
-    weights = entry // by.width * 2 + (0 if by.scales is None else 2 * by.depth)
-    return 2 * window * (windows + tiles * tile) + len(by.weights) * weights * tile
+    _, *sides = by.weights[0].shape
+    column = math.prod(sides) * by.weights[0].dtype.itemsize // by.width * 2
+    column += 0 if by.scales is None else 2 * by.depth
+
+    def needed(block: int, tile: int) -> int:
+        return 2 * block * (resident + tiles * tile) + len(by.weights) * column * tile
+
+    dtype, stored = rows.left[0].dtype, str(by.weights[0].dtype)
+    return fit(operation, needed, by.depth, by.width, dtype, stored, num_rows, num_experts)
 
 
-def _widen(w_ref: Any, wide: Any, stored: str) -> None:
-    """Write integers or float8s as bfloat16, which is exact.
-
-    A vector register of bfloat16s holds rows 2r and 2r + 1 in the halves of one word, and those
-    are the two nibbles of an int4 byte: the words are put together as integers.
-    """
-    if stored != "int4":
-        wide[...] = w_ref[...].astype(jnp.float32).astype(jnp.bfloat16)
-        return
-    packed = w_ref[...].astype(jnp.int32)
-
-    def bits(nibble: jax.Array) -> jax.Array:
-        return pltpu.bitcast(nibble.astype(jnp.float32), jnp.int32)
-
-    low = bits(jax.lax.shift_right_arithmetic(jax.lax.shift_left(packed, 28), 28))
-    high = bits(jax.lax.shift_right_arithmetic(packed, 4))
-    word = jax.lax.shift_right_logical(low, 16) | high
-    wide[...] = pltpu.bitcast(word, jnp.bfloat16)
-
-
-def _round_to_fp8(x: jax.Array) -> jax.Array:
-    """Round float32s within +-448 to the nearest float8_e4m3fn, ties to even.
-
-    That is to 3 bits of fraction, and below 2^-6 to a multiple of 2^-9. Older TPUs cannot convert.
-    """
-    bits = pltpu.bitcast(x, jnp.int32)
-    is_odd = jax.lax.shift_right_logical(bits, 20) & 1
-    normal = pltpu.bitcast((bits + is_odd + 0x7FFFF) & -0x100000, jnp.float32)
-    unit = 1.5 * 2.0 ** (23 - 9)  # beside it, what is less than 2^-9 is rounded off
-    return jnp.where(jnp.abs(x) < 2.0**-6, (x + unit) - unit, normal)
+def row_cost(
+    rows: Rows, by: Matrices, outs: list, num_rows: int, num_experts: int, cores: int
+) -> pl.CostEstimate:
+    """Estimate a kernel: weights of the experts that are hit once, rows once for each core."""
+    pairs, num_rows = len(by.weights), expected_rows(num_rows)
+    entries = by.depth * by.width * by.weights[0].dtype.itemsize
+    if by.stored == "int4":
+        entries //= 2
+    scales = sum(4 * math.prod(s.shape[1:]) for s in by.scales or ())
+    resident = sum(a.shape[1] * a.dtype.itemsize for a in rows.resident()) * cores
+    tiles = sum(a.dtype.itemsize for a in rows.tiles) + sum(jnp.dtype(d).itemsize for d in outs)
+    hit = min(num_experts, num_rows)
+    return pl.CostEstimate(
+        flops=2 * num_rows * by.depth * by.width * pairs,
+        transcendentals=num_rows * by.width if pairs > 1 else 0,
+        bytes_accessed=hit * (pairs * entries + scales) + num_rows * (resident + by.width * tiles),
+    )
 
 
-def _quantize_rows(window: Any, row_scales: Any, count: jax.Array, unit: int) -> None:
+class _Given(NamedTuple):
+    """What the kernel reads: see `Rows` and `Matrices`."""
+
+    resident: list[Any]
+    tiles: list[Any]
+    weights: list[Any]
+    scales: list[Any]
+
+
+class _Scratch(NamedTuple):
+    """Two buffers for each array of rows, widened tiles, scales of rows, and semaphores."""
+
+    resident: list[Any]
+    tiles: list[Any]
+    outs: list[Any]
+    wide: list[Any]
+    row_scales: list[Any]
+    resident_arrived: Any
+    tiles_arrived: Any
+    outs_left: Any
+
+
+def _start(copies: Sequence[Any]) -> None:
+    for copy in copies:
+        copy.start()
+
+
+def _wait(copies: Sequence[Any]) -> None:
+    for copy in copies:
+        copy.wait()
+
+
+def _transfers(sources: Sequence[Any], targets: Sequence[Any], semaphores: Any, slot: Any) -> list:
+    return [
+        pltpu.make_async_copy(source, target, semaphores.at[n, slot])
+        for n, (source, target) in enumerate(zip(sources, targets, strict=True))
+    ]
+
+
+class _Copies(NamedTuple):
+    """The copies of one core: of blocks, and of tiles of their columns by number of the step."""
+
+    table: Any
+    given: _Given
+    outs: list[Any]
+    scratch: _Scratch
+    sizes: BlockSizes
+    steps: int
+
+    def resident(self, i: jax.Array) -> list[Any]:
+        """Return those of block i."""
+        block, slot = read_block(self.table, i, self.sizes.unit), jax.lax.rem(i, 2)
+        sources = [a.at[pl.ds(block.start, block.rows)] for a in self.given.resident]
+        targets = [b.at[slot, pl.ds(0, block.rows)] for b in self.scratch.resident]
+        return _transfers(sources, targets, self.scratch.resident_arrived, slot)
+
+    def _tile(self, at: jax.Array, arrays: list[Any], buffers: list[Any]) -> tuple[list, list]:
+        block = read_block(self.table, jax.lax.div(at, self.steps), self.sizes.unit)
+        step = pl.program_id(0) * self.steps + jax.lax.rem(at, self.steps)
+        columns = pl.ds(pl.multiple_of(step * self.sizes.tile, self.sizes.tile), self.sizes.tile)
+        in_memory = [a.at[pl.ds(block.start, block.rows), columns] for a in arrays]
+        return in_memory, [b.at[jax.lax.rem(at, 2), pl.ds(0, block.rows)] for b in buffers]
+
+    def tiles(self, at: jax.Array) -> list[Any]:
+        """Return those of the tiles that a step reads."""
+        sources, targets = self._tile(at, self.given.tiles, self.scratch.tiles)
+        return _transfers(sources, targets, self.scratch.tiles_arrived, jax.lax.rem(at, 2))
+
+    def results(self, at: jax.Array) -> list[Any]:
+        """Return those of the tiles that a step writes."""
+        targets, sources = self._tile(at, self.outs, self.scratch.outs)
+        return _transfers(sources, targets, self.scratch.outs_left, jax.lax.rem(at, 2))
+
+
+def _round_rows(rows_ref: Any, row_scales: Any, count: jax.Array, unit: int) -> None:
     """Round a block of rows to float8s, in place, and keep their scales."""
 
-    def quantize(n: jax.Array, _: None) -> None:
+    def round_unit(n: jax.Array, _: None) -> None:
         rows = pl.ds(pl.multiple_of(n * unit, unit), unit)
-        x = window[rows].astype(jnp.float32)
+        x = rows_ref[rows].astype(jnp.float32)
         scale = jnp.clip(jnp.abs(x).max(1, keepdims=True), 1e-12, ROW_MAX) / FP8_MAX
-        rounded = _round_to_fp8(jnp.clip(x / scale, -FP8_MAX, FP8_MAX))
-        window[rows] = rounded.astype(window.dtype)
+        rounded = round_to_fp8(jnp.clip(x / scale, -FP8_MAX, FP8_MAX))
+        rows_ref[rows] = rounded.astype(rows_ref.dtype)
         row_scales[rows] = jnp.broadcast_to(scale, (unit, LANES))
 
-    jax.lax.fori_loop(0, jax.lax.div(count, unit), quantize, None)
+    jax.lax.fori_loop(0, jax.lax.div(count, unit), round_unit, None)
 
 
 def _multiply(x: jax.Array, w_ref: Any, scale_ref: Any, by: Matrices) -> jax.Array:
@@ -179,123 +223,60 @@ def _multiply(x: jax.Array, w_ref: Any, scale_ref: Any, by: Matrices) -> jax.Arr
     return product
 
 
-class _Refs(NamedTuple):
-    """The arguments of the kernel."""
-
-    windows: list[Any]
-    tiles: list[Any]
-    weights: list[Any]
-    scales: list[Any]
-    outs: list[Any]
-    window_buffers: list[Any]
-    tile_buffers: list[Any]
-    out_buffers: list[Any]
-    wide: list[Any]
-    row_scales: list[Any]
-    window_arrived: Any
-    tile_arrived: Any
-    out_left: Any
-
-    @staticmethod
-    def of(refs: Sequence[Any], counts: Sequence[int]) -> "_Refs":
-        """Split the flat arguments."""
-        parts, at = [], 0
-        for count in counts:
-            parts.append(list(refs[at : at + count]))
-            at += count
-        return _Refs(*parts, *refs[at:])
-
-
-def _kernel(by: Matrices, cut: Cut, steps: int, counts: Sequence[int], num_left: int, epilogue):
+def _kernel(by: Matrices, sizes: BlockSizes, steps: int, num_left: int, epilogue: Epilogue):
     """Return the kernel for static sizes."""
 
-    def kernel(_, table, *flat):
-        refs = _Refs.of(flat, counts)
-        c, i, j = (pl.program_id(axis) for axis in range(3))
-        number = pl.num_programs(1)
+    def kernel(_, table: Any, given: _Given, *outs_and_scratch: Any) -> None:
+        *outs, scratch = outs_and_scratch
+        i, j, number = pl.program_id(1), pl.program_id(2), pl.num_programs(1)
         at = i * steps + j
-        block = read_block(table, i, cut.unit)
-        chunks = pl.cdiv(block.rows, cut.chunk)
-
-        def transfers(sources, targets, semaphores, slot):
-            return [
-                pltpu.make_async_copy(source, target, semaphores.at[n, slot])
-                for n, (source, target) in enumerate(zip(sources, targets, strict=True))
-            ]
-
-        def window_copies(i):
-            block, slot = read_block(table, i, cut.unit), jax.lax.rem(i, 2)
-            sources = [w.at[pl.ds(block.start, block.rows)] for w in refs.windows]
-            targets = [b.at[slot, pl.ds(0, block.rows)] for b in refs.window_buffers]
-            return transfers(sources, targets, refs.window_arrived, slot)
-
-        def tile_copies(at, *, is_out):
-            slot = jax.lax.rem(at, 2)
-            block = read_block(table, jax.lax.div(at, steps), cut.unit)
-            first = pl.multiple_of((c * steps + jax.lax.rem(at, steps)) * cut.tile, cut.tile)
-            arrays, buffers = (
-                (refs.outs, refs.out_buffers) if is_out else (refs.tiles, refs.tile_buffers)
-            )
-            in_hbm = [a.at[pl.ds(block.start, block.rows), pl.ds(first, cut.tile)] for a in arrays]
-            in_vmem = [b.at[slot, pl.ds(0, block.rows)] for b in buffers]
-            if is_out:
-                return transfers(in_vmem, in_hbm, refs.out_left, slot)
-            return transfers(in_hbm, in_vmem, refs.tile_arrived, slot)
-
-        def start(copies):
-            for copy in copies:
-                copy.start()
-
-        def wait(copies):
-            for copy in copies:
-                copy.wait()
+        copies = _Copies(table, given, outs, scratch, sizes, steps)
+        block = read_block(table, i, sizes.unit)
+        slot, block_slot = jax.lax.rem(at, 2), jax.lax.rem(i, 2)
 
         @pl.when(j == 0)
         def _():
-            pl.when(i == 0)(lambda: start(window_copies(i)))
-            wait(window_copies(i))
-            pl.when(i + 1 < number)(lambda: start(window_copies(i + 1)))
-            for row_scales in refs.row_scales:
-                left = refs.window_buffers[0].at[jax.lax.rem(i, 2)]
-                _quantize_rows(left, row_scales, block.rows, cut.unit)
+            pl.when(i == 0)(lambda: _start(copies.resident(i)))
+            _wait(copies.resident(i))
+            pl.when(i + 1 < number)(lambda: _start(copies.resident(i + 1)))
+            for row_scales in scratch.row_scales:
+                left = scratch.resident[0].at[block_slot]
+                _round_rows(left, row_scales, block.rows, sizes.unit)
 
-        pl.when(at == 0)(lambda: start(tile_copies(at, is_out=False)))
-        wait(tile_copies(at, is_out=False))
-        pl.when(at + 1 < number * steps)(lambda: start(tile_copies(at + 1, is_out=False)))
-        pl.when(at >= 2)(lambda: wait(tile_copies(at - 2, is_out=True)))
+        pl.when(at == 0)(lambda: _start(copies.tiles(at)))
+        _wait(copies.tiles(at))
+        pl.when(at + 1 < number * steps)(lambda: _start(copies.tiles(at + 1)))
+        pl.when(at >= 2)(lambda: _wait(copies.results(at - 2)))
 
-        for w_ref, wide in zip(refs.weights, refs.wide, strict=False):
-            _widen(w_ref, wide, by.stored)
-        weights = refs.wide or refs.weights
-        scales = refs.scales or [None] * len(weights)
-        slot, window_slot = jax.lax.rem(at, 2), jax.lax.rem(i, 2)
+        for w_ref, wide in zip(given.weights, scratch.wide, strict=False):
+            widen(w_ref, wide, are_nibbles=by.stored == "int4")
+        weights = scratch.wide or given.weights
+        scales = given.scales or [None] * len(weights)
 
-        def compute(n, _):
-            rows = pl.ds(pl.multiple_of(n * cut.chunk, cut.chunk), cut.chunk)
-            read = [buffer[window_slot, rows] for buffer in refs.window_buffers]
+        def compute(n: Any, _: None) -> None:
+            rows = pl.ds(pl.multiple_of(n * sizes.chunk, sizes.chunk), sizes.chunk)
+            read = [buffer[block_slot, rows] for buffer in scratch.resident]
             left = read[:num_left] * (len(weights) // num_left)
-            products = [
-                _multiply(x, w, scale, by)
-                for x, w, scale in zip(left, weights, scales, strict=True)
-            ]
-            for row_scales in refs.row_scales:
+            factors = zip(left, weights, scales, strict=True)
+            products = [_multiply(x, w, scale, by) for x, w, scale in factors]
+            for row_scales in scratch.row_scales:
                 products = [product * row_scales[rows][:, :1] for product in products]
             column = read[num_left][:, :1] if len(read) > num_left else None
-            tiles = [buffer[slot, rows].astype(jnp.float32) for buffer in refs.tile_buffers]
+            tiles = [buffer[slot, rows].astype(jnp.float32) for buffer in scratch.tiles]
             results = epilogue(products, column, tiles)
-            for buffer, result in zip(refs.out_buffers, results, strict=True):
+            for buffer, result in zip(scratch.outs, results, strict=True):
                 buffer[slot, rows] = result.astype(buffer.dtype)
 
-        if cut.window == cut.chunk:  # without a loop, widening overlaps with the products
+        if sizes.block == sizes.chunk:  # without a loop, widening overlaps with the products
             compute(0, None)
         else:
-            jax.lax.fori_loop(0, chunks, compute, None)
-        start(tile_copies(at, is_out=True))
+            jax.lax.fori_loop(0, pl.cdiv(block.rows, sizes.chunk), compute, None)
+        _start(copies.results(at))
 
         @pl.when(at == number * steps - 1)
         def _():
-            pl.when(at > 0)(lambda: wait(tile_copies(at - 1, is_out=True)))
-            wait(tile_copies(at, is_out=True))
+            pl.when(at > 0)(lambda: _wait(copies.results(at - 1)))
+            _wait(copies.results(at))
 
     return kernel
 
@@ -304,8 +285,8 @@ def grouped_rows(
     rows: Rows,
     by: Matrices,
     table: Table,
-    cut: Cut,
-    epilogue: Callable[[list[jax.Array], jax.Array | None, list[jax.Array]], Sequence[jax.Array]],
+    sizes: BlockSizes,
+    epilogue: Epilogue,
     out_dtypes: Sequence[Any],
     *,
     name: str,
@@ -316,8 +297,8 @@ def grouped_rows(
     Args:
         rows: the arrays by place. With two matrices and one left array, both take that one.
         by: the matrices.
-        table: the list of blocks, of cut.window rows.
-        cut: static sizes.
+        table: the list of blocks, of sizes.block rows.
+        sizes: static sizes.
         epilogue: from the float32 products of a chunk, its column [chunk, 1] and its tiles, the
             outputs.
         out_dtypes: of the outputs.
@@ -327,61 +308,52 @@ def grouped_rows(
     Returns:
         Arrays [P, M]. Places beyond the blocks keep what they held.
     """
-    windows, (P, _) = rows.windows(), rows.left[0].shape
-    steps = by.width // (cut.tile * cut.cores)
-    is_wide = by.stored != "float"
+    steps = by.width // (sizes.tile * sizes.cores)
+    scales = [s if s.ndim == 3 else s[:, None] for s in by.scales or ()]
+    given = _Given(rows.resident(), list(rows.tiles), list(by.weights), scales)
+    given = jax.tree.map(in_hbm, given)
+    is_wide, whole = by.stored != "float", pl.BlockSpec(memory_space=pltpu.HBM)
 
     def tile_spec(array: jax.Array) -> pl.BlockSpec:
-        if by.is_transposed:
-            return pl.BlockSpec(
-                (None, cut.tile, array.shape[2]),
-                lambda c, i, j, first, table: (
-                    first[0] + table[len(Block._fields) * i],
-                    c * steps + j,
-                    0,
-                ),
-            )
-        return pl.BlockSpec(
-            (None, array.shape[1], cut.tile),
-            lambda c, i, j, first, table: (
-                first[0] + table[len(Block._fields) * i],
-                0,
-                c * steps + j,
-            ),
-        )
+        _, lines, columns = array.shape
+        shape = (sizes.tile, columns) if by.is_transposed else (lines, sizes.tile)
 
-    in_hbm = pl.BlockSpec(memory_space=pl.ANY)
-    scales = [s if s.ndim == 3 else s[:, None] for s in by.scales or ()]
-    scales = [pltpu.with_memory_space_constraint(s, pltpu.HBM) for s in scales]
-    counts = [
-        len(windows), len(rows.tiles), len(by.weights), len(scales), len(out_dtypes), len(windows),
-        len(rows.tiles), len(out_dtypes), len(by.weights) if is_wide else 0,
-        int(by.stored == "fp8"),
-    ]  # fmt: skip
-    semaphores = [pltpu.SemaphoreType.DMA((max(n, 1), 2)) for n in counts[:2]]
-    kernel = _kernel(by, cut, steps, counts, len(rows.left), epilogue)
+        def place(c: Any, i: Any, j: Any, first: Any, table: Any) -> tuple[Any, Any, Any]:
+            expert, column = first[0] + table[len(Block._fields) * i], c * steps + j
+            return (expert, column, 0) if by.is_transposed else (expert, 0, column)
+
+        return pl.BlockSpec((None, *shape), place)
+
+    def buffers(arrays: Sequence[Any], *width: int) -> list[Any]:
+        return [pltpu.VMEM((2, sizes.block, *(width or a.shape[1:])), a.dtype) for a in arrays]
+
+    semaphore = pltpu.SemaphoreType.DMA
+    outs = [backend.like(rows.left[0], (rows.left[0].shape[0], by.width), d) for d in out_dtypes]
+    scratch = _Scratch(
+        buffers(given.resident),
+        buffers(given.tiles, sizes.tile),
+        buffers(outs, sizes.tile),
+        [pltpu.VMEM((by.depth, sizes.tile), jnp.bfloat16) for _ in by.weights if is_wide],
+        [pltpu.VMEM((sizes.block, LANES), jnp.float32)] * (by.stored == "fp8"),
+        *(semaphore((max(len(arrays), 1), 2)) for arrays in (given.resident, given.tiles, outs)),
+    )
     return pl.pallas_call(
-        kernel,
+        _kernel(by, sizes, steps, len(rows.left), epilogue),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(cut.cores, table.count, steps),
+            grid=(sizes.cores, table.count, steps),
             in_specs=[
-                *[in_hbm] * (len(windows) + len(rows.tiles)),
-                *[tile_spec(w) for w in by.weights],
-                *[tile_spec(scale) for scale in scales],
+                _Given(
+                    [whole] * len(given.resident),
+                    [whole] * len(given.tiles),
+                    [tile_spec(w) for w in given.weights],
+                    [tile_spec(scale) for scale in given.scales],
+                )
             ],
-            out_specs=[in_hbm] * len(out_dtypes),
-            scratch_shapes=[
-                *[pltpu.VMEM((2, cut.window, a.shape[1]), a.dtype) for a in windows],
-                *[pltpu.VMEM((2, cut.window, cut.tile), a.dtype) for a in rows.tiles],
-                *[pltpu.VMEM((2, cut.window, cut.tile), d) for d in out_dtypes],
-                *[pltpu.VMEM((by.depth, cut.tile), jnp.bfloat16) for _ in by.weights if is_wide],
-                *[pltpu.VMEM((cut.window, LANES), jnp.float32)] * counts[-1],
-                *semaphores,
-                pltpu.SemaphoreType.DMA((len(out_dtypes), 2)),
-            ],
+            out_specs=[whole] * len(outs),
+            scratch_shapes=[scratch],
         ),
-        out_shape=[backend.like(rows.left[0], (P, by.width), d) for d in out_dtypes],
+        out_shape=outs,
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
@@ -389,4 +361,4 @@ def grouped_rows(
         cost_estimate=cost,
         interpret=backend.tpu_interpreter(),
         name=name,
-    )(by.first.reshape(1), table.fields, *windows, *rows.tiles, *by.weights, *scales)
+    )(by.first.reshape(1), table.fields, given)

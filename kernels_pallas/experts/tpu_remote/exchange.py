@@ -15,7 +15,7 @@ An expert's rows may begin anywhere in a block: products are of whole chunks of 
 rows that are another expert's are set to zero, in which way they add nothing to the sums.
 """
 
-from typing import NamedTuple
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +24,10 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend, chips, tuning
 from kernels_pallas.experts.inputs import expected_rows
+from kernels_pallas.experts.tpu_blocks import SCALARS_BUDGET, TILES
 from kernels_pallas.experts.tpu_remote.kernel import exchange_kernel
 from kernels_pallas.experts.tpu_remote.order import ExchangeSizes
-from kernels_pallas.experts.tpu_remote.transfers import Mesh
-from kernels_pallas.experts.tpu_rows import SCALARS_BUDGET, TILES
-from kernels_pallas.tpu_primitives import LANES, round_up, tile_rows
+from kernels_pallas.tpu_primitives import LANES, in_hbm, round_up, tile_rows
 
 _PRODUCTS = 8 * 2**20  # of VMEM, for the products of a chunk
 
@@ -44,7 +43,7 @@ def _fit(peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int) -> Exchan
     (D, F), size = w_gate_NDF.shape[-2:], w_gate_NDF.dtype.itemsize
     default = {
         "group": 512,
-        "window": 2048,
+        "block": 2048,
         "chunk": backend.multiplier(),
         "tile": TILES[0],
         "cores": backend.num_cores(),
@@ -65,7 +64,7 @@ def _fit(peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int) -> Exchan
         part = round_up(-(-rows // blocks), chunk)
         block = sharing * part
         needed = block * D * (2 * size + 4) + 6 * D * tile * size + _PRODUCTS
-        if block <= tuned["window"] and needed <= vmem_limit():
+        if block <= tuned["block"] and needed <= vmem_limit():
             return ExchangeSizes(peers, sharing, blocks, part, chunk, tile, unit, cores)
     return None
 
@@ -100,39 +99,40 @@ def refusal(
     return None
 
 
-class Labels(NamedTuple):
-    """What goes with buffers of rows.
+def _labels(
+    sizes: ExchangeSizes, gate_PR: jax.Array, expert_PR: jax.Array, num_local: int
+) -> tuple[jax.Array, jax.Array]:
+    """Lay out what goes with buffers of rows.
 
-    Attributes:
-        scalars: int32; see `transfers.Transfers`.
-        lines: int32 [P, 1 + chunks, lanes]: where each expert's rows begin, and at [E] where they
-            all end; then, as bits, the float32 gates of each chunk of rows.
+    Returns:
+        int32 [P, 1 + chunks, lanes]: where each expert's rows begin, and at [E] where they all end;
+        then, as bits, the float32 gates of each chunk of rows. And int32 [P], how many rows.
     """
+    (P, R), chunks = gate_PR.shape, sizes.blocks * sizes.rows // sizes.chunk
+    lanes = round_up(sizes.chunk, LANES)
+    gates = jnp.pad(gate_PR.astype(jnp.float32), ((0, 0), (0, chunks * sizes.chunk - R)))
+    gates = gates.reshape(P, chunks, sizes.chunk)
+    gates = jnp.pad(gates, ((0, 0), (0, 0), (0, lanes - sizes.chunk)))
+    bits = jax.lax.bitcast_convert_type(gates, jnp.int32)
+    is_before = (expert_PR[..., None] >= 0) & (expert_PR[..., None] < jnp.arange(num_local + 1))
+    bounds = is_before.sum(1, dtype=jnp.int32)
+    padded = jnp.pad(bounds, ((0, 0), (0, lanes - num_local - 1)))[:, None]
+    return jnp.concatenate([padded, bits], axis=1), bounds[:, num_local]
 
-    scalars: jax.Array
-    lines: jax.Array
 
-    @staticmethod
-    def of(
-        sizes: ExchangeSizes,
-        mesh: Mesh,
-        first: jax.Array,
-        gate_PR: jax.Array,
-        expert_PR: jax.Array,
-        num_local: int,
-    ) -> "Labels":
-        """Lay out gates and experts of rows, as `exchange_and_apply` has them."""
-        (P, R), chunks = gate_PR.shape, sizes.blocks * sizes.rows // sizes.chunk
-        lanes = round_up(sizes.chunk, LANES)
-        gates = jnp.pad(gate_PR.astype(jnp.float32), ((0, 0), (0, chunks * sizes.chunk - R)))
-        gates = gates.reshape(P, chunks, sizes.chunk)
-        gates = jnp.pad(gates, ((0, 0), (0, 0), (0, lanes - sizes.chunk)))
-        is_before = (expert_PR[..., None] >= 0) & (expert_PR[..., None] < jnp.arange(num_local + 1))
-        bounds = is_before.sum(1, dtype=jnp.int32)
-        scalars = jnp.stack([first, *mesh.own(), *bounds[:, num_local]]).astype(jnp.int32)
-        bounds = jnp.pad(bounds, ((0, 0), (0, lanes - num_local - 1)))[:, None]
-        bits = jax.lax.bitcast_convert_type(gates, jnp.int32)
-        return Labels(scalars, jnp.concatenate([bounds, bits], axis=1))
+def collective(axes: tuple[str, ...]) -> int:
+    """Number the barrier that devices meet at along these axes: another for each set, from 0.
+
+    Sets of axes with several devices are numbered by how many axes they have, so that a mesh of n
+    such axes needs n numbers unless experts are sharded over several. Kernels that follow each
+    other may meet at the same barrier: none ends before it has heard from every peer, which has
+    then left the barrier of that kernel behind.
+    """
+    shape = jax.sharding.get_abstract_mesh().shape
+    large = sorted(name for name, size in shape.items() if size > 1)
+    own = tuple(name for name in large if name in axes)
+    sets = (s for n in range(1, len(large) + 1) for s in itertools.combinations(large, n))
+    return next(number for number, names in enumerate(sets) if names == own)
 
 
 def exchange_and_apply(
@@ -165,20 +165,22 @@ def exchange_and_apply(
         y_PRD in the dtype of x; places without a row are arbitrary.
     """
     (P, R, D), F, dtype = x_PRD.shape, w_gate_NDF.shape[2], x_PRD.dtype
-    mesh, sizes = Mesh.of(axes), _fit(P, R, w_gate_NDF, num_local)
+    sizes, axes = _fit(P, R, w_gate_NDF, num_local), (axes,) if isinstance(axes, str) else axes
     assert sizes is not None
     x_PRD = jnp.pad(x_PRD, ((0, 0), (0, round_up(R, sizes.unit) - R), (0, 0)))
-    labels = Labels.of(sizes, mesh, first, gate_PR, expert_PR, num_local)
-    block, tile, lines = sizes.sharing * sizes.rows, sizes.tile, labels.lines.shape
-    in_hbm, in_smem = (pl.BlockSpec(memory_space=m) for m in (pl.ANY, pltpu.SMEM))
+    labels, lengths_P = _labels(sizes, gate_PR, expert_PR, num_local)
+    scalars = jnp.stack([first, jax.lax.axis_index(axes), *lengths_P]).astype(jnp.int32)
+    block, tile = sizes.sharing * sizes.rows, sizes.tile
+    operands = [in_hbm(array) for array in (x_PRD, labels, w_gate_NDF, w_up_NDF, w_down_NFD)]
+    whole, in_smem = (pl.BlockSpec(memory_space=m) for m in (pltpu.HBM, pltpu.SMEM))
     y, _ = pl.pallas_call(
-        exchange_kernel(sizes, num_local, F // tile, mesh),
+        exchange_kernel(sizes, num_local, F // tile, axes),
         grid=(sizes.cores,),
-        in_specs=[in_smem, *[in_hbm] * 5],
-        out_specs=[in_hbm] * 2,
+        in_specs=[in_smem, *[whole] * len(operands)],
+        out_specs=[whole] * 2,
         out_shape=[backend.like(x_PRD, x_PRD.shape, dtype)] * 2,
         scratch_shapes=[
-            pltpu.VMEM(lines, jnp.int32),
+            pltpu.VMEM(labels.shape, jnp.int32),
             pltpu.SMEM((P, 1, LANES), jnp.int32),
             pltpu.SMEM((sizes.num_blocks * num_local,), jnp.int32),
             pltpu.SMEM((sizes.num_blocks + 1,), jnp.int32),
@@ -190,14 +192,14 @@ def exchange_and_apply(
         ],
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel",),
-            collective_id=mesh.collective(),
+            collective_id=collective(axes),
             has_side_effects=True,
             vmem_limit_bytes=vmem_limit(),
         ),
         cost_estimate=_cost(sizes, P * R, num_local, D, F, dtype),
         interpret=backend.tpu_interpreter(sizes.cores),
         name="expert_mlp_exchange",
-    )(labels.scalars, x_PRD, labels.lines, w_gate_NDF, w_up_NDF, w_down_NFD)
+    )(scalars, *operands)
     return y[:, :R]
 
 

@@ -1,5 +1,6 @@
 """The kernel of `exchange`: rows are sent, multiplied while others are under way, and returned."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -8,7 +9,6 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas.experts.tpu_remote.order import Chunk, ExchangeSizes, Order, Step
-from kernels_pallas.experts.tpu_remote.transfers import Mesh, Transfers
 from kernels_pallas.tpu_primitives import dot
 
 _PIECE = 1024  # columns of results that are summed at once
@@ -18,7 +18,7 @@ class _Refs(NamedTuple):
     """The arguments of the kernel: inputs, outputs, buffers, semaphores.
 
     Attributes:
-        scalars: see `Transfers`.
+        scalars: number of expert 0's matrices, that of this device, rows that go to each peer.
         x, labels: send buffers of rows and of what goes with them (`exchange.Labels`), by peer.
         w_gate, w_up, w_down: matrices.
         y: results by peer that they come from.
@@ -59,53 +59,111 @@ class _Refs(NamedTuple):
 
 
 class _Core(NamedTuple):
-    """What one core of a device does."""
+    """What one core of a device does.
+
+    Each core is on its own: it talks to the same core of other devices, about the buffers at every
+    second distance on the ring if there are two cores. So no core waits for another of its own
+    device, and where cores take turns rather than run at the same time nothing changes but the
+    time.
+
+    Attributes:
+        refs: arguments of the kernel.
+        order: of the rows that it multiplies.
+        axes: mesh axes that shard experts; a peer shares this device's place on all others.
+    """
 
     refs: _Refs
     order: Order
-    transfers: Transfers
+    axes: tuple[str, ...]
+
+    def send(self, source: Any, target: Any, sent: Any, arrived: Any, peer: jax.Array) -> Any:
+        """Return the copy of something here to a place on a peer."""
+        return pltpu.make_async_remote_copy(
+            source, target, sent, arrived, device_id={self.axes: peer}
+        )
+
+    def every_peer(self, body: Callable[[Any, Any], Any], *, of_core: bool = False) -> None:
+        """Call with the peer at each distance, or each of this core: ahead, and behind."""
+        me, sizes = self.order.me, self.order.sizes
+
+        def at(distance: jax.Array, _: None) -> None:
+            ahead, behind = (
+                jax.lax.rem(me + n + sizes.peers, sizes.peers) for n in (distance, -distance)
+            )
+            is_mine = self.order.is_mine(jax.lax.div(distance, sizes.sharing)) | (not of_core)
+
+            @pl.when(is_mine)
+            def _():
+                body(ahead, behind)
+
+        jax.lax.fori_loop(1, sizes.peers, at, None)
+
+    def meet(self) -> None:
+        """Wait until this core of all devices has entered the kernel."""
+        barrier, core = pltpu.get_barrier_semaphore(), self.order.core
+
+        def signal(peer: jax.Array, _: jax.Array) -> None:
+            pl.semaphore_signal(barrier, 1, device_id={self.axes: peer}, core_index=core)
+
+        self.every_peer(signal)
+        pl.semaphore_wait(barrier, self.order.sizes.peers - 1)
+
+    def leaving(self, peer: jax.Array) -> jax.Array:
+        """Return how many rows, in whole tiles, go to a peer."""
+        return self.order.whole(self.refs.scalars[2 + peer])
+
+    def parts(self, block: jax.Array, body: Callable[[Any, Any, Any], Any]) -> None:
+        """Call with each buffer's part of a block: peer, rows in the buffer, and in the block."""
+        sizes = self.order.sizes
+
+        def part(n: jax.Array, _: None) -> None:
+            peer, start, rows = self.order.part(block, n)
+            at = pl.multiple_of(n * sizes.rows, sizes.chunk)
+            pl.when(rows > 0)(lambda: body(peer, pl.ds(start, rows), pl.ds(at, rows)))
+
+        jax.lax.fori_loop(0, sizes.sharing, part, None)
 
     def _labels(self, peer: jax.Array) -> Any:
         r, me = self.refs, self.order.me
         source, target = r.labels.at[peer], r.labels_in.at[me]
-        return self.transfers.send(source, target, r.labels_sent, r.labels_arrived, peer)
+        return self.send(source, target, r.labels_sent, r.labels_arrived, peer)
 
     def send_labels(self) -> None:
         """Start sending what goes with rows to all peers."""
-        self.transfers.every_peer(lambda peer, _: self._labels(peer).start())
+        self.every_peer(lambda peer, _: self._labels(peer).start())
 
     def receive_labels(self) -> None:
         """Wait for what goes with the rows of all peers, and copy this device's own."""
         r, me = self.refs, self.order.me
         pltpu.sync_copy(r.labels.at[me], r.labels_in.at[me])
-        self.transfers.every_peer(lambda _, peer: self._labels(peer).wait_recv())
+        self.every_peer(lambda _, peer: self._labels(peer).wait_recv())
         bounds = r.labels_in.at[:, pl.ds(0, 1), pl.ds(0, r.bounds.shape[2])]
         pltpu.sync_copy(bounds, r.bounds)
 
     def wait_labels_sent(self) -> None:
         """Wait until the labels have left."""
-        self.transfers.every_peer(lambda peer, _: self._labels(peer).wait_send())
+        self.every_peer(lambda peer, _: self._labels(peer).wait_send())
 
     def _rows(self, peer: jax.Array) -> Any:
-        r, me, rows = self.refs, self.order.me, pl.ds(0, self.transfers.leaving(peer))
+        r, me, rows = self.refs, self.order.me, pl.ds(0, self.leaving(peer))
         source, target = r.x.at[peer, rows], r.x_in.at[me, rows]
-        return self.transfers.send(source, target, r.x_sent, r.x_arrived.at[me], peer)
+        return self.send(source, target, r.x_sent, r.x_arrived.at[me], peer)
 
     def send_rows(self) -> None:
         """Start sending this core's buffers."""
 
         def start(peer: jax.Array, _: jax.Array) -> None:
-            pl.when(self.transfers.leaving(peer) > 0)(lambda: self._rows(peer).start())
+            pl.when(self.leaving(peer) > 0)(lambda: self._rows(peer).start())
 
-        self.transfers.every_peer(start, of_core=True)
+        self.every_peer(start, of_core=True)
 
     def wait_rows_sent(self) -> None:
         """Wait until this core's buffers have left."""
 
         def wait(peer: jax.Array, _: jax.Array) -> None:
-            pl.when(self.transfers.leaving(peer) > 0)(lambda: self._rows(peer).wait_send())
+            pl.when(self.leaving(peer) > 0)(lambda: self._rows(peer).wait_send())
 
-        self.transfers.every_peer(wait, of_core=True)
+        self.every_peer(wait, of_core=True)
 
     def load(self, block: jax.Array) -> None:
         """Bring a block's rows into VMEM, when they have arrived, and clear its sums."""
@@ -130,8 +188,8 @@ class _Core(NamedTuple):
         def clear(here: Any) -> None:
             r.sums[here] = jnp.zeros((self.order.sizes.chunk, r.sums.shape[1]), jnp.float32)
 
-        self.transfers.parts(block, start)
-        self.transfers.parts(block, wait)
+        self.parts(block, start)
+        self.parts(block, wait)
         self.order.every_chunk(clear)
 
     def tiles(self, step: Step, at: jax.Array | int) -> list[Any]:
@@ -181,34 +239,34 @@ class _Core(NamedTuple):
 
         def part(peer: jax.Array, rows: Any, here: Any) -> None:
             source, target = r.done.at[here], r.y.at[me, rows]
-            send = self.transfers.send
+            send = self.send
             leaves = peer != me
             pl.when(leaves)(lambda: send(source, target, r.y_sent, r.y_arrived, peer).start())
             pl.when(peer == me)(lambda: self._stays(rows, here).start())
 
         self.order.every_chunk(settle)
-        self.transfers.parts(block, part)
+        self.parts(block, part)
 
     def wait_results_sent(self, block: jax.Array) -> None:
         """Wait until the results of a block have left, or of none if it is negative."""
 
         @pl.when(block >= 0)
         def _():
-            self.transfers.parts(block, lambda _, rows, here: self._stays(rows, here).wait())
+            self.parts(block, lambda _, rows, here: self._stays(rows, here).wait())
 
     def wait_returned(self) -> None:
         """Wait for the results of all rows that this core sent."""
         r = self.refs
 
         def one(peer: jax.Array, _: jax.Array) -> None:
-            number = self.transfers.leaving(peer)
+            number = self.leaving(peer)
 
             @pl.when(number > 0)
             def _():
                 rows = r.y.at[peer, pl.ds(0, number)]
                 pltpu.make_async_copy(rows, rows, r.y_arrived).wait()
 
-        self.transfers.every_peer(one, of_core=True)
+        self.every_peer(one, of_core=True)
 
     def take_step(self, at: jax.Array, total: jax.Array, last_block: jax.Array) -> jax.Array:
         """Take one tile of one expert for one block; return the last block that was returned."""
@@ -232,15 +290,15 @@ class _Core(NamedTuple):
         return jnp.where(step.is_last, step.block, last_block)
 
 
-def exchange_kernel(sizes: ExchangeSizes, num_local: int, num_tiles: int, mesh: Mesh):
+def exchange_kernel(sizes: ExchangeSizes, num_local: int, num_tiles: int, axes: tuple[str, ...]):
     """Return the kernel for static sizes."""
 
     def kernel(*flat: Any) -> None:
         r = _Refs(*flat)
         lists = (r.bounds, r.items, r.begins)
         order = Order(sizes, num_local, num_tiles, r.scalars[1], pl.program_id(0), *lists)
-        core = _Core(r, order, Transfers(order, mesh, r.scalars))
-        core.transfers.meet()
+        core = _Core(r, order, axes)
+        core.meet()
         core.send_labels()
         core.send_rows()
         core.receive_labels()

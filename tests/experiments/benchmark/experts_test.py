@@ -9,7 +9,7 @@ import pytest
 from experiments.benchmark import cases, expert_peers, expert_work, timing
 from experiments.benchmark.timing import Machine
 from kernels_pallas import interpreted, tuning
-from kernels_pallas.experts.tpu_rows import Cut
+from kernels_pallas.experts.tpu_blocks import BlockSizes
 from kernels_pallas.shapes import SHAPES, Experts
 
 HERE = Machine(kind="cpu", platform="cpu", chip=None, copying=1e9)
@@ -25,9 +25,9 @@ def once(monkeypatch):
 @pytest.fixture
 def cut(monkeypatch):
     """Sizes that every kernel takes."""
-    sizes = Cut(window=32, chunk=16, tile=128, unit=8, cores=2)
-    monkeypatch.setattr(expert_work.tpu_sizes, "row_cut", lambda *_: sizes)
-    monkeypatch.setattr(expert_work.tpu_sizes, "outer_cut", lambda *_: sizes)
+    sizes = BlockSizes(block=32, chunk=16, tile=128, unit=8, cores=2)
+    monkeypatch.setattr(expert_work.tpu_rows, "row_sizes", lambda *_: sizes)
+    monkeypatch.setattr(expert_work.tpu_outer, "outer_sizes", lambda *_: sizes)
 
 
 def sized(monkeypatch, sizes, **known):
@@ -37,10 +37,10 @@ def sized(monkeypatch, sizes, **known):
     return Experts(name="sized", **known)
 
 
-def test_rows_are_multiplied_in_whole_chunks_and_matrices_read_for_each_window(cut, monkeypatch):
+def test_rows_are_multiplied_in_whole_chunks_and_matrices_read_for_each_block(cut, monkeypatch):
     shape = sized(monkeypatch, [0, 1, 17, 40])
     work = expert_work.expert_work(shape, "forward", "tpu", USED)
-    # In tiles of 8 rows: 8, 24 and 40 rows; in windows of 32 and chunks of 16: 16, 32, 32 + 16.
+    # In tiles of 8 rows: 8, 24 and 40 rows; in blocks of 32 and chunks of 16: 16, 32, 32 + 16.
     assert work.flops == 6 * 128 * 256 * (16 + 32 + 48)
     matrix, rows = 128 * 256 * 4, 8 + 24 + 40
     up = 2 * matrix * 4 + rows * (2 * (128 * 4 + 512) + 256 * 4)
@@ -99,7 +99,7 @@ def test_tiles_of_megablox_are_visited_for_each_expert_in_them(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["scout_experts_8k", "maverick_experts_8k"])
-def test_windows_of_thousand_rows_read_most_matrices_once(name):
+def test_blocks_of_thousand_rows_read_most_matrices_once(name):
     shape = SHAPES[name]
     hit = (shape.sizes() > 0).sum()
     with tuning.recorded() as found:
@@ -119,7 +119,7 @@ def test_bounds_of_what_is_multiplied_leave_no_room_for_wider_chunks(
     if multiplier is None:
         work = expert_work.gpu_work(shape, "forward")
     else:
-        monkeypatch.setattr(expert_work.tpu_sizes.backend, "multiplier", lambda: multiplier)
+        monkeypatch.setattr(expert_work.tpu_rows.backend, "multiplier", lambda: multiplier)
         work = expert_work.tpu_work(shape, "forward")
     assert 0.9 * most < work.flops / shape.flops() <= most
 

@@ -1,10 +1,10 @@
-"""Experts divided over devices: every row travels to the device of its expert, and back.
+"""Experts sharded over devices: every row is dispatched to the device of its expert, and returned.
 
-A device keeps a queue of rows for each of its peers. In a round it sends the next rows of every
-queue, at most `load_factor` times what each would be if all were equally long, applies its own
-experts to what it received, and sends the results back. There are as many rounds as the longest
-queue of any device needs, which is known at run time only: one when tokens choose evenly, more when
-they do not. So nothing is dropped, and no buffer is sized for the worst case.
+A device keeps a send buffer of rows for each of its peers. In a round it sends the next rows of
+every buffer, as many as fit, applies its own experts to what it received, and returns the results.
+There are as many rounds as the fullest buffer of any device needs, which is known at run time only:
+one when tokens choose evenly, more when they do not. So nothing is dropped, and no buffer is sized
+for the worst case.
 
 A round goes by XLA's collectives, with the products between them; or, on TPUs, all of a forward
 round is one kernel (`tpu_remote`) that multiplies what has arrived while the rest is under way.
@@ -21,12 +21,14 @@ import jax.numpy as jnp
 
 from kernels_pallas.backend import Backend, device_kind, is_interpreting, platform, vary_alike
 from kernels_pallas.experts.api import expert_mlp
-from kernels_pallas.experts.dispatch import Dispatch, combine_sorted, sort_rows
+from kernels_pallas.experts.dispatch import sort_rows
 from kernels_pallas.experts.inputs import Arguments, WeightScales, expecting
 from kernels_pallas.experts.tpu_remote import exchange
 
 Axes = str | tuple[str, ...]
 Transport = Literal["xla", "dma"]
+_LEAST_ROWS = 16  # of a send buffer: rows of a tile of memory, to which copies are padded anyway
+_SPREAD = 5  # square roots of the mean, by which no buffer exceeds it where routing is even
 
 
 class _Plan(NamedTuple):
@@ -39,26 +41,25 @@ class _Plan(NamedTuple):
     transport: Transport
 
     def rows(self, num_routed: int) -> int:
-        """Return the most rows of a queue that leave in one round."""
-        peers = jax.lax.axis_size(self.axes)
-        return min(num_routed, math.ceil(self.load_factor * num_routed / peers))
+        """Return the most rows of a send buffer that leave in one round."""
+        return buffer_rows(num_routed, jax.lax.axis_size(self.axes), self.load_factor)
 
     def share(self, num_routed: int) -> float:
         """Return the share of a round's places that have a row on the mean device."""
         return min(1.0, num_routed / (jax.lax.axis_size(self.axes) * self.rows(num_routed)))
 
 
-class _Arrays(NamedTuple):
-    """What a call may be differentiated in, and the rest."""
+def buffer_rows(num_routed: int, peers: int, load_factor: float) -> int:
+    """Return the rows of a send buffer: `load_factor` times the mean, or more if those are few.
 
-    x_TD: jax.Array
-    w_gate: jax.Array
-    w_up: jax.Array
-    w_down: jax.Array
-    gate_TX: jax.Array
-    expert_TX: jax.Array
-    scales: WeightScales | None
-    group: jax.Array | None
+    Where rows choose evenly, the numbers that go to a peer spread by the square root of their mean,
+    and it is the largest among peers x peers of them that asks for another round.
+    """
+    mean = num_routed / peers
+    rows = max(1, math.ceil(load_factor * mean))
+    if load_factor >= 1:
+        rows = max(rows, _LEAST_ROWS, math.ceil(mean + _SPREAD * math.sqrt(mean)))
+    return min(num_routed, rows)
 
 
 def expert_mlp_parallel(
@@ -77,23 +78,24 @@ def expert_mlp_parallel(
     backend: Backend | None = None,
     transport: Transport = "xla",
 ) -> jax.Array:
-    """Apply experts that are divided over mesh axes to tokens that are divided over the same.
+    """Apply experts that are sharded over mesh axes to tokens that are sharded over the same.
 
     Call it inside `jax.shard_map`, on one device's tokens and experts: device i of the axes has the
     experts i * E to (i + 1) * E - 1. Differentiable as `expert_mlp` is; the gradient repeats the
-    journey and the products of the forward pass and keeps nothing.
+    dispatch and the products of the forward pass and keeps nothing.
 
     Args:
         x_TD: this device's tokens.
         w_gate_EDF, w_up_EDF, w_down_EFD: this device's matrices, E of them.
         expert_TX: int32 chosen experts among those of all devices; another id contributes nothing.
         gate_TX: gate of each choice.
-        axes: mesh axes that divide both.
+        axes: mesh axes that shard both.
         shared_TD: what to add to the result.
         weight_scales: scales of this device's quantised matrices.
         group: int32 scalar; see `expert_mlp`.
-        load_factor: rows that may travel from a device to another in one round, relative to T * X /
-            devices, the mean.
+        load_factor: rows of a send buffer, of which there is one for each device, relative to T * X
+            / devices, the mean. From 1 on a buffer also holds what even routing may bring: 16 rows,
+            and the mean and 5 of its square roots. Below 1 buffers are smaller and rounds more.
         backend: of the products; "tpu" or None for "dma".
         transport: "xla" for collectives, "dma" for the TPU kernel, which has products of its own;
             the gradient goes by collectives.
@@ -102,8 +104,8 @@ def expert_mlp_parallel(
         y_TD in the dtype of x.
 
     Raises:
-        ValueError: shapes or dtypes disagree, the load factor is no positive number, or nobody
-            knows the transport.
+        ValueError: shapes or dtypes disagree, the load factor is no positive number, or there is no
+            such transport.
         NotImplementedError: the named backend or transport cannot take these arrays here.
     """
     if not 0 < load_factor < math.inf:
@@ -118,19 +120,18 @@ def expert_mlp_parallel(
     if not given.x_TD.size:
         return given.x_TD
     plan = _Plan(axes, given.w_gate.shape[-3], load_factor, backend, transport)
-    arrays = vary_alike(_Arrays(*(getattr(given, name) for name in _Arrays._fields)))
+    routed = vary_alike(given._replace(shared_TD=None))
     if transport == "dma":
-        _check_dma(plan, arrays)
+        _check_dma(plan, routed)
     with jax.named_scope("expert_mlp_parallel"):
-        y_TD = _apply(plan, arrays)
+        y_TD = _apply(plan, routed)
     return y_TD if given.shared_TD is None else y_TD + given.shared_TD
 
 
-def _check_dma(plan: _Plan, arrays: _Arrays) -> None:
+def _check_dma(plan: _Plan, given: Arguments) -> None:
     """Raise if the kernel cannot take these arrays here."""
-    peers, rows = jax.lax.axis_size(plan.axes), plan.rows(arrays.expert_TX.size)
-    w_gate, dtype = arrays.w_gate, arrays.x_TD.dtype
-    reason = exchange.refusal(peers, rows, w_gate, plan.num_local, dtype)
+    peers, rows = jax.lax.axis_size(plan.axes), plan.rows(given.expert_TX.size)
+    reason = exchange.refusal(peers, rows, given.w_gate, plan.num_local, given.x_TD.dtype)
     if plan.backend not in (None, "tpu"):
         reason = f"it has products of its own, so that backend {plan.backend!r} cannot be obeyed"
     if reason is None and not is_interpreting() and platform() != "tpu":
@@ -141,44 +142,71 @@ def _check_dma(plan: _Plan, arrays: _Arrays) -> None:
         )
 
 
-class _Queues(NamedTuple):
-    """This device's rows in the order in which they leave: by device, then by expert.
+class _Buffers(NamedTuple):
+    """This device's send buffers: rows in the order in which they leave, by device and expert.
 
     Attributes:
-        to: the order of rows.
-        begin_P, length_P: where the queue of each peer begins, and how long it is.
-        rows: most rows of a queue that leave in one round.
+        order_R: routed row of each row in that order.
+        begin_P, length_P: where the buffer of each peer begins, and how many rows it is to have.
+        peer_R, place_R: to which peer each routed row goes, and its place among all rows that do;
+            a place of -1 if it goes to none.
+        rows: most rows of a buffer that leave in one round.
         rounds: int32, the same on all devices.
     """
 
-    to: Dispatch
+    order_R: jax.Array
     begin_P: jax.Array
     length_P: jax.Array
+    peer_R: jax.Array
+    place_R: jax.Array
     rows: int
     rounds: jax.Array
 
     @staticmethod
-    def of(plan: _Plan, expert_TX: jax.Array) -> "_Queues":
-        peers = jax.lax.axis_size(plan.axes)
-        to = sort_rows(expert_TX, peers * plan.num_local)
-        length_P = to.group_sizes_E.reshape(peers, plan.num_local).sum(1)
+    def of(plan: _Plan, given: Arguments) -> "_Buffers":
+        """Sort the rows of this device, and agree with all others on the number of rounds."""
+        peers, expert_TX = jax.lax.axis_size(plan.axes), given.expert_TX
+        order_R, sizes_E = sort_rows(expert_TX, peers * plan.num_local)
+        length_P = sizes_E.reshape(peers, plan.num_local).sum(1)
+        begin_P = jnp.cumsum(length_P) - length_P
+        peer_R = expert_TX.reshape(-1) // plan.num_local
+        goes_R, peer_R = (peer_R >= 0) & (peer_R < peers), jnp.clip(peer_R, 0, peers - 1)
+        place_R = jnp.where(goes_R, jnp.argsort(order_R) - begin_P[peer_R], -1)
         rows = plan.rows(expert_TX.size)
-        rounds = jax.lax.pmax(-(-length_P.max() // rows), plan.axes)
-        return _Queues(to, jnp.cumsum(length_P) - length_P, length_P, rows, rounds)
+        rounds = _largest_anywhere(-(-length_P.max() // rows))
+        return _Buffers(order_R, begin_P, length_P, peer_R, place_R, rows, rounds)
 
     def leaving(self, number: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Return which sorted rows leave in a round, [P, rows], and where there are any.
+        """Return which routed rows leave in a round, [P, rows], and where there are any.
 
-        A place without one has the last row of its queue: nothing there is NaN unless that is.
+        A place without one has the last row of its buffer: nothing there is NaN unless that is.
         """
         place = number * self.rows + jnp.arange(self.rows)[None]
         begin_P1, length_P1 = self.begin_P[:, None], self.length_P[:, None]
         last_or_it = begin_P1 + jnp.minimum(place, length_P1 - 1)
-        return jnp.maximum(last_or_it, 0), place < length_P1
+        return self.order_R[jnp.maximum(last_or_it, 0)], place < length_P1
+
+    def returned(self, number: jax.Array, results: jax.Array, all_RD: jax.Array) -> jax.Array:
+        """Put results of a round, [P, rows, D], where its rows are among all routed ones."""
+        place_R = self.place_R - number * self.rows
+        is_here_R = (self.place_R >= 0) & (place_R >= 0) & (place_R < self.rows)
+        flat = results.reshape(-1, results.shape[2]).astype(all_RD.dtype)
+        found_RD = flat[jnp.where(is_here_R, self.peer_R * self.rows + place_R, 0)]
+        return jnp.where(is_here_R[:, None], found_RD, all_RD)
+
+
+def _largest_anywhere(number: jax.Array) -> jax.Array:
+    """Return the largest of a number on all devices that run this program.
+
+    Devices that exchange no rows must take as many rounds, too: all enter each collective.
+    """
+    axes = tuple(jax.sharding.get_abstract_mesh().manual_axes)
+    lacking = tuple(sorted(set(axes) - set(jax.typeof(number).manual_axis_type.varying)))
+    return jax.lax.pmax(jax.lax.pcast(number, lacking, to="varying") if lacking else number, axes)
 
 
 def _exchange(x_PR: jax.Array, axes: Axes) -> jax.Array:
-    """Send part p to device p; what comes back is in the order of the senders."""
+    """Send part p to device p; what comes is in the order of the senders."""
     return jax.lax.all_to_all(x_PR, axes, split_axis=0, concat_axis=0, tiled=True)
 
 
@@ -190,124 +218,108 @@ class _Round(NamedTuple):
     expert_R1: jax.Array
 
 
-def _leaving(plan: _Plan, arrays: _Arrays, queues: _Queues, number: jax.Array) -> _Round:
+def _leaving(plan: _Plan, given: Arguments, buffers: _Buffers, number: jax.Array) -> _Round:
     """Collect the rows of a round by peer; a place without a row has expert -1."""
-    X = arrays.expert_TX.shape[1]
-    sorted_PR, is_row = queues.leaving(number)
-    routed_PR = queues.to.order_R[sorted_PR]
-    local_PR = arrays.expert_TX.reshape(-1)[routed_PR] % plan.num_local
+    routed_PR, is_row = buffers.leaving(number)
+    local_PR = given.expert_TX.reshape(-1)[routed_PR] % plan.num_local
     return _Round(
-        arrays.x_TD[routed_PR // X],
-        arrays.gate_TX.reshape(-1)[routed_PR],
+        given.x_TD[routed_PR // given.expert_TX.shape[1]],
+        given.gate_TX.reshape(-1)[routed_PR],
         jnp.where(is_row, local_PR, -1),
     )
 
 
-def _send(plan: _Plan, arrays: _Arrays, queues: _Queues, number: jax.Array) -> _Round:
+def _dispatched(plan: _Plan, given: Arguments, buffers: _Buffers, number: jax.Array) -> _Round:
     """Bring the rows of a round to their experts."""
-    x, gate, expert = (_exchange(a, plan.axes) for a in _leaving(plan, arrays, queues, number))
+    x, gate, expert = (_exchange(a, plan.axes) for a in _leaving(plan, given, buffers, number))
     return _Round(x.reshape(-1, x.shape[2]), gate.reshape(-1, 1), expert.reshape(-1, 1))
 
 
-def _local(plan: _Plan, arrays: _Arrays, here: _Round, x_RD, gate_R1, *weights) -> jax.Array:
+def _local(
+    plan: _Plan, given: Arguments, here: _Round, x_RD: jax.Array, gate_R1: jax.Array, *weights: Any
+) -> jax.Array:
     return expert_mlp(
         x_RD,
         *weights,
         expert_TX=here.expert_R1,
         gate_TX=gate_R1,
-        weight_scales=arrays.scales,
-        group=arrays.group,
+        weight_scales=given.scales,
+        group=given.group,
         backend=plan.backend,
     )
 
 
-def _flat(plan: _Plan, arrays: _Arrays) -> tuple[jax.Array, ...]:
-    """Return the matrices of all groups, and the number of this group's first ones."""
-    first = jnp.int32(0) if arrays.group is None else arrays.group * plan.num_local
-    return *(w.reshape(-1, *w.shape[-2:]) for w in arrays[1:4]), first
-
-
-def _round_trip(plan: _Plan, arrays: _Arrays, queues: _Queues, number: jax.Array) -> jax.Array:
-    """Take the rows of a round to their experts and back; by peer."""
+def _round(plan: _Plan, given: Arguments, buffers: _Buffers, number: jax.Array) -> jax.Array:
+    """Take the rows of a round to their experts and return the results; by peer."""
     if plan.transport == "dma":
-        rows = _leaving(plan, arrays, queues, number)
-        return exchange.exchange_and_apply(
-            *rows, *_flat(plan, arrays), num_local=plan.num_local, axes=plan.axes
-        )
-    here = _send(plan, arrays, queues, number)
-    y = _local(plan, arrays, here, here.x_RD, here.gate_R1, *arrays[1:4])
-    return _back(plan, queues, y)
+        first = jnp.int32(0) if given.group is None else given.group * plan.num_local
+        gate, up, down = (w.reshape(-1, *w.shape[-2:]) for w in given[1:4])
+        rows = _leaving(plan, given, buffers, number)
+        how = {"num_local": plan.num_local, "axes": plan.axes}
+        return exchange.exchange_and_apply(*rows, gate, up, down, first, **how)
+    here = _dispatched(plan, given, buffers, number)
+    return _back(plan, buffers, _local(plan, given, here, here.x_RD, here.gate_R1, *given[1:4]))
 
 
-def _back(plan: _Plan, queues: _Queues, rows: jax.Array) -> jax.Array:
-    """Send results [P * rows, ...] of a round back; by peer."""
-    return _exchange(rows.reshape(-1, queues.rows, rows.shape[1]), plan.axes)
-
-
-def _place(queues: _Queues, number: jax.Array, home: jax.Array, all_rows: jax.Array) -> jax.Array:
-    """Put results of a round into their places among the sorted rows."""
-    sorted_PR, is_row = queues.leaving(number)
-    places = jnp.where(is_row, sorted_PR, all_rows.shape[0])
-    return all_rows.at[places].set(home.astype(all_rows.dtype), mode="drop")
+def _back(plan: _Plan, buffers: _Buffers, rows: jax.Array) -> jax.Array:
+    """Return results [P * rows, ...] of a round to where their rows came from; by peer."""
+    return _exchange(rows.reshape(-1, buffers.rows, rows.shape[1]), plan.axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(plan: _Plan, arrays: _Arrays) -> jax.Array:
-    queues = _Queues.of(plan, arrays.expert_TX)
+def _apply(plan: _Plan, given: Arguments) -> jax.Array:
+    buffers, (T, X), D = _Buffers.of(plan, given), given.expert_TX.shape, given.x_TD.shape[1]
 
     def body(number: jax.Array, y_RD: jax.Array) -> jax.Array:
-        return _place(queues, number, _round_trip(plan, arrays, queues, number), y_RD)
+        return buffers.returned(number, _round(plan, given, buffers, number), y_RD)
 
-    nothing = jnp.zeros_like(arrays.x_TD, shape=(arrays.expert_TX.size, arrays.x_TD.shape[1]))
-    with expecting(plan.share(arrays.expert_TX.size)):
-        y_RD = jax.lax.fori_loop(0, queues.rounds, body, nothing)
-    return combine_sorted(y_RD, queues.to, arrays.expert_TX.shape[1])
-
-
-def _apply_fwd(plan: _Plan, arrays: _Arrays) -> tuple[jax.Array, _Arrays]:
-    return _apply(plan, arrays), arrays
+    with expecting(plan.share(T * X)):
+        zeros_RD = jnp.zeros_like(given.x_TD, shape=(T * X, D))
+        y_RD = jax.lax.fori_loop(0, buffers.rounds, body, zeros_RD)
+    return y_RD.reshape(T, X, D).sum(1)
 
 
-def _round_trip_bwd(
-    plan: _Plan, arrays: _Arrays, queues: _Queues, number: jax.Array, dy_TD: jax.Array
+def _apply_fwd(plan: _Plan, given: Arguments) -> tuple[jax.Array, Arguments]:
+    return _apply(plan, given), given
+
+
+def _round_bwd(
+    plan: _Plan, given: Arguments, buffers: _Buffers, number: jax.Array, dy_TD: jax.Array
 ) -> tuple[jax.Array, jax.Array, Sequence[jax.Array]]:
     """Return the gradients of a round: of rows and gates by peer, and of matrices."""
-    weights, X = arrays[1:4], arrays.expert_TX.shape[1]
-    dy_PRD = dy_TD[queues.to.order_R[queues.leaving(number)[0]] // X]
-    here = _send(plan, arrays, queues, number)
+    here = _dispatched(plan, given, buffers, number)
+    dy_PRD = dy_TD[buffers.leaving(number)[0] // given.expert_TX.shape[1]]
     dy_RD = _exchange(dy_PRD, plan.axes).reshape(-1, dy_TD.shape[1])
-    local = functools.partial(_local, plan, arrays, here)
-    _, pull = jax.vjp(local, here.x_RD, here.gate_R1, *weights)
+    local = functools.partial(_local, plan, given, here)
+    _, pull = jax.vjp(local, here.x_RD, here.gate_R1, *given[1:4])
     dx, dgate, *d_weights = pull(dy_RD)
-    return _back(plan, queues, dx), _back(plan, queues, dgate), d_weights
+    return _back(plan, buffers, dx), _back(plan, buffers, dgate), d_weights
 
 
-def _apply_bwd(plan: _Plan, arrays: _Arrays, dy_TD: jax.Array) -> tuple[_Arrays]:
-    queues, X = _Queues.of(plan, arrays.expert_TX), arrays.expert_TX.shape[1]
-    (R, D), weights = (arrays.expert_TX.size, arrays.x_TD.shape[1]), arrays[1:4]
+def _apply_bwd(plan: _Plan, given: Arguments, dy_TD: jax.Array) -> tuple[Arguments]:
+    buffers, (T, X), D = _Buffers.of(plan, given), given.expert_TX.shape, given.x_TD.shape[1]
+    weights = given[1:4]
 
     def body(number: jax.Array, carry: Any) -> Any:
         dx_RD, dgate_R1, d_weights = carry
-        dx, dgate, more = _round_trip_bwd(plan, arrays, queues, number, dy_TD)
+        dx, dgate, more = _round_bwd(plan, given, buffers, number, dy_TD)
         return (
-            _place(queues, number, dx, dx_RD),
-            _place(queues, number, dgate, dgate_R1),
+            buffers.returned(number, dx, dx_RD),
+            buffers.returned(number, dgate, dgate_R1),
             [total + part for total, part in zip(d_weights, more, strict=True)],
         )
 
-    nothing = (
-        jnp.zeros_like(arrays.x_TD, shape=(R, D)),
-        jnp.zeros_like(arrays.gate_TX, shape=(R, 1)),
+    zeros = (
+        jnp.zeros_like(given.x_TD, shape=(T * X, D)),
+        jnp.zeros_like(given.gate_TX, shape=(T * X, 1)),
         [jnp.zeros_like(w, jnp.float32) for w in weights],
     )
-    with expecting(plan.share(R)):
-        dx_RD, dgate_R1, d_weights = jax.lax.fori_loop(0, queues.rounds, body, nothing)
-    d_gate, d_up, d_down = (dw.astype(w.dtype) for dw, w in zip(d_weights, weights, strict=True))
-    dx_TD, dgate_TX = (
-        combine_sorted(dx_RD, queues.to, X),
-        combine_sorted(dgate_R1, queues.to, 1).reshape(-1, X),
-    )
-    return (_Arrays(dx_TD, d_gate, d_up, d_down, dgate_TX, None, None, None),)  # type: ignore[arg-type]
+    with expecting(plan.share(T * X)):
+        dx_RD, dgate_R1, d_weights = jax.lax.fori_loop(0, buffers.rounds, body, zeros)
+    dx_TD, dgate_TX = dx_RD.reshape(T, X, D).sum(1), dgate_R1.reshape(T, X)
+    d_weights = (dw.astype(w.dtype) for dw, w in zip(d_weights, weights, strict=True))
+    gradients: Any = (dx_TD, *d_weights, None, dgate_TX, None, None, None)
+    return (Arguments(*gradients),)
 
 
 _apply.defvjp(_apply_fwd, _apply_bwd)

@@ -1,4 +1,5 @@
 import functools
+import re
 
 import jax
 import jax.extend.core as jex
@@ -8,9 +9,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import kernels_pallas
+from kernels_pallas.experts import parallel
 from kernels_pallas.experts.api import expert_mlp
 from kernels_pallas.experts.dispatch import arrange, list_blocks
-from kernels_pallas.experts.parallel import expert_mlp_parallel
+from kernels_pallas.experts.inputs import Arguments
+from kernels_pallas.experts.parallel import buffer_rows, expert_mlp_parallel
 
 D, F, T = 32, 48, 12  # tokens of one device
 
@@ -94,12 +97,54 @@ def test_the_size_of_buffers_changes_no_result(load_factor):
 
 
 def test_buffers_hold_a_multiple_of_the_mean_and_not_the_worst_case():
-    devices, factor = 8, 1.25
-    arrays, expert = build(devices, 16, 1, "all one expert")
-    text = str(jax.make_jaxpr(functools.partial(divided, expert=expert, devices=devices))(*arrays))
-    sent = -(-factor * T // devices)
-    assert f"f32[{devices},{int(sent)},{D}] = all_to_all" in text
-    assert f"f32[{devices},{T},{D}] = all_to_all" not in text
+    devices, tokens = 8, 400
+    floats = [
+        np.zeros(shape, np.float32) for shape in [(devices * tokens, D), (8, D, F), (8, F, D)]
+    ]
+    x, w_in, w_out = floats
+    arrays = (x, w_in, w_in, w_out, x[:, :1])
+    expert = np.zeros((devices * tokens, 1), np.int32)
+
+    def sent(**how):
+        run = functools.partial(divided, expert=expert, devices=devices, **how)
+        text = str(jax.make_jaxpr(run)(*arrays))
+        return {int(rows) for rows in re.findall(rf"f32\[8,(\d+),{D}\] = all_to_all", text)}
+
+    assert sent(load_factor=2.0) == {100}
+    assert sent() == {86}  # 50 and 5 times its square root
+    assert sent(load_factor=0.5) == {25}
+
+
+@pytest.mark.parametrize(
+    ("devices", "rows"), [(8, 8), (16, 8), (64, 64), (16, 64), (16, 1024), (16, 8192)]
+)
+def test_even_routing_takes_one_round_however_few_the_rows(devices, rows):
+    size = buffer_rows(rows, devices, 1.25)
+    assert size <= max(16, 1.7 * rows / devices)
+    shares = np.full(devices, 1 / devices)
+    sent = np.random.default_rng(0).multinomial(rows, shares, size=(200, devices))
+    assert np.ceil(sent.max((1, 2)) / size).mean() <= 1.1
+
+
+@pytest.mark.parametrize("devices", [4, 8])
+def test_devices_that_exchange_nothing_take_as_many_rounds(devices):
+    """Along an axis that shards no expert, all wait for whoever needs most rounds."""
+    types = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, devices // 2), ("data", "expert"), axis_types=types)
+    tokens, experts = 40, devices // 2
+    chosen = np.zeros((devices, tokens, 1), np.int32)
+    chosen[: devices // 2] = np.arange(tokens)[:, None] % experts  # evenly, but for the others
+
+    def rounds(expert):
+        plan = parallel._Plan("expert", 1, 0.5, None, "xla")
+        none = jnp.zeros((tokens, 1))
+        given = Arguments.checked(none, *(jnp.zeros((1, 1, 1)),) * 3, expert[0], none, *(None,) * 3)
+        return parallel._Buffers.of(plan, given).rounds[None]
+
+    spec = P(("data", "expert"))
+    run = jax.shard_map(rounds, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    # A device of the others sends all its rows to one, half the mean in a round.
+    np.testing.assert_array_equal(run(chosen), np.full(devices, devices))
 
 
 def test_a_load_factor_that_moves_nothing_is_refused():

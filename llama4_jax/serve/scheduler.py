@@ -264,6 +264,8 @@ class Scheduler:
         """Name the full pages of a row, and give back those of chunks before `base`."""
         size = self.layout.page_size
         full = min(choice.computed, len(choice.tokens)) // size
+        if full == choice.named and base <= choice.base:
+            return
         names = choice.names.up_to(choice.tokens.array[: full * size])
         first = choice.base // size
         for page in range(choice.named, full):

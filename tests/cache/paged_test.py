@@ -97,8 +97,10 @@ def test_rows_read_in_pieces_equal_a_whole_forward_pass_and_no_dead_page_is_read
     check(read(build(scout_like()), with_nan(make_pools()), calls_of(most)), 2e-4)
 
 
-@pytest.mark.parametrize("mesh", ["context:2,tensor:2", "data:2,expert:2"])
-@pytest.mark.parametrize("most", [1, 16])
+@pytest.mark.parametrize(
+    ("mesh", "most"),
+    [("context:2,tensor:2", 1), ("context:2,tensor:2", 16), ("data:2,expert:2", 16)],
+)
 def test_pages_may_lie_on_a_mesh(mesh, most):
     mesh = parallel.make_mesh(mesh)
     rules = parallel.serving_rules(dict(mesh.shape), num_kv_heads=TEXT.num_kv_heads)

@@ -43,7 +43,12 @@ def launch(define: Callable[[flags.FlagValues], None], main: Callable[[flags.Fla
         "Folder that keeps compiled programs for the next time; off keeps none. Default: "
         "JAX_COMPILATION_CACHE_DIR, or llama4_jax in the user's cache folder.",
     )  # fmt: skip
-    app.run(lambda argv: sys.exit(_status(main, argv)))
+
+    def work(values: flags.FlagValues) -> None:
+        _keep_programs(values.compilation_cache)
+        main(values)
+
+    app.run(lambda argv: sys.exit(_status(work, argv)))
 
 
 def _status(main: Callable[[flags.FlagValues], None], argv: Sequence[str]) -> int:
@@ -59,7 +64,6 @@ def _status(main: Callable[[flags.FlagValues], None], argv: Sequence[str]) -> in
                 f"{argv[1]!r} is no flag; flags look like --name=value, and a value with spaces "
                 "stands in quotes."
             )
-        _keep_programs(flags.FLAGS.compilation_cache)
         main(flags.FLAGS)
         sys.stdout.flush()
     except BrokenPipeError:  # whoever reads the output has seen enough
@@ -113,7 +117,8 @@ def _cache_folder() -> pathlib.Path:
 
 
 def _say(line: str, error: BaseException) -> None:
-    print("\n".join([line, *getattr(error, "__notes__", ())]), file=sys.stderr)
+    # In one piece, whatever threads say meanwhile.
+    sys.stderr.write("\n".join([line, *getattr(error, "__notes__", ()), ""]))
 
 
 def _terminate(_signal: int, _frame: object) -> None:

@@ -4,26 +4,30 @@
     params/embed        one Orbax item per layer or part of the model, arrays by canonical name
     params/layers.0     ...
     params/layers.0.ffn.experts.w_gate_EDF    a large parameter is an item of its own
+    params/*/crc32.json                       checksums of the item's files
 
 One item is written at a time, so the memory to write a model is that of its largest parameter.
-Arrays are stored as zarr in chunks of at most 64 MiB, which lets a reader fetch slices.
+Arrays are stored as zarr in chunks of at most 64 MiB, which lets a reader fetch slices. A chunk is
+compared with its checksum when something of it is first read, all else when the checkpoint is
+opened; older checkpoints have no checksums.
 """
 
 import contextlib
 import dataclasses
 import itertools
-import json
 import logging
 import math
 import pathlib
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorstore
 
+from llama4_jax.checkpoint.checksums import Checksums, seal, unseal, write_checksums
 from llama4_jax.checkpoint.file_tensors import check_tensors
 from llama4_jax.checkpoint.parameters import Index, Parameter, Source, np_dtype, parameters
 from llama4_jax.checkpoint.writer import Advance, WritePlan, WriteUnit
@@ -36,6 +40,7 @@ _PARAMS = "params"
 _CHUNK_BYTES = 64 << 20
 _ITEM_BYTES = 256 << 20
 """Parameters of a layer share an item up to this size."""
+_IS_CHUNK = re.compile(r"/\d+(\.\d+)*$")
 
 
 def is_native(directory: pathlib.Path) -> bool:
@@ -81,16 +86,20 @@ class NativeSource:
         self,
         config: ModelConfig,
         paths: Mapping[str, pathlib.Path],
-        dtypes: Mapping[str, np.dtype],
+        headers: Mapping[str, Mapping[str, Any]],
+        sums: Mapping[pathlib.Path, Checksums],
     ) -> None:
         self.config = config
         self._paths = paths
-        self._dtypes = dtypes
+        self._chunks = {name: header["chunks"] for name, header in headers.items()}
+        self._dtypes = {name: np_dtype(h["dtype"].strip("<|")) for name, h in headers.items()}
+        self._sums = sums
 
     def dtype(self, name: str) -> np.dtype:
         return self._dtypes[name]
 
     def read(self, name: str, index: Index) -> np.ndarray:
+        self._check(name, index)
         spec = {"driver": "zarr", "kvstore": {"driver": "file", "path": str(self._paths[name])}}
         try:
             array = tensorstore.open(spec, open=True, read=True).result()
@@ -98,15 +107,25 @@ class NativeSource:
         except ValueError as error:
             raise ValueError(f"{self._paths[name]} is damaged: {error}") from error
 
+    def _check(self, name: str, index: Index) -> None:
+        """Compare the chunks that a slice touches with their checksums."""
+        item = self._paths[name].parent
+        if item in self._sums:
+            ranges = [
+                range(part.start // size, math.ceil(part.stop / size))
+                for part, size in zip(index, self._chunks[name], strict=True)
+            ]
+            self._sums[item].check(f"{name}/{chunk}" for chunk in _chunk_names(ranges))
+
 
 def open_native(directory: pathlib.Path) -> NativeSource:
     """Open a native checkpoint; only its descriptions of arrays are read.
 
     Raises:
       ValueError: the config is of another version, or arrays are missing, misshapen, unexpected or
-        lack chunks.
+        lack chunks, or one of the files read is damaged.
     """
-    contents = load_json(directory / CONFIG)
+    contents, is_sealed = unseal(directory / CONFIG)
     if contents.get("format") != _FORMAT:
         raise ValueError(
             f"{directory / CONFIG} has format {contents.get('format')!r}; this version reads "
@@ -115,6 +134,10 @@ def open_native(directory: pathlib.Path) -> NativeSource:
     config = config_from_json(contents["config"], str(directory / CONFIG))
     items = contents["items"].items()
     paths = {name: directory / _PARAMS / item / name for item, names in items for name in names}
+    sums: dict[pathlib.Path, Checksums] = {}
+    for item in {path.parent for path in paths.values()} if is_sealed else ():
+        sums[item] = Checksums.read(item)
+        sums[item].check(name for name in sums[item] if not _IS_CHUNK.search(name))
     headers = {
         name: load_json(path / ".zarray")
         for name, path in paths.items()
@@ -125,20 +148,22 @@ def open_native(directory: pathlib.Path) -> NativeSource:
     check_tensors(str(directory), expected, found)
     for name, header in headers.items():
         _check_chunks(paths[name], header)
-    dtypes = {name: np_dtype(header["dtype"].strip("<|")) for name, header in headers.items()}
-    return NativeSource(config, paths, dtypes)
+    return NativeSource(config, paths, headers, sums)
 
 
 def _check_chunks(path: pathlib.Path, header: Mapping[str, Any]) -> None:
     """Refuse an array with an absent chunk, which zarr would read as if it were zeros."""
     pairs = zip(header["shape"], header["chunks"], strict=True)
-    counts = [range(math.ceil(size / chunk)) for size, chunk in pairs]
-    for position in itertools.product(*counts):
-        chunk = path / ".".join(map(str, position))
-        if not chunk.is_file():
+    for chunk in _chunk_names([range(math.ceil(size / chunk)) for size, chunk in pairs]):
+        if not (path / chunk).is_file():
             raise ValueError(
-                f"{path.parent} is incomplete: chunk {chunk.name} of {path.name} is missing"
+                f"{path.parent} is incomplete: chunk {chunk} of {path.name} is missing"
             )
+
+
+def _chunk_names(ranges: Sequence[range]) -> Iterator[str]:
+    """Yield the file names of the chunks at these places along each dimension."""
+    return (".".join(map(str, position)) for position in itertools.product(*ranges))
 
 
 def plan_native(source: Source, dtype: np.dtype | None) -> WritePlan:
@@ -158,8 +183,7 @@ def plan_native(source: Source, dtype: np.dtype | None) -> WritePlan:
         "items": described,
     }
     units = [_unit(source, item, members, dtypes) for item, members in items.items()]
-    text = json.dumps(contents, indent=1) + "\n"
-    return WritePlan(kind="orbax", units=tuple(units), texts={CONFIG: text})
+    return WritePlan(kind="orbax", units=tuple(units), texts={CONFIG: seal(contents)})
 
 
 def _group(config: ModelConfig, dtypes: Mapping[str, np.dtype]) -> dict[str, list[Parameter]]:
@@ -190,6 +214,7 @@ def _unit(
             value = value.astype(dtypes[parameter.name], copy=False)
             values[parameter.name] = np.ascontiguousarray(value)
         _save(directory / path, values)
+        write_checksums(directory / path)
         advance(sum(value.nbytes for value in values.values()))
 
     num_bytes = sum(p.size * dtypes[p.name].itemsize for p in members)

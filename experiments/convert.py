@@ -8,15 +8,12 @@ largest tensor plus 1.5 GiB; the target appears only when it is complete, and ru
 conversion again continues it. The last line says `wrote hf checkpoint TARGET from meta SOURCE`.
 """
 
-import contextlib
 import pathlib
-import sys
-from collections.abc import Iterator
 
 from absl import flags
-from tqdm import tqdm
 
 from experiments.flags import FlagError, check_given, launch
+from experiments.terminal import bytes_on_terminal
 
 FORMATS = ("hf", "meta", "orbax")
 
@@ -65,13 +62,6 @@ def check_flags(values: flags.FlagValues) -> None:
         raise FlagError(f"--target={error}") from error
 
 
-@contextlib.contextmanager
-def show_progress(num_bytes: int) -> Iterator:
-    """Draw a bar on a terminal; stay silent anywhere else."""
-    with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
-        yield bar.update
-
-
 def main(values: flags.FlagValues) -> None:
     """Convert as the flags say."""
     from llama4_jax.checkpoint import convert, find_format
@@ -86,7 +76,7 @@ def main(values: flags.FlagValues) -> None:
         to=values.to,
         dtype=values.dtype,
         model_parallel=values.model_parallel,
-        progress=show_progress,
+        progress=bytes_on_terminal,
     )
     print(f"wrote {values.to} checkpoint {values.target} from {kind} {values.source}")
 

@@ -287,9 +287,15 @@ def load_model(values: flags.FlagValues) -> "Pretrained":
       FlagError: the mesh cannot be read, or its sizes do not multiply to the number of devices.
       ValueError: the checkpoint cannot be used.
     """
+    from experiments.terminal import bytes_on_terminal
     from llama4_jax.pretrained import from_pretrained
 
-    return from_pretrained(values.checkpoint, mesh=make_mesh(values), dtype=values.dtype)
+    return from_pretrained(
+        values.checkpoint,
+        mesh=make_mesh(values),
+        dtype=values.dtype,
+        progress=bytes_on_terminal,
+    )
 
 
 def make_mesh(values: flags.FlagValues) -> "jax.sharding.Mesh | None":

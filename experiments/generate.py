@@ -22,7 +22,7 @@ from absl import flags
 
 from experiments import flags as shared
 from experiments.jsonl import LineWriter, naming_lines
-from experiments.terminal import print_line, show, talk
+from experiments.terminal import Waiting, answers_on_terminal, print_line, show_after, talk
 from llama4_jax.text import load_tokenizer
 
 if TYPE_CHECKING:
@@ -62,12 +62,16 @@ def main(values: flags.FlagValues) -> None:
         talk(pretrained, values.image, **settings)
         return
     if values.prompt is not None:
-        settings["on_token"] = show
+        settings["on_token"] = show_after(Waiting())
     with naming_lines(values.input):
         if values.output is not None:
-            with LineWriter(values.output) as lines:
-                write = lines.write
-                generate(pretrained, requests, on_answer=lambda a: write(to_line(a)), **settings)
+            with LineWriter(values.output) as lines, answers_on_terminal(len(requests)) as advance:
+
+                def write(answer: "Answer") -> None:
+                    lines.write(to_line(answer))
+                    advance()
+
+                generate(pretrained, requests, on_answer=write, **settings)
         elif values.prompt is not None:
             generate(pretrained, requests, **settings)
         else:

@@ -1,12 +1,15 @@
 """What a person sees: text as it comes, answers as JSON lines, dialogues, a training's course."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
 
 from llama4_jax.text import Image, Message
 
@@ -23,10 +26,51 @@ def show(new: "NewToken") -> None:
     print(new.text, end="", flush=True)
 
 
+def show_after(waiting: "Waiting") -> Callable[["NewToken"], None]:
+    """Return what prints tokens, the first of which ends the waiting."""
+
+    def show_next(new: "NewToken") -> None:
+        waiting.end()
+        show(new)
+
+    return show_next
+
+
 def print_line(line: dict[str, Any]) -> None:
     """Print one answer as JSON; a terminal that is not UTF-8 gets its escapes."""
     is_plain = "utf" not in (sys.stdout.encoding or "").lower()
     print(json.dumps(line, ensure_ascii=is_plain, allow_nan=False), flush=True)
+
+
+@contextlib.contextmanager
+def bytes_on_terminal(num_bytes: int) -> Iterator[Callable[[int], object]]:
+    """Draw a bar of bytes on a terminal; stay silent anywhere else."""
+    with tqdm(total=num_bytes, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar:
+        yield bar.update
+
+
+@contextlib.contextmanager
+def answers_on_terminal(count: int) -> Iterator[Callable[[], object]]:
+    """Draw a bar of answers on a terminal; stay silent anywhere else."""
+    with tqdm(total=count, unit="answer", disable=None, file=sys.stderr) as bar:
+        yield bar.update
+
+
+class Waiting:
+    """Say on a terminal that the first token takes its time; take that back when it comes."""
+
+    TEXT = "reading the prompt (steps are compiled the first time) ..."
+
+    def __init__(self) -> None:
+        self._is_shown = sys.stderr.isatty()
+        if self._is_shown:
+            print(self.TEXT, end="", file=sys.stderr, flush=True)
+
+    def end(self) -> None:
+        """Take it back, once."""
+        if self._is_shown:
+            print("\r" + " " * len(self.TEXT) + "\r", end="", file=sys.stderr, flush=True)
+            self._is_shown = False
 
 
 class ConsoleWriter:

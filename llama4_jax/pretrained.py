@@ -89,6 +89,7 @@ def from_pretrained(
     mesh: Mesh | str | None = None,
     rules: parallel.Rules | None = None,
     dtype: DTypeLike | None = None,
+    progress: Progress = no_progress,
 ) -> Pretrained:
     """Load a checkpoint of any layout onto one device or a mesh.
 
@@ -106,6 +107,7 @@ def from_pretrained(
       rules: which mesh axes divide which logical axes; by default `parallel.serving_rules`.
       dtype: of parameters and activations, "bfloat16" or "float32" or jax's name of them; by
         default the checkpoint's own.
+      progress: told of the bytes of parameters that lie on their devices.
 
     Raises:
       ValueError: the checkpoint is damaged or incomplete, the mesh cannot be made, or a weight
@@ -120,7 +122,7 @@ def from_pretrained(
         sizes = {} if mesh is None else dict(mesh.shape)
         rules = parallel.serving_rules(sizes, num_kv_heads=config.text.num_kv_heads)
     with parallel.use_mesh(mesh, rules):
-        model = load_model(source, config)
+        model = load_model(source, config, progress=progress)
     return Pretrained(
         model=model,
         config=config,

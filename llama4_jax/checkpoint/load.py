@@ -11,12 +11,13 @@ from llama4_jax import parallel
 from llama4_jax.checkpoint.file_tensors import check_tensors
 from llama4_jax.checkpoint.parameters import Index, Leaf, Source, model_leaves, overlap
 from llama4_jax.checkpoint.soundness import check_finite
+from llama4_jax.checkpoint.writer import Advance, Progress, no_progress
 from llama4_jax.config import ModelConfig
 from llama4_jax.layers.param import leaf_name
 from llama4_jax.model import Llama4
 
 
-def load_model(source: Source, config: ModelConfig) -> Llama4:
+def load_model(source: Source, config: ModelConfig, *, progress: Progress = no_progress) -> Llama4:
     """Read a model into the shards of the active mesh, or onto one device if there is none.
 
     Each device's part of each parameter is read from the files on its own, so the host never holds
@@ -25,21 +26,26 @@ def load_model(source: Source, config: ModelConfig) -> Llama4:
     Args:
       source: the parameters.
       config: of the model, with the dtype to hold it in.
+      progress: told of the bytes of parameters that lie on their devices.
 
     Raises:
       ValueError: a file is damaged, or a weight does not divide over the mesh.
     """
     skeleton = parallel.abstract(lambda: Llama4(config, key=jax.random.key(0)))
-    return jax.tree_util.tree_map_with_path(_filler(source, config), skeleton)
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(skeleton))
+    with progress(size) as advance:
+        return jax.tree_util.tree_map_with_path(_filler(source, config, advance), skeleton)
 
 
-def _filler(source: Source, config: ModelConfig) -> Callable[..., jax.Array]:
+def _filler(source: Source, config: ModelConfig, advance: Advance) -> Callable[..., jax.Array]:
     leaves = model_leaves(config)
     default = SingleDeviceSharding(jax.local_devices()[0])
 
     def fill(path: tuple[Any, ...], array: jax.ShapeDtypeStruct) -> jax.Array:
         sharding = array.sharding if parallel.has_mesh() else default
-        return _place(source, leaves[leaf_name(path)], array.dtype, sharding)
+        placed = _place(source, leaves[leaf_name(path)], array.dtype, sharding)
+        advance(placed.nbytes)
+        return placed
 
     return fill
 

@@ -237,3 +237,22 @@ def test_every_answer_is_that_of_a_choice_alone_and_nothing_is_left(way, seed):
 def test_a_hundred_thousand_steps_hold_the_invariants(way):
     for seed in range(100, 120):
         Game(seed, **way).play(1000)
+
+
+@pytest.mark.parametrize("loops", [1, 4])
+def test_a_row_holds_all_pages_of_some_layers_and_one_chunk_of_others(loops):
+    """After n tokens: n tokens, and (n - 1) % CHUNK + 1 of the current chunk, to a page."""
+    layout = CacheLayout(page_size=PAGE, chunk_size=CHUNK, whole_pages=20, chunk_pages=8)
+    scheduler = Scheduler(layout, max_rows=1, step_tokens=16)
+    tokens = Numbers(range(21))
+    choice = Choice(number=0, tokens=tokens, prompt=21, limit=60, names=PageNames(PAGE))
+    scheduler.add(choice)
+    while not choice.is_drawn_out:
+        (piece,) = [piece for pieces in scheduler.plan(loops=loops) for piece in pieces]
+        stored = choice.computed
+        assert scheduler.whole.held == -(-stored // PAGE)
+        assert scheduler.chunk.held == -(-((stored - 1) % CHUNK + 1) // PAGE)
+        if piece.draws:
+            scheduler.commit(choice, [1] * piece.loops, loops=piece.loops)
+    scheduler.drop(choice)
+    assert scheduler.whole.held == scheduler.chunk.held == 0

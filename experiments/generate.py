@@ -22,7 +22,7 @@ from absl import flags
 
 from experiments import flags as shared
 from experiments.jsonl import LineWriter, naming_lines
-from experiments.terminal import Waiting, answers_on_terminal, print_line, show_after, talk
+from experiments.terminal import Waiting, print_line, show_after, talk
 from llama4_jax.text import load_tokenizer
 
 if TYPE_CHECKING:
@@ -65,13 +65,9 @@ def main(values: flags.FlagValues) -> None:
         settings["on_token"] = show_after(Waiting())
     with naming_lines(values.input):
         if values.output is not None:
-            with LineWriter(values.output) as lines, answers_on_terminal(len(requests)) as advance:
-
-                def write(answer: "Answer") -> None:
-                    lines.write(to_line(answer))
-                    advance()
-
-                generate(pretrained, requests, on_answer=write, **settings)
+            with LineWriter(values.output, len(requests)) as lines:
+                write = lines.write
+                generate(pretrained, requests, on_answer=lambda a: write(to_line(a)), **settings)
         elif values.prompt is not None:
             generate(pretrained, requests, **settings)
         else:

@@ -5,8 +5,11 @@ import itertools
 import json
 import os
 import pathlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any, Self
+
+from tqdm import tqdm
 
 from llama4_jax.untrusted import parse_json
 
@@ -87,23 +90,30 @@ class LineWriter:
 
     Lines go to `PATH.partial` and are flushed one by one; leaving the `with` block without an
     error renames it to PATH. After an error or an interrupt the partial file stays, holding
-    every line written so far.
+    every line written so far. A terminal sees a bar of lines.
+
+    Args:
+      path: of the complete file.
+      expected: lines that it will have.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.path = pathlib.Path(path)
+    def __init__(self, path: str | os.PathLike, expected: int):
+        self.path, self.expected = pathlib.Path(path), expected
         self.partial = partial_path(path)
 
     def __enter__(self) -> Self:
         self._file = self.partial.open("x", encoding="utf-8")
+        self._bar = tqdm(total=self.expected, unit="answer", disable=None, file=sys.stderr)
         return self
 
     def write(self, value: dict[str, Any]) -> None:
         """Append one object as one line, and hand it to the operating system at once."""
         self._file.write(json.dumps(value, ensure_ascii=False, allow_nan=False) + "\n")
         self._file.flush()
+        self._bar.update()
 
     def __exit__(self, kind, error, traceback) -> None:
+        self._bar.close()
         if error is None:
             os.fsync(self._file.fileno())
         self._file.close()

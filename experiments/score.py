@@ -9,17 +9,13 @@ begin-of-text token. A score is one line, in the order of the requests: {"tokens
 """
 
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 from absl import flags
 
 from experiments import flags as shared
 from experiments.jsonl import LineWriter, naming_lines
-from experiments.terminal import answers_on_terminal, print_line
+from experiments.terminal import print_line
 from llama4_jax.text import load_tokenizer
-
-if TYPE_CHECKING:
-    from llama4_jax.serve import Score
 
 FIELDS = {"text": "prompt", "tokens": "tokens", "images": "images"}
 
@@ -48,13 +44,9 @@ def main(values: flags.FlagValues) -> None:
             write = print_line
             score(pretrained, requests, on_score=lambda s: write(asdict(s)), config=config)
             return
-        with LineWriter(values.output) as lines, answers_on_terminal(len(requests)) as advance:
-
-            def write(found: "Score") -> None:
-                lines.write(asdict(found))
-                advance()
-
-            score(pretrained, requests, on_score=write, config=config)
+        with LineWriter(values.output, len(requests)) as lines:
+            write = lines.write
+            score(pretrained, requests, on_score=lambda s: write(asdict(s)), config=config)
 
 
 if __name__ == "__main__":

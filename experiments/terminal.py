@@ -49,13 +49,6 @@ def bytes_on_terminal(num_bytes: int) -> Iterator[Callable[[int], object]]:
         yield bar.update
 
 
-@contextlib.contextmanager
-def answers_on_terminal(count: int) -> Iterator[Callable[[], object]]:
-    """Draw a bar of answers on a terminal; stay silent anywhere else."""
-    with tqdm(total=count, unit="answer", disable=None, file=sys.stderr) as bar:
-        yield bar.update
-
-
 class Waiting:
     """Say on a terminal that the first token takes its time; take that back when it comes."""
 

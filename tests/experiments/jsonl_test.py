@@ -64,7 +64,7 @@ def test_an_error_of_a_request_names_the_line_that_it_came_from(tmp_path):
 
 def test_the_file_has_its_name_only_once_it_is_complete(tmp_path):
     path = tmp_path / "out.jsonl"
-    with LineWriter(path) as lines:
+    with LineWriter(path, 2) as lines:
         lines.write({"text": "é"})
         assert not path.exists()
         assert partial_path(path).read_text("utf-8") == '{"text": "é"}\n'  # flushed at once
@@ -74,7 +74,7 @@ def test_the_file_has_its_name_only_once_it_is_complete(tmp_path):
 
 def test_an_interrupt_keeps_what_was_written_and_says_where(tmp_path):
     path = tmp_path / "out.jsonl"
-    with pytest.raises(KeyboardInterrupt) as caught, LineWriter(path) as lines:
+    with pytest.raises(KeyboardInterrupt) as caught, LineWriter(path, 2) as lines:
         lines.write({"a": 1})
         raise KeyboardInterrupt
     assert not path.exists()
@@ -83,7 +83,7 @@ def test_an_interrupt_keeps_what_was_written_and_says_where(tmp_path):
 
 
 def test_an_error_before_the_first_line_leaves_nothing(tmp_path):
-    with pytest.raises(ValueError, match="early"), LineWriter(tmp_path / "out.jsonl"):
+    with pytest.raises(ValueError, match="early"), LineWriter(tmp_path / "out.jsonl", 2):
         raise ValueError("early")
     assert list(tmp_path.iterdir()) == []
 

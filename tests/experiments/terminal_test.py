@@ -15,8 +15,6 @@ from tests.serve import tiny
 def test_bars_and_waiting_are_silent_without_a_terminal(capsys):
     with terminal.bytes_on_terminal(100) as advance:
         advance(100)
-    with terminal.answers_on_terminal(2) as advance:
-        advance()
     terminal.Waiting().end()
     assert capsys.readouterr() == ("", "")
 

@@ -16,27 +16,10 @@ from llama4_jax.checkpoint.load import ModelSource, load_model
 from llama4_jax.checkpoint.location import find_checkpoint
 from llama4_jax.checkpoint.writer import Progress, no_progress
 from llama4_jax.config import DType, ModelConfig
-from llama4_jax.config.json_section import Section
+from llama4_jax.config.generation import GenerationDefaults, read_generation
 from llama4_jax.model import Llama4
 from llama4_jax.text import ChatTemplate, Tokenizer, load_chat_template, load_tokenizer
-from llama4_jax.untrusted import load_json, shown
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerationDefaults:
-    """How a checkpoint wants to be sampled, when the caller does not say.
-
-    Attributes:
-      temperature: 0 is greedy.
-      top_p: 1 keeps every token.
-      top_k: None keeps every token.
-      stop_ids: tokens that end an answer.
-    """
-
-    temperature: float = 0.0
-    top_p: float = 1.0
-    top_k: int | None = None
-    stop_ids: tuple[int, ...] = ()
+from llama4_jax.untrusted import shown
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, repr=False)
@@ -57,7 +40,7 @@ class Pretrained:
     config: ModelConfig
     tokenizer: Tokenizer | None = None
     chat_template: ChatTemplate | None = None
-    generation: GenerationDefaults = GenerationDefaults()
+    generation: GenerationDefaults = dataclasses.field(default_factory=GenerationDefaults)
     directory: pathlib.Path | None = None
     mesh: Mesh | None = None
     rules: parallel.Rules = parallel.PRESETS["single"]
@@ -118,6 +101,13 @@ def from_pretrained(
         mesh = parallel.make_mesh(mesh)
     source = open_checkpoint(directory)
     config = dataclasses.replace(source.config, dtype=_name_of(dtype) or source.config.dtype)
+    tokenizer = load_tokenizer(directory)
+    if tokenizer is not None and tokenizer.vocab_size > config.text.vocab_size:
+        raise ValueError(
+            f"the tokenizer of {directory} has ids up to {tokenizer.vocab_size - 1}, but the "
+            f"model's table has {config.text.vocab_size} rows; take the tokenizer that the model "
+            "was trained with"
+        )
     if rules is None:
         sizes = {} if mesh is None else dict(mesh.shape)
         rules = parallel.serving_rules(sizes, num_kv_heads=config.text.num_kv_heads)
@@ -126,9 +116,9 @@ def from_pretrained(
     return Pretrained(
         model=model,
         config=config,
-        tokenizer=load_tokenizer(directory),
+        tokenizer=tokenizer,
         chat_template=load_chat_template(directory),
-        generation=_read_generation(directory, config),
+        generation=read_generation(directory / GENERATION, config),
         directory=directory,
         mesh=mesh,
         rules=rules,
@@ -147,24 +137,6 @@ def _name_of(dtype: DTypeLike | None) -> DType | None:
     if name not in get_args(DType):
         raise ValueError(f"dtype {shown(name)} must be {' or '.join(get_args(DType))}")
     return cast(DType, name)
-
-
-def _read_generation(directory: pathlib.Path, config: ModelConfig) -> GenerationDefaults:
-    """Read generation_config.json; without `do_sample` its temperature does not apply."""
-    path = directory / GENERATION
-    if not path.is_file():
-        return GenerationDefaults(stop_ids=config.eos_ids)
-    values = Section(load_json(path), str(path))
-    stop = values.get("eos_token_id", list(config.eos_ids))
-    stop_ids = tuple(stop) if isinstance(stop, list) else (stop,)
-    if not values.flag("do_sample", default=False):
-        return GenerationDefaults(stop_ids=stop_ids)
-    return GenerationDefaults(
-        temperature=values.number("temperature", 1.0),
-        top_p=values.number("top_p", 1.0),
-        top_k=values.integer("top_k", None) or None,
-        stop_ids=stop_ids,
-    )
 
 
 def save_pretrained(

@@ -1,6 +1,7 @@
 """What `from_pretrained` returns remembers its mesh and needs nothing around the calls it makes."""
 
 import dataclasses
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import pytest
 
 import llama4_jax
 from llama4_jax import Request, from_pretrained, save_pretrained, score
+from llama4_jax.checkpoint.location import NANO
 from llama4_jax.layers.param import leaf_name
 from tests.serve import tiny
 
@@ -87,3 +89,10 @@ def test_a_model_that_is_not_finite_is_not_saved_and_the_leaf_is_named(spread, t
     with pytest.raises(ValueError, match=r"not saved: final_norm.scale_D holds NaN or inf"):
         save_pretrained(dataclasses.replace(spread, model=model), tmp_path / "saved")
     assert not any(tmp_path.iterdir())
+
+
+def test_a_tokenizer_with_ids_beyond_the_table_is_refused_with_both_sizes(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "model")
+    shutil.copy(NANO / "tokenizer.json", tmp_path / "model")
+    with pytest.raises(ValueError, match="has ids up to 2047, but the model's table has 352 rows"):
+        from_pretrained(tmp_path / "model")

@@ -17,12 +17,15 @@ from llama4_jax.checkpoint.writer import (
     partial_directory,
     write_checkpoint,
 )
-from llama4_jax.config import DType, ModelConfig
+from llama4_jax.config import DType, ModelConfig, preprocessor
+from llama4_jax.config.preprocessor import read_max_tiles, with_max_tiles
+from llama4_jax.untrusted import load_json, shown
 
 Format = Literal["hf", "meta", "orbax"]
 FORMATS: tuple[Format, ...] = ("hf", "meta", "orbax")
 
 GENERATION = "generation_config.json"
+ADAPTER = "adapter_config.json"
 _CARRIED = (
     "tokenizer*",
     "special_tokens_map.json",
@@ -56,6 +59,12 @@ def find_format(directory: pathlib.Path) -> Format:
     for kind, (is_kind, _) in _READERS.items():
         if is_kind(directory):
             return kind
+    if (directory / ADAPTER).is_file():
+        base = load_json(directory / ADAPTER).get("base_model_name_or_path")
+        raise ValueError(
+            f"{directory} holds a PEFT adapter and no model; load it with its base model "
+            f"({shown(base)}) in peft, merge_and_unload() it, and save the result"
+        )
     raise ValueError(
         f"{directory} holds no checkpoint: none of {hf.CONFIG} with *.safetensors, {meta.CONFIG} "
         f"with consolidated.*.pth, or {native.CONFIG} with params"
@@ -69,7 +78,12 @@ def open_checkpoint(directory: pathlib.Path) -> Source:
       ValueError: it is not a whole, well-formed checkpoint; the message names what is wrong.
     """
     _, open_kind = _READERS[find_format(directory)]
-    return open_kind(directory)
+    source = open_kind(directory)
+    config = source.config
+    if config.vision is not None:
+        max_tiles = read_max_tiles(directory, config.vision) or config.max_tiles
+        source.config = dataclasses.replace(config, max_tiles=max_tiles)
+    return source
 
 
 def convert(
@@ -140,9 +154,14 @@ def write_source(
     source.config = dataclasses.replace(source.config, dtype=dtype or source.config.dtype)
     plan = make_plan(source, to, dtype=dtype, model_parallel=model_parallel)
     files = {} if origin is None else _carried_files(origin)
+    texts = {
+        name: json.dumps(with_max_tiles(load_json(files[name]), source.config.max_tiles), indent=2)
+        for name in preprocessor.FILES
+        if name in files
+    }
     if to == "hf" and GENERATION not in files:
-        texts = {GENERATION: _generation_text(source.config), **plan.texts}
-        plan = dataclasses.replace(plan, texts=texts)
+        texts[GENERATION] = _generation_text(source.config)
+    plan = dataclasses.replace(plan, texts={**texts, **plan.texts})
     write_checkpoint(plan, target, files=files, fingerprint=fingerprint, progress=progress)
 
 

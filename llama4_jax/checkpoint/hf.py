@@ -48,7 +48,13 @@ _IGNORED = (
 
 def is_hf(directory: pathlib.Path) -> bool:
     """Return whether `directory` looks like a Hugging Face checkpoint."""
-    return (directory / CONFIG).is_file() and any(directory.glob("*.safetensors*"))
+    return (directory / CONFIG).is_file() and any(_files(directory))
+
+
+def _files(directory: pathlib.Path) -> list[pathlib.Path]:
+    """Return the files of weights, and their index; those of a PEFT adapter are none."""
+    found = sorted(directory.glob("*.safetensors*"))
+    return [path for path in found if not path.name.startswith("adapter_")]
 
 
 def open_hf(directory: pathlib.Path) -> FileSource:
@@ -73,7 +79,7 @@ def open_hf(directory: pathlib.Path) -> FileSource:
 def _read_headers(directory: pathlib.Path) -> dict[str, FileTensor]:
     index_path = directory / _INDEX
     if not index_path.is_file():
-        files = sorted(directory.glob("*.safetensors"))
+        files = [path for path in _files(directory) if path.suffix == ".safetensors"]
         index = None
     else:
         index = load_json(index_path).get("weight_map")

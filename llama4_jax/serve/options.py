@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from llama4_jax.pretrained import GenerationDefaults
+from llama4_jax.config.generation import GenerationDefaults
 
 MAX_LOGPROBS = 20  # alternatives of a token that may be asked for
 MAX_CHOICES = 128
@@ -23,8 +23,8 @@ class Options:
     Attributes:
       max_new_tokens: most tokens of the answer; 0 only to score a prompt.
       min_new_tokens: no stop token is drawn before so many.
-      temperature: logits are divided by it; 0 takes the likeliest token. None, here and in the two
-        that follow, takes the checkpoint's own.
+      temperature: logits are divided by it; 0 takes the likeliest token. None, here and in top_p,
+        top_k, min_p and repetition_penalty, takes the checkpoint's own.
       top_p: keep, in falling order of probability, the tokens before which at most this much
         probability lies; in (0, 1], 1 keeps all. The likeliest token is always kept.
       top_k: keep only this many likeliest tokens; 0 keeps all. It acts before top_p.
@@ -57,9 +57,9 @@ class Options:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    min_p: float = 0.0
+    min_p: float | None = None
     seed: int = 0
-    repetition_penalty: float = 1.0
+    repetition_penalty: float | None = None
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
     logit_bias: Mapping[int, float] = dataclasses.field(default_factory=dict)
@@ -150,18 +150,21 @@ class Options:
                         f"{name}: token {token} must lie in 0..{vocab_size - 1}, the vocabulary."
                     )
         own = () if self.ignore_eos else defaults.stop_ids
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        left: dict[str, Any] = {n: getattr(defaults, n) for n in names if getattr(self, n) is None}
+        if "top_k" in left:
+            left["top_k"] = left["top_k"] or 0
         return dataclasses.replace(
             self,
-            temperature=defaults.temperature if self.temperature is None else self.temperature,
-            top_p=defaults.top_p if self.top_p is None else self.top_p,
-            top_k=(defaults.top_k or 0) if self.top_k is None else self.top_k,
+            **left,
             stop_ids=tuple(dict.fromkeys((*own, *self.stop_ids))),
             ignore_eos=True,
         )
 
     @property
     def changes_logits(self) -> bool:
-        """Are logits of single tokens changed before a draw?"""
+        """Are logits of single tokens changed before a draw? Of resolved options."""
+        assert self.repetition_penalty is not None
         penalties = self.presence_penalty, self.frequency_penalty, self.repetition_penalty - 1
         return any(penalties) or bool(self.logit_bias) or self.min_new_tokens > 0
 
@@ -173,6 +176,8 @@ class Sampling(Options):
     temperature: float | None = 0.0
     top_p: float | None = 1.0
     top_k: int | None = 0
+    min_p: float | None = 0.0
+    repetition_penalty: float | None = 1.0
 
 
 _RANGES: tuple[tuple[str, Any, Any], ...] = (

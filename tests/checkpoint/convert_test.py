@@ -1,5 +1,6 @@
 """Tests of checkpoint/convert.py and writer.py: any layout to any other, whatever happens."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -15,7 +16,7 @@ import numpy as np
 import pytest
 
 from llama4_jax.checkpoint import FORMATS, convert, hf, open_checkpoint, writer
-from llama4_jax.checkpoint.convert import make_plan
+from llama4_jax.checkpoint.convert import make_plan, write_source
 from llama4_jax.checkpoint.writer import partial_directory, write_checkpoint
 from tests.checkpoint.tiny import (
     DENSE_TIED,
@@ -101,6 +102,36 @@ def test_tokenizer_and_licence_files_come_along_and_nothing_else(tmp_path):
     assert not (tmp_path / "meta" / "optimizer.bin").exists()
     generation = (tmp_path / "meta" / "generation_config.json").read_bytes()
     assert generation == (GOLDEN / "hf" / "generation_config.json").read_bytes()
+
+
+def test_the_number_of_tiles_of_a_processors_config_goes_along(tmp_path):
+    shutil.copytree(GOLDEN / "hf", tmp_path / "hf")
+    path = tmp_path / "hf" / "preprocessor_config.json"
+    path.write_text(json.dumps({"max_patches": 5, "processor_class": "x"}))
+    assert open_checkpoint(tmp_path / "hf").config.max_tiles == 5
+    convert(tmp_path / "hf", tmp_path / "meta", to="meta")
+    convert(tmp_path / "meta", tmp_path / "again", to="hf")
+    assert open_checkpoint(tmp_path / "again").config.max_tiles == 5
+    source = open_checkpoint(tmp_path / "hf")
+    source.config = dataclasses.replace(source.config, max_tiles=7)
+    write_source(
+        source, tmp_path / "seven", to="hf", dtype=None, model_parallel=None,
+        origin=tmp_path / "hf", progress=writer.no_progress,
+    )  # fmt: skip
+    assert open_checkpoint(tmp_path / "seven").config.max_tiles == 7
+    written = json.loads((tmp_path / "seven" / "preprocessor_config.json").read_text())
+    assert written == {"max_patches": 7, "processor_class": "x"}
+
+
+@pytest.mark.parametrize("extra", [[], ["config.json"]])
+def test_an_adapter_is_named_as_such(tmp_path, extra):
+    base = {"base_model_name_or_path": "meta-llama/Llama-4-Scout-17B-16E", "peft_type": "LORA"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(base))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"")
+    for name in extra:
+        shutil.copy(GOLDEN / "hf" / name, tmp_path)
+    with pytest.raises(ValueError, match=r"a PEFT adapter and no model; .*Llama-4-Scout-17B-16E'"):
+        open_checkpoint(tmp_path)
 
 
 def test_a_target_in_use_is_refused_and_an_empty_one_taken(tmp_path):

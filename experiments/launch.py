@@ -10,6 +10,7 @@ import pathlib
 import platform
 import signal
 import sys
+import warnings
 import zlib
 from collections.abc import Callable, Sequence
 
@@ -30,8 +31,10 @@ def launch(define: Callable[[flags.FlagValues], None], main: Callable[[flags.Fla
     """Run one command as a program.
 
     A ValueError or OSError ends it with its message on one line of standard error: exit status 2
-    for flags, 1 for all else. `--verbosity=1` adds the traceback. An interrupt ends it with status
-    130 and SIGTERM with 143, so that no later command of a line runs.
+    for flags, 1 for all else. So do a device or a host without memory, a backend that does not
+    start or cannot do what is asked, and a package that is not installed. `--verbosity=1` adds the
+    traceback. An interrupt ends it with status 130 and SIGTERM with 143, so that no later command
+    of a line runs. A warning is one line too.
 
     Args:
       define: defines the command's flags on the values given.
@@ -58,6 +61,7 @@ def _status(main: Callable[[flags.FlagValues], None], argv: Sequence[str]) -> in
         if isinstance(stream, io.TextIOWrapper):  # not every terminal has every character
             stream.reconfigure(errors="backslashreplace")
     signal.signal(signal.SIGTERM, _terminate)
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     try:
         if argv[1:]:
             raise FlagError(
@@ -73,6 +77,12 @@ def _status(main: Callable[[flags.FlagValues], None], argv: Sequence[str]) -> in
         _say(f"error: {error}", error)
         logging.debug("where it arose:", exc_info=True)
         return 2 if isinstance(error, FlagError) else 1
+    except (RuntimeError, MemoryError, ImportError) as error:  # jax raises RuntimeErrors
+        reason = str(error).partition("\n")[0][:500] or "there is none left"
+        kind = "memory" if isinstance(error, MemoryError) else type(error).__name__
+        _say(f"error: {kind}: {reason}; --verbosity=1 shows where it arose", error)
+        logging.debug("where it arose:", exc_info=True)
+        return 1
     except KeyboardInterrupt as error:
         is_term = isinstance(error, Terminated)
         _say("terminated" if is_term else "interrupted", error)

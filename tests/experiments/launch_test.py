@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import warnings
 
 import pytest
+from absl import flags
 
 from experiments import launch
 from experiments.flags import FlagError
@@ -61,6 +63,50 @@ def test_no_character_ends_a_command_whatever_the_terminal_can_show(encoding, te
     with start(PYTHONIOENCODING=encoding) as process:
         assert [process.stdout.readline() for _ in range(2)] == [f"{text}\n", f"{line}\n"]
         process.kill()
+
+
+@pytest.mark.parametrize(
+    ("error", "says"),
+    [
+        (MemoryError(), "error: memory: there is none left; --verbosity=1 shows"),
+        (
+            RuntimeError("RESOURCE_EXHAUSTED: 9G\nmore"),
+            "error: RuntimeError: RESOURCE_EXHAUSTED: 9G;",
+        ),
+        (NotImplementedError("int4 needs a TPU"), "error: NotImplementedError: int4 needs a TPU;"),
+        (ImportError("No module named 'libtpu'"), "error: ImportError: No module named 'libtpu';"),
+        (RecursionError("too deep"), "error: RecursionError: too deep;"),
+        (ValueError("a is b"), "error: a is b"),
+        (OSError("no"), "error: no"),
+    ],
+)
+def test_the_foreseeable_kinds_of_errors_are_a_line(monkeypatch, capsys, error, says):
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+
+    def main(_):
+        raise error
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["program"])
+    assert launch._status(main, ["program"]) == 1
+    assert capsys.readouterr().err.startswith(says)
+
+
+def test_a_bug_is_no_line(monkeypatch):
+    monkeypatch.setattr(launch.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS(["program"])
+    with pytest.raises(ZeroDivisionError):
+        launch._status(lambda _: 1 / 0, ["program"])
+
+
+def test_a_warning_is_a_line():
+    program = "import warnings\nfrom experiments.launch import launch\n"
+    program += "launch(lambda _: None, lambda _: warnings.warn('num_beams is not applied'))"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "warning: num_beams is not applied\n")
 
 
 def test_a_reader_that_has_seen_enough_ends_a_command_quietly():

@@ -10,11 +10,14 @@ module imports jax. Nearly all of the time goes to compiling small programs, eac
   plain scheduler keeps one order.
 - Compiled programs are kept, for the other worker, for the commands that tests start, and for the
   next run (tests/serve/score_test.py takes 15 s of processor time at first and 6 s again).
+- Traced programs are many objects in cycles, and searching them takes a tenth of the time when it
+  is done as often as Python does (tests/model/properties_test.py: 146 s, and 131 s so).
 
 Each run ends with its processor time, beside what the whole suite may take, and where it went.
 """
 
 import collections
+import gc
 import os
 import pathlib
 import sys
@@ -38,6 +41,7 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(KEPT_PROGRAMS)
 os.environ["JAX_COMPILATION_CACHE_MAX_SIZE"] = str(MAX_KEPT_BYTES)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.3"
+gc.set_threshold(50_000, 20, 20)
 
 
 def processor_seconds() -> float:

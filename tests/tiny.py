@@ -16,7 +16,7 @@ CHUNK = 8
 
 
 def scout_like(**changes: Any) -> ModelConfig:
-    """Five layers (a group of four and a tail of one), all mixtures, qk-norm."""
+    """Five layers (two groups of a local and a NoPE one, a tail of one), all mixtures, qk-norm."""
     text = TextConfig(
         vocab_size=64,
         embed_dim=32,
@@ -28,7 +28,7 @@ def scout_like(**changes: Any) -> ModelConfig:
         expert_dim=48,
         num_experts=4,
         moe_layers=every(1, 5),
-        nope_layers=every(4, 5),
+        nope_layers=every(2, 5),
         chunk_size=CHUNK,
         rope_theta=10_000.0,
         rope_scaling=None,

@@ -12,6 +12,7 @@ from llama4_jax.model import Cache, Llama4
 from tests.tiny import CHUNK, build, maverick_like, scout_like
 
 LENGTH = 4 * CHUNK + 5
+SHORT = {"num_layers": 2, "moe_layers": (0, 1), "nope_layers": (1,)}  # one layer of each kind
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def test_tokens_cannot_see_across_chunks_without_nope_layers():
     np.testing.assert_array_equal(seen_TS, (s <= t) & (s // CHUNK == t // CHUNK))
 
 
-@pytest.mark.parametrize("pads", [1, 3, 8])
+@pytest.mark.parametrize("pads", [1, CHUNK])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_padding_on_either_side_changes_nothing_with_temperature_on(model, tokens, pads, side):
     before = pads if side == "left" else 0
@@ -101,9 +102,9 @@ def test_a_row_does_not_depend_on_its_companions(model, tokens):
     ("config", "pieces"),
     [
         pytest.param(scout_like(), (1,) * LENGTH, id="token_by_token"),
-        pytest.param(scout_like(), (5, 7, 1, 1, 11, 12), id="across_boundaries"),
+        pytest.param(scout_like(), (5, 12, 1, 1, 5, 8, 5), id="across_boundaries"),
         pytest.param(scout_like(), (8, 8, 8, 8, 5), id="on_boundaries"),
-        pytest.param(maverick_like(), (20, 1, 1, 15), id="maverick_like"),
+        pytest.param(maverick_like(), (18, 1, 18), id="maverick_like"),
     ],
 )
 def test_decoding_in_pieces_equals_the_full_forward_pass(config, pieces, tokens):
@@ -135,7 +136,7 @@ def test_rows_of_different_lengths_share_a_cache(model, tokens):
 
 def test_a_chunk_layer_keeps_one_chunk_and_a_nope_layer_keeps_everything():
     cache = Cache.create(scout_like().text, batch_size=2, max_length=100)
-    assert [layer.keys_GBKSH.shape[3] for layer in cache.slots] == [CHUNK, CHUNK, CHUNK, 100]
+    assert [layer.keys_GBKSH.shape[3] for layer in cache.slots] == [CHUNK, 100]
     assert [layer.keys_GBKSH.shape[3] for layer in cache.tail] == [CHUNK]
 
 
@@ -174,7 +175,9 @@ def test_every_parameter_learns_the_router_included(config):
         assert np.abs(gradient).max() > 0, name
 
 
-def test_recomputing_activations_changes_no_gradient(model, tokens):
+def test_recomputing_activations_changes_no_gradient(tokens):
+    model = build(scout_like(**SHORT))
+
     def slope(remat):
         def loss(model):
             return (model.encode(tokens, remat=remat).x_BTD ** 2).mean()
@@ -199,14 +202,14 @@ def test_images_take_the_patch_places_in_order_and_text_stays(model):
     tiles = jax.random.normal(jax.random.key(7), (3, 3, 16, 16))
     row = jnp.arange(10, 10 + 24)
     one_each = jnp.stack([row.at[2:6].set(3), row.at[10:14].set(3), row.at[4:8].set(3)])
-    two_in_a_row = row.at[2:6].set(3).at[8:12].set(3)[None]
+    two_in_a_row = jnp.stack([row.at[2:6].set(3).at[8:12].set(3), row.at[4:8].set(3), row])
     run = jax.jit(lambda m, t, x: m(t, x).logits_BTV)
     apart = run(model, one_each, tiles)
     for i in range(3):
         alone = run(model, one_each[i : i + 1], tiles[i : i + 1])
         np.testing.assert_allclose(apart[i], alone[0], atol=2e-5)
-    both = run(model, two_in_a_row, tiles[:2])
-    swapped = run(model, two_in_a_row, tiles[1::-1])
+    both = run(model, two_in_a_row, tiles)
+    swapped = run(model, two_in_a_row, tiles[np.array([1, 0, 2])])
     np.testing.assert_allclose(both[0, :2], swapped[0, :2], atol=1e-6)
     assert np.abs(both[0, 2:] - swapped[0, 2:]).max() > 1e-2
     assert config.vision.tokens_per_tile == 4
@@ -217,8 +220,8 @@ def test_images_survive_prefill_in_pieces(model):
     tokens = jnp.arange(10, 34).at[2:6].set(3).at[14:18].set(3)[None]
     cache = Cache.create(model.config.text, batch_size=1, max_length=32, dtype="float32")
     run = jax.jit(lambda m, t, x, c: m(t, x, cache=c))
-    first = run(model, tokens[:, :9], tiles[:1], cache)
-    second = run(model, tokens[:, 9:], tiles[1:], first.cache)
+    first = run(model, tokens[:, :12], tiles[:1], cache)
+    second = run(model, tokens[:, 12:], tiles[1:], first.cache)
     pieces = jnp.concatenate([first.logits_BTV, second.logits_BTV], 1)
     whole = jax.jit(lambda m, t, x: m(t, x).logits_BTV)(model, tokens, tiles)
     np.testing.assert_allclose(pieces, whole, atol=2e-5)
@@ -247,7 +250,7 @@ def test_wrong_shapes_are_refused_with_both(model, tokens):
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_bfloat16_decodes_token_by_token_at_any_batch_size(batch):
-    config = dataclasses.replace(scout_like(), dtype="bfloat16")
+    config = dataclasses.replace(scout_like(**SHORT), dtype="bfloat16")
     model = build(config)
     tokens = jax.random.randint(jax.random.key(9), (batch, 12), 4, 64)
     cache = Cache.create(config.text, batch_size=batch, max_length=16)
@@ -261,7 +264,7 @@ def test_bfloat16_decodes_token_by_token_at_any_batch_size(batch):
 
 
 def test_bfloat16_has_finite_gradients():
-    model = build(dataclasses.replace(scout_like(), dtype="bfloat16"))
+    model = build(dataclasses.replace(scout_like(**SHORT), dtype="bfloat16"))
     tokens = jax.random.randint(jax.random.key(9), (2, 24), 4, 64).at[:, 2:6].set(3)
     tiles = jax.random.normal(jax.random.key(6), (2, 3, 16, 16))
     slope = jax.jit(jax.grad(lambda m: (m(tokens, tiles).logits_BTV ** 2).mean()))(model)

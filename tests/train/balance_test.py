@@ -216,13 +216,13 @@ def test_no_optimizer_knows_a_bias():
 
 def test_every_layers_bias_moves_by_its_own_load():
     tokens_LE = np.random.default_rng(0).integers(0, 9, (5, 4))
-    model = build(scout_like(balance_bias=True))  # a group of four slots, and a tail
+    model = build(scout_like(balance_bias=True))  # two groups of two slots, and a tail
     moved = move_biases(model, jnp.asarray(tokens_LE), rate=0.5)
     for layer in range(5):
         before, after = (
             m.decoder.tail[0].ffn.bias_E[...]
             if layer == 4
-            else m.decoder.groups.slots[layer].ffn.bias_E[0]
+            else m.decoder.groups.slots[layer % 2].ffn.bias_E[layer // 2]
             for m in (model, moved)
         )
         sign_E = np.sign(tokens_LE[layer].mean() - tokens_LE[layer])

@@ -105,7 +105,7 @@ def _read_headers(directory: pathlib.Path) -> dict[str, FileTensor]:
 
 
 def _inside(directory: pathlib.Path, name: str, index_path: pathlib.Path) -> pathlib.Path:
-    if not name or pathlib.PurePath(name).name != name or "\0" in name:
+    if not 0 < len(name) < 200 or pathlib.PurePath(name).name != name or "\0" in name:
         raise ValueError(f"{index_path} names a file outside the checkpoint: {shown(name)}")
     return directory / name
 

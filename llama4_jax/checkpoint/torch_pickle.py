@@ -9,6 +9,7 @@ vast value: no value is ever printed, encoded, hashed or compared as a whole.
 
 import pathlib
 import pickletools
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -98,8 +99,10 @@ def read_descriptions(data: bytes, path: pathlib.Path) -> dict[str, TensorDescri
     """
     machine = _Machine(path)
     try:
-        for opcode, argument, _ in pickletools.genops(data):
-            machine.step(opcode.name, argument)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of odd escapes in texts of Python 2
+            for opcode, argument, _ in pickletools.genops(data):
+                machine.step(opcode.name, argument)
         content = machine.stack.pop()
         if isinstance(content, dict):
             return {str(k): v for k, v in content.items() if isinstance(v, TensorDescription)}

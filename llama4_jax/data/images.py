@@ -47,6 +47,7 @@ _DECODE_ERRORS = (
     LookupError,
     EOFError,
     OverflowError,
+    RuntimeError,
     struct.error,
     zlib.error,
 )

@@ -2,12 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from llama4_jax.config.generation import GenerationDefaults
+from llama4_jax.untrusted import shown
 
 MAX_LOGPROBS = 20  # alternatives of a token that may be asked for
 MAX_CHOICES = 128
@@ -81,15 +82,16 @@ class Options:
     def __post_init__(self) -> None:
         for name, low, high in _RANGES:
             value = getattr(self, name)
-            if value is not None and not (_is_number(value) and low <= value <= high):
-                raise ValueError(f"{name} ({value!r}) must lie in {low}..{high}.")
+            left_open = value is None and name in _MAY_BE_NONE
+            if not left_open and not (_is_number(value) and low <= value <= high):
+                raise ValueError(f"{name} ({shown(value)}) must lie in {low}..{high}.")
         for name in _WHOLE:
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int)):
-                raise ValueError(f"{name} ({value!r}) must be a whole number.")
+                raise ValueError(f"{name} ({shown(value)}) must be a whole number.")
         for name in ("include_stop", "ignore_eos", "skip_special"):
             if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} ({getattr(self, name)!r}) must be true or false.")
+                raise ValueError(f"{name} ({shown(getattr(self, name))}) must be true or false.")
         if self.top_p == 0 or self.repetition_penalty == 0:
             raise ValueError("top_p and repetition_penalty must be above 0; 1 leaves them out.")
         if self.max_new_tokens == 0 and self.prompt_logprobs is None:
@@ -101,14 +103,14 @@ class Options:
             )
         self._check_form()
         if not isinstance(self.cache_salt, str):
-            raise ValueError(f"cache_salt ({self.cache_salt!r}) must be a text.")
+            raise ValueError(f"cache_salt ({shown(self.cache_salt)}) must be a text.")
         _check_ids("stop_ids", self.stop_ids)
         if not isinstance(self.logit_bias, Mapping):
-            raise ValueError(f"logit_bias ({self.logit_bias!r}) must map tokens to numbers.")
+            raise ValueError(f"logit_bias ({shown(self.logit_bias)}) must map tokens to numbers.")
         _check_ids("logit_bias", self.logit_bias)
         for token, bias in self.logit_bias.items():
             if not _is_number(bias):
-                raise ValueError(f"logit_bias of token {token} ({bias!r}) must be a number.")
+                raise ValueError(f"logit_bias of token {token} ({shown(bias)}) must be a number.")
 
     def _check_form(self) -> None:
         forms = ("regex", "json_schema", "choices", "grammar")
@@ -120,16 +122,19 @@ class Options:
         for name in ("regex", "grammar"):
             value = getattr(self, name)
             if value is not None and not isinstance(value, str):
-                raise ValueError(f"{name} ({value!r}) must be a text.")
+                raise ValueError(f"{name} ({shown(value)}) must be a text.")
         for name, texts in (("stop", self.stop), ("choices", self.choices)):
-            if texts is None:
+            if texts is None and name == "choices":
                 continue
-            if isinstance(texts, str) or not all(isinstance(text, str) and text for text in texts):
-                raise ValueError(f"{name} ({texts!r}) must be a list of texts, none of them empty.")
+            is_list = isinstance(texts, Sequence) and not isinstance(texts, str)
+            if not is_list or not all(isinstance(text, str) and text for text in texts):
+                raise ValueError(
+                    f"{name} ({shown(texts)}) must be a list of texts, none of them empty."
+                )
         if self.choices is not None and not self.choices:
             raise ValueError("choices ([]) must have at least one text.")
         if self.json_schema is False or not isinstance(self.json_schema, Mapping | bool | None):
-            raise ValueError(f"json_schema ({self.json_schema!r}) must be a schema or true.")
+            raise ValueError(f"json_schema ({shown(self.json_schema)}) must be a schema or true.")
 
     @property
     def has_form(self) -> bool:
@@ -196,6 +201,9 @@ _RANGES: tuple[tuple[str, Any, Any], ...] = (
     ("prompt_logprobs", 0, MAX_LOGPROBS),
     ("priority", -(2**31), 2**31 - 1),
 )
+_MAY_BE_NONE = (
+    "temperature", "top_p", "top_k", "min_p", "repetition_penalty", "logprobs", "prompt_logprobs",
+)  # fmt: skip
 _WHOLE = (
     "max_new_tokens", "min_new_tokens", "top_k", "seed", "n", "logprobs", "prompt_logprobs",
     "priority",
@@ -203,9 +211,10 @@ _WHOLE = (
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
 
 
 def _check_ids(name: str, ids: Any) -> None:
-    if isinstance(ids, str) or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
-        raise ValueError(f"{name} ({ids!r}) must name tokens by their numbers.")
+    is_list = isinstance(ids, Iterable) and not isinstance(ids, str)
+    if not is_list or any(isinstance(i, bool) or not isinstance(i, int) for i in ids):
+        raise ValueError(f"{name} ({shown(ids)}) must name tokens by their numbers.")

@@ -78,7 +78,7 @@ def _panics_named(what: str) -> Iterator[None]:
         yield
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__module__ == "pyo3_runtime":
-            raise ValueError(f"{what}: {error}") from error
+            raise ValueError(f"{what}: {str(error)[:200]}") from error
         raise
 
 

@@ -142,6 +142,11 @@ def test_tuples_that_explode_when_printed_encoded_or_hashed_are_none_of_it(tmp_p
             read_tensors(tmp_path / "x.pth")
 
 
+def test_an_odd_escape_in_a_text_of_python_2_is_no_warning(tmp_path):
+    _with_pickle(tmp_path / "x.pth", b"\x80\x02}S'a\\Rb'\nNs.")
+    assert read_tensors(tmp_path / "x.pth") == {}
+
+
 @pytest.mark.parametrize("member", ["byteorder", "data.pkl"])
 def test_a_compressed_member_is_not_unpacked(tmp_path, member):
     contents = {"byteorder": b"little", "data.pkl": _tensor_pickle()}

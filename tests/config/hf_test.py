@@ -1,7 +1,6 @@
 """Tests of config/hf.py and config/meta.py: both files to ModelConfig and back."""
 
 import dataclasses
-import math
 
 import pytest
 
@@ -9,6 +8,7 @@ from llama4_jax.checkpoint.native import config_from_json, config_to_json
 from llama4_jax.config import FAMILIES, RopeScaling, nano, scout
 from llama4_jax.config.hf import from_hf, to_hf
 from llama4_jax.config.meta import FFNRule, from_meta, to_meta
+from tests.fuzz.mutate import STRANGE
 
 # The released Maverick's config.json leaves out what transformers' defaults say.
 MAVERICK = {
@@ -298,12 +298,6 @@ def test_errors_of_rope_scaling_name_the_key_that_was_written(key, scaling, says
         scaling = {**whole, **scaling}
     with pytest.raises(ValueError, match=says):
         from_hf(_text(MAVERICK, **{key: scaling}))
-
-
-STRANGE = [
-    *(None, True, "x", "", [], ["x"], {}, {"a": 1}, -1, 0, 0.5, 2**31, 10**12, 10**400, -(10**12)),
-    *(math.inf, -math.inf, math.nan, 1e308, [10**12], [[]], "\0", "é" * 10_000),
-]
 
 
 def _keys(values, path=()):

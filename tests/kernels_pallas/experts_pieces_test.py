@@ -123,10 +123,18 @@ def test_when_all_rows_are_nobodys_everything_is_zero(backend, dtype):
 
 def test_the_examples_of_the_page_run():
     page = pathlib.Path(kernels_pallas.__file__).parent / "README.md"
-    _, mlp, pieces = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
-    names = {}
-    exec(compile(mlp, page.name, "exec"), names)
-    exec(compile(pieces, page.name, "exec"), names)
+    blocks = re.findall(r"```python\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    names, used = {}, set()
+    for block in blocks:
+        assert sum(map(bool, block.splitlines())) <= 10
+        exec(compile(block, page.name, "exec"), names)
+        used |= {name for name in kernels_pallas.__all__ if f"{name}(" in block}
+        if "expert_mlp_parallel" in block:  # sharded, and not
+            choices = {name: names[name] for name in ("expert_TX", "gate_TX")}
+            apart = expert_mlp(*names["arrays"][:4], **choices)
+            np.testing.assert_allclose(names["y_TD"], apart, atol=1e-5)
+    unused = {"WeightScales", "interpreted", "reference_only"}
+    assert used == {*kernels_pallas.__all__} - unused
     x, gate, expert = (np.float64(names[name]) for name in ("x_TD", "gate_TX", "expert_TX"))
     up, down = (np.float64(names[name]) for name in ("w_up_EDF", "w_down_EFD"))
     y = np.zeros_like(x)

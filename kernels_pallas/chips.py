@@ -5,9 +5,9 @@ share its memory, its products and its links, and each has half. On v4 and v5p a
 whose two tensor cores run one program together.
 
 Sources. TPUs: the pages of Cloud TPU (v4, v5e, v5p, v6e, tpu7x) for memory, its bandwidth, products
-and links; `jax._src.tpu_info` for cores, multipliers, VMEM and SMEM; the scaling book
-(jax-ml/scaling-book) for int8. GPUs: NVIDIA's data sheets, dense figures, for products and links;
-openxla/xla, xla/backends/gpu/target_config/specs, for all else.
+and links; `jax._src.tpu_info` for cores, multipliers and what they take, VMEM and SMEM; the
+scaling book (jax-ml/scaling-book) for int8. GPUs: NVIDIA's data sheets, dense figures, for products
+and links; openxla/xla, xla/backends/gpu/target_config/specs, for all else.
 """
 
 import dataclasses
@@ -41,6 +41,7 @@ class Chip:
         cores: tensor cores that share a program.
         multiplier: rows and columns of the matrix multiplier.
         vmem: bytes of vector memory of a tensor core.
+        float8: the dtype with 3 bits of fraction that the multiplier takes beside bfloat16.
         multiprocessors: of a GPU.
         registers: of 32 bits, of a multiprocessor.
         l2: bytes of the cache that multiprocessors share.
@@ -63,6 +64,7 @@ class Chip:
     cores: int = 0
     multiplier: int = 0
     vmem: int = 0
+    float8: str = ""
     multiprocessors: int = 0
     registers: int = 0
     l2: int = 0
@@ -77,21 +79,25 @@ V5E = Chip(
     name="v5e", kinds=("TPU v5 lite", "TPU v5e"), platform="tpu",
     hbm=16 * GIB, usable=int(15.75 * GIB), bandwidth=819e9, bf16=197e12, int8=393e12,
     fabric=200e9, links=4, ring=16, cores=1, multiplier=128, vmem=128 * MIB,
+    float8="float8_e4m3b11fnuz",
 )  # fmt: skip
 V5P = Chip(  # more is usable than stated: the maker rounds down
     name="v5p", kinds=("TPU v5", "TPU v5p"), platform="tpu",
     hbm=95 * GIB, usable=int(95.73 * GIB), bandwidth=2765e9, bf16=459e12, fp8=459e12, int8=918e12,
     fabric=600e9, links=6, ring=4, cores=2, multiplier=128, vmem=64 * MIB,
+    float8="float8_e4m3b11fnuz",
 )  # fmt: skip
 V6E = Chip(
     name="v6e", kinds=("TPU v6 lite", "TPU v6e"), platform="tpu",
     hbm=32 * GIB, usable=int(31.24 * GIB), bandwidth=1638e9, bf16=918e12, fp8=918e12, int8=1836e12,
     fabric=400e9, links=4, ring=16, cores=1, multiplier=256, vmem=128 * MIB,
+    float8="float8_e4m3b11fnuz",
 )  # fmt: skip
 TPU7X = Chip(  # of a chip: 192 GiB, 7.38 TB/s, 2,307 and 4,614 TFLOP/s, 600 GB/s
     name="tpu7x", kinds=("TPU7x",), platform="tpu", devices=2,
     hbm=96 * GIB, usable=int(94.74 * GIB), bandwidth=3690e9, bf16=1153.5e12, fp8=2307e12,
     fabric=300e9, links=6, ring=4, cores=1, multiplier=256, vmem=64 * MIB,
+    float8="float8_e4m3fn",
 )  # fmt: skip
 
 A100 = Chip(

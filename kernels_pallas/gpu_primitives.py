@@ -1,7 +1,7 @@
 """What GPU kernels of several operations share."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -96,6 +96,78 @@ class Slots(NamedTuple):
             @pl.when(slot < turns)
             def _drain(slot: int = slot) -> None:
                 plgpu.barrier_wait(self.free.at[slot])
+
+
+def run_ring(
+    inputs: Any,
+    copy: Callable[[Any, Any], None],
+    multiply: Callable[[Any, Sequence[Any], Any, Sequence[Any]], None],
+    *,
+    out_type: Any,
+    ring: Any,
+    scratch: Sequence[Any],
+    groups: int,
+    programs: int,
+    shifts_registers: bool,
+    name: str,
+    cost: pl.CostEstimate,
+    reads_back: bool = False,
+) -> Any:
+    """Run a kernel of persistent programs: a warpgroup copies into a ring, others multiply.
+
+    Unless a warpgroup reads back shared memory that it wrote, or writes what it read, no barrier is
+    wanted beside those that commits and waits bring: each would stall its four warps.
+
+    Args:
+        inputs: arrays, in any structure.
+        copy: (inputs, ring) brings the tiles of all items.
+        multiply: (inputs, outputs, ring, scratch) multiplies and writes them.
+        out_type: of the outputs.
+        ring: a tuple of shared memory and barriers.
+        scratch: shared memory besides.
+        groups: warpgroups that multiply.
+        programs: as many.
+        shifts_registers: whether those that multiply get registers of the one that copies.
+        name: of the kernel.
+        cost: estimate.
+        reads_back: whether `multiply` reads shared memory that it writes.
+    """
+    leaves, tree = jax.tree.flatten(inputs)
+    outputs = len(jax.tree.leaves(out_type))
+
+    def body(*refs: Any) -> None:
+        given = jax.tree.unflatten(tree, refs[: len(leaves)])
+        outs, rest = refs[len(leaves) :][:outputs], refs[len(leaves) + outputs :]
+        tiles, own = type(ring)(*rest[: len(ring)]), rest[len(ring) :]
+        group = jax.lax.axis_index("warpgroup")
+
+        @pl.when(group < groups)
+        def _() -> None:
+            if shifts_registers:
+                plgpu.set_max_registers(232, action="increase")
+            multiply(given, outs, tiles, own)
+            plgpu.wait_smem_to_gmem(0)
+
+        @pl.when(group == groups)
+        def _() -> None:
+            if shifts_registers:
+                plgpu.set_max_registers(40, action="decrease")
+            copy(given, tiles)
+
+    call = kernel(
+        body,
+        name=name,
+        warpgroups=groups + 1,
+        cost=cost,
+        out_type=out_type,
+        scratch_types=(*ring, *scratch),
+        grid=(programs,),
+        grid_names=("program",),
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=0, unsafe_no_auto_barriers=not reads_back
+        ),
+    )
+    return call(*leaves)
 
 
 def widen(stored: Any, wide: Any) -> None:

@@ -14,8 +14,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import backend, tuning
 from kernels_pallas.experts.gpu_rows import Rows
-from kernels_pallas.experts.gpu_work import Item, fitting, run, staging, store
-from kernels_pallas.gpu_primitives import ROWS, Slots
+from kernels_pallas.experts.gpu_work import Item, fitting, staging, store
+from kernels_pallas.gpu_primitives import ROWS, Slots, run_ring
 
 _GROUPS = 2  # warpgroups that multiply, each 64 lines of a tile
 _LINES = _GROUPS * ROWS
@@ -166,7 +166,7 @@ def outer(
 
         _multiply(ring, walk(inputs[2]), write)
 
-    return run(
+    return run_ring(
         (x_PL, y, (rows.places.starts_E, rows.places.counts_E)),
         copy,
         multiply,

@@ -21,11 +21,11 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend
+from kernels_pallas.experts import tpu_stored
 from kernels_pallas.experts.dispatch import Block
-from kernels_pallas.experts.inputs import INT4_GROUP, expected_rows
-from kernels_pallas.experts.quantize import FP8_MAX, ROW_MAX
+from kernels_pallas.experts.inputs import expected_rows
 from kernels_pallas.experts.tpu_blocks import VMEM_LIMIT, BlockSizes, Table, fit, read_block
-from kernels_pallas.tpu_primitives import LANES, dot, in_hbm, round_to_fp8, widen
+from kernels_pallas.tpu_primitives import dot, in_hbm
 
 Epilogue = Callable[[list[jax.Array], jax.Array | None, list[jax.Array]], Sequence[jax.Array]]
 
@@ -90,7 +90,7 @@ def row_sizes(
         num_experts: that a row may belong to.
     """
     resident = sum(a.shape[1] * a.dtype.itemsize for a in rows.resident())
-    resident += 2 * LANES if by.stored == "fp8" else 0
+    resident += 2 * tpu_stored.beside_width(by.stored, by.depth)
     tiles = sum(a.dtype.itemsize for a in rows.tiles) + sum(jnp.dtype(d).itemsize for d in outs)
     _, *sides = by.weights[0].shape
     column = math.prod(sides) * by.weights[0].dtype.itemsize // by.width * 2
@@ -132,13 +132,13 @@ class _Given(NamedTuple):
 
 
 class _Scratch(NamedTuple):
-    """Two buffers for each array of rows, widened tiles, scales of rows, and semaphores."""
+    """Two buffers for each array of rows, widened tiles, numbers of rows, and semaphores."""
 
     resident: list[Any]
     tiles: list[Any]
     outs: list[Any]
     wide: list[Any]
-    row_scales: list[Any]
+    beside: list[Any]
     resident_arrived: Any
     tiles_arrived: Any
     outs_left: Any
@@ -196,31 +196,20 @@ class _Copies(NamedTuple):
         return _transfers(sources, targets, self.scratch.outs_left, jax.lax.rem(at, 2))
 
 
-def _round_rows(rows_ref: Any, row_scales: Any, count: jax.Array, unit: int) -> None:
-    """Round a block of rows to float8s, in place, and keep their scales."""
-
-    def round_unit(n: jax.Array, _: None) -> None:
-        rows = pl.ds(pl.multiple_of(n * unit, unit), unit)
-        x = rows_ref[rows].astype(jnp.float32)
-        scale = jnp.clip(jnp.abs(x).max(1, keepdims=True), 1e-12, ROW_MAX) / FP8_MAX
-        rounded = round_to_fp8(jnp.clip(x / scale, -FP8_MAX, FP8_MAX))
-        rows_ref[rows] = rounded.astype(rows_ref.dtype)
-        row_scales[rows] = jnp.broadcast_to(scale, (unit, LANES))
-
-    jax.lax.fori_loop(0, jax.lax.div(count, unit), round_unit, None)
-
-
-def _multiply(x: jax.Array, w_ref: Any, scale_ref: Any, by: Matrices) -> jax.Array:
-    """Multiply a chunk of rows by a tile of columns; float32."""
-    if by.stored != "int4":
-        product = dot(x, w_ref[...].astype(x.dtype), (1, 1 if by.is_transposed else 0))
-        return product if scale_ref is None else product * scale_ref[...]
-    product = jnp.zeros((x.shape[0], w_ref.shape[1]), jnp.float32)
-    for n in range(by.depth // INT4_GROUP):
-        part = slice(n * INT4_GROUP, (n + 1) * INT4_GROUP)
-        scale = scale_ref[pl.ds(n, 1), :]
-        product += dot(x[:, part], w_ref[part].astype(x.dtype), (1, 0)) * scale
-    return product
+def _stored_tiles(weights: list[Any], wide: list[Any], by: Matrices) -> list[Callable]:
+    """Return what gives parts of each tile, widened: now, if they are kept, or when asked for."""
+    if not wide:
+        return [lambda part, w=w: tpu_stored.widened(w, part, by.stored) for w in weights]
+    found = []
+    for w_ref, wide_ref in zip(weights, wide, strict=True):
+        words = None
+        for part in tpu_stored.parts(by.stored, by.depth, is_wide=False):
+            wide_ref[part], more = tpu_stored.widened(w_ref, part, by.stored)
+            words = more if words is None or more is None else words | more
+        found.append(
+            lambda part, ref=wide_ref, words=words: (ref[part], words if part.start == 0 else None)
+        )
+    return found
 
 
 def _kernel(by: Matrices, sizes: BlockSizes, steps: int, num_left: int, epilogue: Epilogue):
@@ -239,35 +228,36 @@ def _kernel(by: Matrices, sizes: BlockSizes, steps: int, num_left: int, epilogue
             pl.when(i == 0)(lambda: _start(copies.resident(i)))
             _wait(copies.resident(i))
             pl.when(i + 1 < number)(lambda: _start(copies.resident(i + 1)))
-            for row_scales in scratch.row_scales:
-                left = scratch.resident[0].at[block_slot]
-                _round_rows(left, row_scales, block.rows, sizes.unit)
+            if by.stored != "float":
+                left, chunks = scratch.resident[0].at[block_slot], pl.cdiv(block.rows, sizes.chunk)
+                tpu_stored.make_ready(left, scratch.beside[0], chunks, sizes.chunk, by.stored)
 
         pl.when(at == 0)(lambda: _start(copies.tiles(at)))
         _wait(copies.tiles(at))
         pl.when(at + 1 < number * steps)(lambda: _start(copies.tiles(at + 1)))
         pl.when(at >= 2)(lambda: _wait(copies.results(at - 2)))
 
-        for w_ref, wide in zip(given.weights, scratch.wide, strict=False):
-            widen(w_ref, wide, are_nibbles=by.stored == "int4")
-        weights = scratch.wide or given.weights
-        scales = given.scales or [None] * len(weights)
+        tiles_of = _stored_tiles(given.weights, scratch.wide, by)
+
+        def multiply(x: jax.Array, n: int, rows: Any) -> jax.Array:
+            if by.stored == "float":
+                return dot(x, given.weights[n][...], (1, 1 if by.is_transposed else 0))
+            beside, scale = scratch.beside[0][rows], given.scales[n]
+            is_wide = bool(scratch.wide)
+            return tpu_stored.multiply(x, tiles_of[n], scale, beside, by.stored, is_wide=is_wide)
 
         def compute(n: Any, _: None) -> None:
             rows = pl.ds(pl.multiple_of(n * sizes.chunk, sizes.chunk), sizes.chunk)
             read = [buffer[block_slot, rows] for buffer in scratch.resident]
-            left = read[:num_left] * (len(weights) // num_left)
-            factors = zip(left, weights, scales, strict=True)
-            products = [_multiply(x, w, scale, by) for x, w, scale in factors]
-            for row_scales in scratch.row_scales:
-                products = [product * row_scales[rows][:, :1] for product in products]
+            left = read[:num_left] * (len(given.weights) // num_left)
+            products = [multiply(x, n, rows) for n, x in enumerate(left)]
             column = read[num_left][:, :1] if len(read) > num_left else None
             tiles = [buffer[slot, rows].astype(jnp.float32) for buffer in scratch.tiles]
             results = epilogue(products, column, tiles)
             for buffer, result in zip(scratch.outs, results, strict=True):
                 buffer[slot, rows] = result.astype(buffer.dtype)
 
-        if sizes.block == sizes.chunk:  # without a loop, widening overlaps with the products
+        if sizes.block == sizes.chunk:
             compute(0, None)
         else:
             jax.lax.fori_loop(0, pl.cdiv(block.rows, sizes.chunk), compute, None)
@@ -312,7 +302,10 @@ def grouped_rows(
     scales = [s if s.ndim == 3 else s[:, None] for s in by.scales or ()]
     given = _Given(rows.resident(), list(rows.tiles), list(by.weights), scales)
     given = jax.tree.map(in_hbm, given)
-    is_wide, whole = by.stored != "float", pl.BlockSpec(memory_space=pltpu.HBM)
+    # A single chunk widens on the way; several do it once before.
+    is_wide = by.stored != "float" and sizes.block > sizes.chunk
+    whole = pl.BlockSpec(memory_space=pltpu.HBM)
+    wide, beside = tpu_stored.wide_dtype(by.stored), tpu_stored.beside_width(by.stored, by.depth)
 
     def tile_spec(array: jax.Array) -> pl.BlockSpec:
         _, lines, columns = array.shape
@@ -333,8 +326,8 @@ def grouped_rows(
         buffers(given.resident),
         buffers(given.tiles, sizes.tile),
         buffers(outs, sizes.tile),
-        [pltpu.VMEM((by.depth, sizes.tile), jnp.bfloat16) for _ in by.weights if is_wide],
-        [pltpu.VMEM((sizes.block, LANES), jnp.float32)] * (by.stored == "fp8"),
+        [pltpu.VMEM((by.depth, sizes.tile), wide)] * (len(by.weights) * is_wide),
+        [pltpu.VMEM((sizes.block, beside), jnp.float32)] * (by.stored != "float"),
         *(semaphore((max(len(arrays), 1), 2)) for arrays in (given.resident, given.tiles, outs)),
     )
     return pl.pallas_call(

@@ -136,8 +136,9 @@ def choose(name: Backend | None, operation: str, *arguments: Any) -> ModuleType:
     Args:
         name: a backend, which is obeyed or refused, or None for the best that can.
         operation: the package of the operation. Its modules `tpu` and `gpu` have a function
-            `refusal`, which returns why they cannot take these arguments, or None if they can.
-        *arguments: of `refusal`.
+            `unsupported_reason`, which returns why they cannot take these arguments, None if they
+            can.
+        *arguments: of `unsupported_reason`.
 
     Raises:
         ValueError: the name is unknown.
@@ -150,14 +151,14 @@ def choose(name: Backend | None, operation: str, *arguments: Any) -> ModuleType:
     here = platform()
     if name is None:
         has_kernels = here in ("tpu", "gpu") and not _without_kernels.value
-        if has_kernels and module(here).refusal(*arguments) is None:
+        if has_kernels and module(here).unsupported_reason(*arguments) is None:
             return module(here)
         return module("reference")
     if name not in get_args(Backend):
         raise ValueError(f"backend {name!r} is unknown; choose from {', '.join(get_args(Backend))}")
     if name == "reference":
         return module(name)
-    reason = module(name).refusal(*arguments)
+    reason = module(name).unsupported_reason(*arguments)
     if reason is None and not _interpreting.value and here != name:
         reason = f"it needs a {name.upper()}, and this is {device_kind()}"
     if reason is not None:

@@ -90,7 +90,7 @@ def _row_sizes(shape: Experts, of: Product) -> BlockSizes | None:
         [w] * of.matrices, scales, is_transposed, shape.stored, array((), "int32")
     )
     of_bytes = {width_of(shape): shape.dtype, 4: "float32"}
-    rows = tpu_rows.Rows(
+    rows = tpu_rows.RowOperands(
         [array((1, of.depth), shape.dtype)],
         array((1, LANES), jnp.float32) if of.beside else None,
         [array((1, of.width), of_bytes[size]) for size in of.tiles],
@@ -154,9 +154,9 @@ def _around(shape: Experts, direction: str, places: int) -> int:
     """Count what XLA moves around the TPU kernels, an operation at a time.
 
     Forward tokens are gathered into places, gates written beside them, results gathered back and
-    those of nobody set to zero. Backward so are the gradient of the result, and tokens, which are
-    then multiplied with gates; of the gradient of those come that of tokens and, with the tokens
-    themselves, that of gates.
+    those of no expert set to zero. Backward so are the gradient of the result, and tokens, which
+    are then multiplied with gates; of the gradient of those come that of tokens and, with the
+    tokens themselves, that of gates.
     """
     row = shape.D * width_of(shape)
     tokens, rows, gates = shape.T * row, shape.T * shape.X * row, places * 4 * LANES

@@ -25,7 +25,7 @@ from kernels_pallas.attention.visibility import (
     sees_all,
 )
 
-refusal = gpu_blocks.refusal
+unsupported_reason = gpu_blocks.unsupported_reason
 backward = gpu_backward.backward
 
 

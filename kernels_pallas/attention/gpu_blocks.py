@@ -27,7 +27,7 @@ OF_ROWS = plgpu.Layout.WGMMA.reduce(1)  # a vector with one number per row of a 
 OF_COLUMNS = plgpu.Layout.WGMMA.reduce(0)  # and one with a number per column
 
 
-def refusal(x: Inputs, how: Settings) -> str | None:
+def unsupported_reason(x: Inputs, how: Settings) -> str | None:
     """Say why the kernels cannot take these shapes, dtypes or this chip; None if they can."""
     dtypes = {a.dtype.name for a in (x.q_BTNH, x.k_BSKH, x.v_BSKH)}
     kind = backend.device_kind()

@@ -240,7 +240,7 @@ def _join(blocks: jax.Array, like_BTNH: jax.Array) -> jax.Array:
     return jnp.moveaxis(blocks, 3, 1).reshape(B, -1, N, *blocks.shape[4:])[:, :T]
 
 
-def refusal(x: Inputs, how: Settings) -> None:
+def unsupported_reason(x: Inputs, how: Settings) -> None:
     """Refuse nothing."""
 
 

@@ -24,10 +24,10 @@ from kernels_pallas.attention.visibility import (
 )
 from kernels_pallas.tpu_primitives import LANES, in_hbm
 
-__all__ = ["backward", "forward", "refusal"]
+__all__ = ["backward", "forward", "unsupported_reason"]
 
 
-def refusal(x: Inputs, how: Settings) -> str | None:
+def unsupported_reason(x: Inputs, how: Settings) -> str | None:
     """Return why these arrays cannot be taken, or None if they can."""
     dtypes = {x.q_BTNH.dtype, x.k_BSKH.dtype, x.v_BSKH.dtype}
     if len(dtypes) > 1 or dtypes.pop() not in (jnp.bfloat16, jnp.float32):

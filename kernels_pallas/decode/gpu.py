@@ -53,7 +53,7 @@ def _plan(x: Inputs) -> Plan:
     )
 
 
-def refusal(x: Inputs, how: Settings) -> str | None:
+def unsupported_reason(x: Inputs, how: Settings) -> str | None:
     """Return why these shapes and dtypes cannot be taken, or None if they can."""
     del how
     _, T, N, H = x.q_BTNH.shape

@@ -21,7 +21,7 @@ from kernels_pallas.decode.inputs import Inputs, slots_seen
 BLOCK = 512
 
 
-def refusal(x: Inputs, how: Settings) -> None:
+def unsupported_reason(x: Inputs, how: Settings) -> None:
     """Refuse nothing."""
 
 

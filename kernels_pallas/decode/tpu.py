@@ -26,7 +26,7 @@ _WINDOW = 1024  # entries of the page table in SMEM at a time
 _VMEM_BYTES = 40 * 2**20  # what 32 heads of 256 in float32 need; see chips.LEAST_VMEM
 
 
-def refusal(x: Inputs, how: Settings) -> str | None:
+def unsupported_reason(x: Inputs, how: Settings) -> str | None:
     """Return why the kernel cannot take these shapes and dtypes, or None if it can."""
     del how
     floats = (jnp.bfloat16, jnp.float32)
@@ -178,7 +178,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
     """Attend; see `api.decode_attention`.
 
     Args:
-        x: arrays that `refusal` does not refuse.
+        x: arrays that `unsupported_reason` does not refuse.
         how: static settings.
         out_dtype: dtype of the output.
 

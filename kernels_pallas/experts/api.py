@@ -12,8 +12,8 @@ from kernels_pallas.experts.inputs import (
     Arguments,
     Inputs,
     WeightScales,
-    expected_share,
-    expecting,
+    cost_hint,
+    occupancy_hint,
 )
 
 
@@ -49,8 +49,8 @@ def expert_mlp(
             a scale for each row.
         group: int32 scalar; with it the matrices and scales are those of several layers, stacked
             along a leading axis, and this picks the layer; it must be one that there is. The
-            matrices of experts that nobody chose are then not even read, whereas slicing the stack
-            outside would copy all of the layer's.
+            matrices of experts that no token chose are then not even read, whereas slicing the
+            stack outside would copy all of the layer's.
         backend: "tpu", "gpu" or "reference"; None is the best that takes these shapes here.
 
     Returns:
@@ -83,35 +83,37 @@ def expert_mlp(
         jax.tree.map(flat, given.scales),
     )
     x = vary_alike(x)
-    return _apply(_Plan(choose(backend, "experts", x, E), E, expected_share()), x)
+    return _apply(_Static(choose(backend, "experts", x, E), E, occupancy_hint()), x)
 
 
-class _Plan(NamedTuple):
-    """The static arguments of a call; see `inputs.expecting` for the share."""
+class _Static(NamedTuple):
+    """The static arguments of a call; see `inputs.cost_hint` for the occupancy."""
 
     backend: ModuleType
     num_experts: int
-    share: float
+    occupancy: float
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(plan: _Plan, x: Inputs) -> jax.Array:
-    with expecting(plan.share):
+def _apply(plan: _Static, x: Inputs) -> jax.Array:
+    with cost_hint(occupancy=plan.occupancy):
         return plan.backend.forward(x, plan.num_experts, saves=False)[0]
 
 
-def _apply_fwd(plan: _Plan, x: Inputs) -> tuple[jax.Array, tuple[Inputs, Any, Any]]:
+def _apply_fwd(plan: _Static, x: Inputs) -> tuple[jax.Array, tuple[Inputs, Any, Any]]:
     if x.scales is not None:
         raise NotImplementedError("quantised matrices have no gradient; train float ones")
-    with expecting(plan.share):
+    with cost_hint(occupancy=plan.occupancy):
         y_TD, saved = plan.backend.forward(x, plan.num_experts, saves=True)
     has_shared = None if x.shared_TD is None else ()  # the structure tells, not a value
     return y_TD, (x._replace(shared_TD=None), saved, has_shared)
 
 
-def _apply_bwd(plan: _Plan, residuals: tuple[Inputs, Any, Any], dy_TD: jax.Array) -> tuple[Inputs]:
+def _apply_bwd(
+    plan: _Static, residuals: tuple[Inputs, Any, Any], dy_TD: jax.Array
+) -> tuple[Inputs]:
     x, saved, has_shared = residuals
-    with expecting(plan.share):  # the caller's has ended when gradients are traced
+    with cost_hint(occupancy=plan.occupancy):  # the caller's has ended when gradients are traced
         dx, d_gate, d_up, d_down, dgate = plan.backend.backward(x, plan.num_experts, saved, dy_TD)
     shared = None if has_shared is None else dy_TD
     return (Inputs(dx, d_gate, d_up, d_down, None, dgate, None, shared, None),)  # type: ignore[arg-type]

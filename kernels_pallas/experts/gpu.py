@@ -1,6 +1,6 @@
 """Experts on Hopper GPUs: two grouped products, gate and up with SwiGLU, then down.
 
-Rows lie by expert (`gpu_rows`); the products are persistent kernels (`gpu_product`) that
+PlacedRows lie by expert (`gpu_rows`); the products are persistent kernels (`gpu_product`) that
 read the matrices of experts with rows and of no others. The gate folds into the epilogue of the
 first, silu(g a) * (g b), in float32. With few rows, where time goes by bytes of the matrices,
 blocks are 64 rows of which groups of 8 are copied if there are any, two programs share a
@@ -29,11 +29,11 @@ from kernels_pallas import backend, chips, tuning
 from kernels_pallas.experts import gpu_backward, gpu_quantized
 from kernels_pallas.experts.gpu_backward import Saved, cost
 from kernels_pallas.experts.gpu_product import Term, product
-from kernels_pallas.experts.gpu_rows import Rows
+from kernels_pallas.experts.gpu_rows import PlacedRows
 from kernels_pallas.experts.gpu_work import (
     DEPTH,
     Item,
-    Plan,
+    ProductPlan,
     Sums,
     fitting,
     prefetch,
@@ -52,7 +52,7 @@ backward = gpu_backward.backward
 grouped_matmul, grouped_outer = gpu_backward.grouped_matmul, gpu_backward.grouped_outer
 
 
-def refusal(x: Inputs, num_experts: int) -> str | None:
+def unsupported_reason(x: Inputs, num_experts: int) -> str | None:
     """Say why the kernels cannot take these shapes, dtypes or this chip; None if they can."""
     del num_experts
     dtypes = [x.x_TD.dtype, x.w_gate_NDF.dtype, x.w_up_NDF.dtype, x.w_down_NFD.dtype]
@@ -80,7 +80,7 @@ def _silu_product(u: jax.Array, v: jax.Array) -> jax.Array:
 
 
 def _up_epilogue(
-    sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
+    sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: ProductPlan
 ) -> None:
     """Write silu(g a) * (g b) and, if asked for, a and b."""
     gate_P, *_ = extras
@@ -99,7 +99,7 @@ def _up_epilogue(
 
 
 def _down_epilogue(
-    sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
+    sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: ProductPlan
 ) -> None:
     del extras
     buffers = scratch[0].at[jax.lax.axis_index("warpgroup")]
@@ -107,13 +107,13 @@ def _down_epilogue(
     store_all(sums[0], plan.width, buffers, target, item, plan.granule)
 
 
-def _prefetch_down(blocks_BF: Any, extras: Any, *, x: Inputs, plan: Plan) -> None:
+def _prefetch_down(blocks_BF: Any, extras: Any, *, x: Inputs, plan: ProductPlan) -> None:
     w_NFD, stored = extras[1], stored_as(x)
     width = plan.width if stored == "float" else plan.groups * plan.width
     prefetch(w_NFD, blocks_BF, plan, width, w_NFD.shape[1] // DEPTH)
 
 
-def _plans(x: Inputs, num_experts: int, *, saves: bool) -> tuple[Plan, Plan]:
+def _plans(x: Inputs, num_experts: int, *, saves: bool) -> tuple[ProductPlan, ProductPlan]:
     """Return the plans of the products with gate and up, and with down."""
     R, (D, F), stored = x.expert_TX.size, (x.x_TD.shape[1], x.w_gate_NDF.shape[2]), stored_as(x)
     few, is_wide = R <= _FEW and not saves, stored == "float"
@@ -128,7 +128,7 @@ def _plans(x: Inputs, num_experts: int, *, saves: bool) -> tuple[Plan, Plan]:
         share = size if is_wide else size // groups  # groups have columns of their own
         width = fitting(share, sizes["width"] or most)
         programs = (few and sizes["programs"]) or per_processor
-        plans.append(Plan(groups, granule, width, sizes["stages"], programs))
+        plans.append(ProductPlan(groups, granule, width, sizes["stages"], programs))
     up, down = plans
     if few:
         tile = down.width if is_wide else groups * down.width
@@ -137,7 +137,7 @@ def _plans(x: Inputs, num_experts: int, *, saves: bool) -> tuple[Plan, Plan]:
     return up, down
 
 
-def _splits(columns: int, experts: int, steps: int, plan: Plan) -> int:
+def _splits(columns: int, experts: int, steps: int, plan: ProductPlan) -> int:
     """Return into how many parts to split sums, so that few programs idle at the end."""
 
     def busy(splits: int) -> float:
@@ -167,7 +167,7 @@ def _product(x: Inputs, x_PK: jax.Array, names: tuple[str, ...], *rest: Any, **h
     return gpu_quantized.product(term, *rest, **how)
 
 
-def _staging(x: Inputs, plan: Plan, dtype: Any) -> Any:
+def _staging(x: Inputs, plan: ProductPlan, dtype: Any) -> Any:
     """Return what is written by way of; few rows are written one buffer at a time."""
     line = 128 if x.scales is None else 64
     return staging(plan.groups, dtype, line=line, count=1 if plan.granule < ROWS else 2)
@@ -184,7 +184,7 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, Sav
     up, down = _plans(x, num_experts, saves=saves)
     block = ROWS if x.scales is not None else up.rows
     expert_R = x.expert_TX.reshape(-1)
-    rows = Rows.of(expert_R, num_experts, x.first, size=block, granule=up.granule)
+    rows = PlacedRows.of(expert_R, num_experts, x.first, size=block, granule=up.granule)
     x_PD = rows.spread(x.x_TD, X)
     P = x_PD.shape[0]
     hidden, few = jax.ShapeDtypeStruct((P, F), dtype), up.granule < ROWS

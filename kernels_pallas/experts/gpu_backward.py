@@ -21,10 +21,10 @@ from kernels_pallas import tuning
 from kernels_pallas.experts.dispatch import experts_of
 from kernels_pallas.experts.gpu_outer import outer
 from kernels_pallas.experts.gpu_product import Term, product
-from kernels_pallas.experts.gpu_rows import Rows
+from kernels_pallas.experts.gpu_rows import PlacedRows
 from kernels_pallas.experts.gpu_work import (
     Item,
-    Plan,
+    ProductPlan,
     Sums,
     fitting,
     staging,
@@ -41,7 +41,7 @@ _SLICE = 32  # and of these, as many as registers hold
 class Saved(NamedTuple):
     """What the backward pass wants besides the inputs: the places and the two products."""
 
-    rows: Rows
+    rows: PlacedRows
     a_PF: jax.Array
     b_PF: jax.Array
 
@@ -95,7 +95,7 @@ def _prologue(item: Item, extras: Any, scratch: Any) -> None:
 
 
 def _epilogue(
-    sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
+    sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: ProductPlan
 ) -> None:
     """Write da, db, hidden and the columns' share of the gates' gradients."""
     mine = _Scratch(*scratch).of(jax.lax.axis_index("warpgroup"))
@@ -141,7 +141,7 @@ def _epilogue(
 
 def plain_product(
     terms: Sequence[Term],
-    rows: Rows,
+    rows: PlacedRows,
     sizes: Mapping[str, int],
     dtype: Any,
     *,
@@ -162,7 +162,7 @@ def plain_product(
     """
     columns = terms[0].w[0].shape[1 if is_transposed else 2]
     width, block = fitting(columns, sizes["width"]), _GROUPS * ROWS
-    plan = Plan(_GROUPS, block, width, sizes["stages"], 1, is_transposed=is_transposed)
+    plan = ProductPlan(_GROUPS, block, width, sizes["stages"], 1, is_transposed=is_transposed)
     (y_PC,) = product(
         terms,
         rows.blocks_BF,
@@ -184,7 +184,7 @@ def _hidden_gradients(
     (P, F), dtype = saved.a_PF.shape, x.x_TD.dtype
     sizes = tuning.lookup("expert_mlp.dhidden", {"width": 256, "stages": 3}, dtype=dtype.name)
     width = fitting(F, sizes["width"])
-    plan = Plan(_GROUPS, _GROUPS * ROWS, width, sizes["stages"], 1, is_transposed=True)
+    plan = ProductPlan(_GROUPS, _GROUPS * ROWS, width, sizes["stages"], 1, is_transposed=True)
     part = plgpu.SMEM((_GROUPS, 2, ROWS, _PART), dtype)
     wide = jax.ShapeDtypeStruct((P, F), dtype)
     return product(
@@ -209,7 +209,7 @@ def _hidden_gradients(
 
 
 def _token_gradients(
-    x: Inputs, num_experts: int, rows: Rows, da_PF: jax.Array, db_PF: jax.Array
+    x: Inputs, num_experts: int, rows: PlacedRows, da_PF: jax.Array, db_PF: jax.Array
 ) -> jax.Array:
     """Return dx_PD = da Wg^T + db Wu^T."""
     (_, F), (_, D), dtype = da_PF.shape, x.x_TD.shape, x.x_TD.dtype
@@ -249,10 +249,10 @@ def backward(
     return dx_TD, d_gate, d_up, d_down, dgate_TX
 
 
-def _rows(sizes_E: jax.Array, num_rows: int, first: jax.Array) -> Rows:
+def _rows(sizes_E: jax.Array, num_rows: int, first: jax.Array) -> PlacedRows:
     """Place rows that are sorted by expert, in blocks of 128, whatever their number."""
     expert_R, block = experts_of(sizes_E, num_rows), _GROUPS * ROWS
-    return Rows.of(expert_R, sizes_E.shape[0], first, size=block, granule=block)
+    return PlacedRows.of(expert_R, sizes_E.shape[0], first, size=block, granule=block)
 
 
 def _cost_alone(num_rows: int, num_experts: int, D: int, F: int, dtype: Any) -> pl.CostEstimate:

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels_pallas import backend, tuning
-from kernels_pallas.experts.gpu_rows import Rows
+from kernels_pallas.experts.gpu_rows import PlacedRows
 from kernels_pallas.experts.gpu_work import Item, fitting, staging, store
 from kernels_pallas.gpu_primitives import ROWS, Slots, run_ring
 
@@ -115,7 +115,7 @@ def _multiply(ring: _Ring, walk: Callable[..., jax.Array], write: Callable[..., 
 def outer(
     x_PL: jax.Array,
     y: tuple[jax.Array, ...],
-    rows: Rows,
+    rows: PlacedRows,
     dtype: Any,
     cost: pl.CostEstimate,
     *,

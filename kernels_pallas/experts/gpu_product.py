@@ -19,7 +19,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels_pallas.experts.gpu_work import (
     DEPTH,
     Item,
-    Plan,
+    ProductPlan,
     Sums,
     bring_rows,
     run_items,
@@ -30,7 +30,7 @@ from kernels_pallas.gpu_primitives import ROWS, Slots
 
 
 class Term(NamedTuple):
-    """Rows and the matrices that they meet; the terms of a product add up.
+    """PlacedRows and the matrices that they meet; the terms of a product add up.
 
     Attributes:
         x_PK: rows.
@@ -50,12 +50,12 @@ class _Ring(NamedTuple):
     free: Any
 
 
-def _span(term: Term, plan: Plan, item: Item) -> tuple[jax.Array, jax.Array]:
+def _span(term: Term, plan: ProductPlan, item: Item) -> tuple[jax.Array, jax.Array]:
     return span(term.x_PK.shape[1] // DEPTH, item.split, plan.splits)
 
 
 def _copy(
-    terms: Sequence[Term], visit: Callable[..., jax.Array], ring: _Ring, *, plan: Plan
+    terms: Sequence[Term], visit: Callable[..., jax.Array], ring: _Ring, *, plan: ProductPlan
 ) -> jax.Array:
     """Bring the tiles of all items, each as soon as there is room; return the turns it took."""
 
@@ -90,7 +90,7 @@ def _multiply(
     prologue: Callable[[Item], None],
     epilogue: Callable[[Sequence[Sums], Item], None],
     *,
-    plan: Plan,
+    plan: ProductPlan,
 ) -> None:
     """Sum the products of this warpgroup's rows, and hand over the sums of each item."""
     slots, group = Slots(ring.ready, ring.free), jax.lax.axis_index("warpgroup")
@@ -147,7 +147,7 @@ def _multiply(
 def product(
     terms: Sequence[Term],
     blocks_BF: jax.Array,
-    plan: Plan,
+    plan: ProductPlan,
     epilogue: Callable[..., None],
     **how: Any,
 ) -> Any:

@@ -26,7 +26,15 @@ from jax.extend.mlir import ir
 from jax.extend.mlir.dialects import vector
 
 from kernels_pallas import backend
-from kernels_pallas.experts.gpu_work import DEPTH, Item, Plan, Sums, bring_rows, run_items, span
+from kernels_pallas.experts.gpu_work import (
+    DEPTH,
+    Item,
+    ProductPlan,
+    Sums,
+    bring_rows,
+    run_items,
+    span,
+)
 from kernels_pallas.experts.inputs import INT4_GROUP
 from kernels_pallas.gpu_primitives import LINES, OF_COLUMNS, OF_ROWS, PART, ROWS, Slots, widen
 
@@ -34,7 +42,7 @@ _MANY = 16  # copies to memory that may be under way: more than are, so nothing 
 
 
 class Stored(NamedTuple):
-    """Rows and the stored matrices that they meet.
+    """PlacedRows and the stored matrices that they meet.
 
     Attributes:
         x_PK: bfloat16 rows; `halved` for int4.
@@ -85,7 +93,9 @@ def halved(x_PK: jax.Array) -> jax.Array:
     return x.swapaxes(2, 3).reshape(x_PK.shape)
 
 
-def _copy(term: Stored, visit: Callable[..., jax.Array], ring: _Ring, *, plan: Plan) -> jax.Array:
+def _copy(
+    term: Stored, visit: Callable[..., jax.Array], ring: _Ring, *, plan: ProductPlan
+) -> jax.Array:
     """Bring the tiles of all items, each as soon as there is room; return the turns it took."""
 
     slots = Slots(ring.ready, ring.free)
@@ -173,7 +183,7 @@ def _multiply(
     prologue: Callable[[Item], None],
     epilogue: Callable[[Sequence[Sums], Item], None],
     *,
-    plan: Plan,
+    plan: ProductPlan,
 ) -> None:
     """Sum the products of this warpgroup's columns, and hand over the sums of each item."""
     _, tiles, _, columns = ring.wide.shape
@@ -255,7 +265,7 @@ def _multiply(
 def product(
     term: Stored,
     blocks_BF: jax.Array,
-    plan: Plan,
+    plan: ProductPlan,
     epilogue: Callable[..., None],
     **how: Any,
 ) -> Any:

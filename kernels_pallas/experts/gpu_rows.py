@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from kernels_pallas.experts.dispatch import Places, arrange, list_blocks
 
 
-class Rows(NamedTuple):
+class PlacedRows(NamedTuple):
     """The places of routed rows.
 
     Attributes:
@@ -26,7 +26,7 @@ class Rows(NamedTuple):
     @staticmethod
     def of(
         expert_R: jax.Array, num_experts: int, first: jax.Array, *, size: int, granule: int
-    ) -> "Rows":
+    ) -> "PlacedRows":
         """Give routed rows their places and blocks.
 
         Args:
@@ -40,7 +40,7 @@ class Rows(NamedTuple):
         fields, total = list_blocks(places, size, unit=granule)
         fields = [first + fields.expert, *fields[1:], jnp.broadcast_to(total, fields.start.shape)]
         blank = [jnp.zeros_like(fields[0])] * (8 - len(fields))
-        return Rows(places, jnp.stack([*fields, *blank], 1))
+        return PlacedRows(places, jnp.stack([*fields, *blank], 1))
 
     def spread(self, x_TD: jax.Array, choices: int) -> jax.Array:
         """Copy each routed row's token to its place; empty places are zero."""

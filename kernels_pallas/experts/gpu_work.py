@@ -17,7 +17,7 @@ _TOGETHER = 16  # blocks that take turns at the same columns
 _BOX = 256  # lines that one operation of TMA takes at most
 
 
-class Plan(NamedTuple):
+class ProductPlan(NamedTuple):
     """What is static in a product.
 
     Attributes:
@@ -149,7 +149,7 @@ def bring_rows(x_PK: Any, item: Item, channels: Any, tile: Any, ready: Any, gran
     at_least(granule)
 
 
-def prefetch(w: Any, blocks_BF: Any, plan: Plan, width: int, steps: int) -> None:
+def prefetch(w: Any, blocks_BF: Any, plan: ProductPlan, width: int, steps: int) -> None:
     """Bring into the L2 cache what the next product reads first, while this one comes to its end.
 
     Args:
@@ -222,7 +222,7 @@ def store_all(
 
 
 def write(
-    sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: Plan
+    sums: Sequence[Sums], item: Item, extras: Any, outs: Any, scratch: Any, *, plan: ProductPlan
 ) -> None:
     """Write the product as it is: the epilogue that adds nothing."""
     del extras
@@ -238,7 +238,7 @@ def staging(groups: int, dtype: Any, *, line: int = 128, count: int = 2) -> Any:
 def run_items(
     factors: Any,
     blocks_BF: jax.Array,
-    plan: Plan,
+    plan: ProductPlan,
     copy: Callable[..., jax.Array],
     multiply: Callable[..., None],
     epilogue: Callable[..., None],

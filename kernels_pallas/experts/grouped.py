@@ -23,12 +23,12 @@ def dispatch(expert_TX: jax.Array, num_experts: int) -> Dispatch:
     """Sort routed rows by expert, in token order inside one.
 
     Args:
-        expert_TX: whole numbers, the expert of each choice; ids outside 0..E-1 are nobody.
+        expert_TX: whole numbers, the expert of each choice; ids outside 0..E-1 are no expert.
         num_experts: E.
 
     Returns:
         order_R, the routed row (token * X + choice) of each sorted row, and group_sizes_E, the rows
-        of each expert. Rows of nobody are sorted last and not counted.
+        of each expert. Rows of no expert are sorted last and not counted.
 
     Raises:
         ValueError: an argument is not of this kind.
@@ -45,12 +45,12 @@ def combine(y_RD: jax.Array, to: Dispatch, experts_per_token: int) -> jax.Array:
     """Bring sorted rows back to their tokens and add a token's choices up.
 
     Args:
-        y_RD: rows in the order of `dispatch`; those of nobody count as zero, whatever they hold.
+        y_RD: rows in the order of `dispatch`; those of no expert count as zero, whatever they hold.
         to: from `dispatch`.
         experts_per_token: X.
 
     Returns:
-        y_TD in the dtype of the rows; zero for tokens of nobody.
+        y_TD in the dtype of the rows; zero for tokens of no expert.
 
     Raises:
         ValueError: the number of rows is not that of `dispatch`, or not a multiple of X.
@@ -75,7 +75,7 @@ def grouped_matmul(
 ) -> jax.Array:
     """Multiply each run of sorted rows by its expert's matrix.
 
-    Reverse-mode differentiable in rows and matrices. Rows of nobody may hold anything, NaN
+    Reverse-mode differentiable in rows and matrices. Rows of no expert may hold anything, NaN
     included, and so may their gradients: they reach no result and no gradient.
 
     Args:
@@ -83,13 +83,13 @@ def grouped_matmul(
         w_NDF: float matrices in the dtype of x, of these experts and perhaps of others, such as
             those of all layers; only those of experts with rows are read.
         group_sizes_E: whole numbers, the rows of each expert, R together at most; rows beyond their
-            sum are nobody's.
+            sum are no expert's.
         first: number of expert 0's matrix in w_NDF; the others follow it.
         backend: "tpu", "gpu" or "reference"; None is the best that takes these shapes here. A
             kernel takes what it takes in `expert_mlp`.
 
     Returns:
-        y_RF in the dtype of x, summed in float32; zero for rows of nobody.
+        y_RF in the dtype of x, summed in float32; zero for rows of no expert.
 
     Raises:
         ValueError: shapes or dtypes disagree.

@@ -154,18 +154,18 @@ def among_layers(dw_EDF: jax.Array, first: jax.Array, w_NDF: jax.Array) -> jax.A
 
 
 @contextlib.contextmanager
-def expecting(share: float) -> Iterator[None]:
+def cost_hint(*, occupancy: float) -> Iterator[None]:
     """Let kernels estimate their cost as if this share of the routed rows had an expert.
 
     Rows without one cost nothing, but a static estimate cannot see how many those are. Whoever
     sizes a buffer for more rows than it expects knows better.
     """
-    with _held(share):
+    with _held(occupancy):
         yield
 
 
-def expected_share() -> float:
-    """Return the share in force, for what is traced later."""
+def occupancy_hint() -> float:
+    """Return the occupancy in force, for what is traced later."""
     return _held.value
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from kernels_pallas.backend import Backend, device_kind, is_interpreting, platform, vary_alike
 from kernels_pallas.experts.api import expert_mlp
 from kernels_pallas.experts.dispatch import sort_rows
-from kernels_pallas.experts.inputs import Arguments, WeightScales, expecting
+from kernels_pallas.experts.inputs import Arguments, WeightScales, cost_hint
 from kernels_pallas.experts.tpu_remote import exchange
 
 Axes = str | tuple[str, ...]
@@ -31,7 +31,7 @@ _LEAST_ROWS = 16  # of a send buffer: rows of a tile of memory, to which copies 
 _SPREAD = 5  # square roots of the mean, by which no buffer exceeds it where routing is even
 
 
-class _Plan(NamedTuple):
+class _Static(NamedTuple):
     """The static arguments of a call."""
 
     axes: Axes
@@ -44,7 +44,7 @@ class _Plan(NamedTuple):
         """Return the most rows of a send buffer that leave in one round."""
         return buffer_rows(num_routed, jax.lax.axis_size(self.axes), self.load_factor)
 
-    def share(self, num_routed: int) -> float:
+    def occupancy(self, num_routed: int) -> float:
         """Return the share of a round's places that have a row on the mean device."""
         return min(1.0, num_routed / (jax.lax.axis_size(self.axes) * self.rows(num_routed)))
 
@@ -119,7 +119,7 @@ def expert_mlp_parallel(
     )
     if not given.x_TD.size:
         return given.x_TD
-    plan = _Plan(axes, given.w_gate.shape[-3], load_factor, backend, transport)
+    plan = _Static(axes, given.w_gate.shape[-3], load_factor, backend, transport)
     routed = vary_alike(given._replace(shared_TD=None))
     if transport == "dma":
         _check_dma(plan, routed)
@@ -128,10 +128,12 @@ def expert_mlp_parallel(
     return y_TD if given.shared_TD is None else y_TD + given.shared_TD
 
 
-def _check_dma(plan: _Plan, given: Arguments) -> None:
+def _check_dma(plan: _Static, given: Arguments) -> None:
     """Raise if the kernel cannot take these arrays here."""
     peers, rows = jax.lax.axis_size(plan.axes), plan.rows(given.expert_TX.size)
-    reason = exchange.refusal(peers, rows, given.w_gate, plan.num_local, given.x_TD.dtype)
+    reason = exchange.unsupported_reason(
+        peers, rows, given.w_gate, plan.num_local, given.x_TD.dtype
+    )
     if plan.backend not in (None, "tpu"):
         reason = f"it has products of its own, so that backend {plan.backend!r} cannot be obeyed"
     if reason is None and not is_interpreting() and platform() != "tpu":
@@ -163,7 +165,7 @@ class _Buffers(NamedTuple):
     rounds: jax.Array
 
     @staticmethod
-    def of(plan: _Plan, given: Arguments) -> "_Buffers":
+    def of(plan: _Static, given: Arguments) -> "_Buffers":
         """Sort the rows of this device, and agree with all others on the number of rounds."""
         peers, expert_TX = jax.lax.axis_size(plan.axes), given.expert_TX
         order_R, sizes_E = sort_rows(expert_TX, peers * plan.num_local)
@@ -218,7 +220,7 @@ class _Round(NamedTuple):
     expert_R1: jax.Array
 
 
-def _leaving(plan: _Plan, given: Arguments, buffers: _Buffers, number: jax.Array) -> _Round:
+def _leaving(plan: _Static, given: Arguments, buffers: _Buffers, number: jax.Array) -> _Round:
     """Collect the rows of a round by peer; a place without a row has expert -1."""
     routed_PR, is_row = buffers.leaving(number)
     local_PR = given.expert_TX.reshape(-1)[routed_PR] % plan.num_local
@@ -229,14 +231,19 @@ def _leaving(plan: _Plan, given: Arguments, buffers: _Buffers, number: jax.Array
     )
 
 
-def _dispatched(plan: _Plan, given: Arguments, buffers: _Buffers, number: jax.Array) -> _Round:
+def _dispatched(plan: _Static, given: Arguments, buffers: _Buffers, number: jax.Array) -> _Round:
     """Bring the rows of a round to their experts."""
     x, gate, expert = (_exchange(a, plan.axes) for a in _leaving(plan, given, buffers, number))
     return _Round(x.reshape(-1, x.shape[2]), gate.reshape(-1, 1), expert.reshape(-1, 1))
 
 
 def _local(
-    plan: _Plan, given: Arguments, here: _Round, x_RD: jax.Array, gate_R1: jax.Array, *weights: Any
+    plan: _Static,
+    given: Arguments,
+    here: _Round,
+    x_RD: jax.Array,
+    gate_R1: jax.Array,
+    *weights: Any,
 ) -> jax.Array:
     return expert_mlp(
         x_RD,
@@ -249,7 +256,7 @@ def _local(
     )
 
 
-def _round(plan: _Plan, given: Arguments, buffers: _Buffers, number: jax.Array) -> jax.Array:
+def _round(plan: _Static, given: Arguments, buffers: _Buffers, number: jax.Array) -> jax.Array:
     """Take the rows of a round to their experts and return the results; by peer."""
     if plan.transport == "dma":
         first = jnp.int32(0) if given.group is None else given.group * plan.num_local
@@ -261,30 +268,30 @@ def _round(plan: _Plan, given: Arguments, buffers: _Buffers, number: jax.Array) 
     return _back(plan, buffers, _local(plan, given, here, here.x_RD, here.gate_R1, *given[1:4]))
 
 
-def _back(plan: _Plan, buffers: _Buffers, rows: jax.Array) -> jax.Array:
+def _back(plan: _Static, buffers: _Buffers, rows: jax.Array) -> jax.Array:
     """Return results [P * rows, ...] of a round to where their rows came from; by peer."""
     return _exchange(rows.reshape(-1, buffers.rows, rows.shape[1]), plan.axes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(plan: _Plan, given: Arguments) -> jax.Array:
+def _apply(plan: _Static, given: Arguments) -> jax.Array:
     buffers, (T, X), D = _Buffers.of(plan, given), given.expert_TX.shape, given.x_TD.shape[1]
 
     def body(number: jax.Array, y_RD: jax.Array) -> jax.Array:
         return buffers.returned(number, _round(plan, given, buffers, number), y_RD)
 
-    with expecting(plan.share(T * X)):
+    with cost_hint(occupancy=plan.occupancy(T * X)):
         zeros_RD = jnp.zeros_like(given.x_TD, shape=(T * X, D))
         y_RD = jax.lax.fori_loop(0, buffers.rounds, body, zeros_RD)
     return y_RD.reshape(T, X, D).sum(1)
 
 
-def _apply_fwd(plan: _Plan, given: Arguments) -> tuple[jax.Array, Arguments]:
+def _apply_fwd(plan: _Static, given: Arguments) -> tuple[jax.Array, Arguments]:
     return _apply(plan, given), given
 
 
 def _round_bwd(
-    plan: _Plan, given: Arguments, buffers: _Buffers, number: jax.Array, dy_TD: jax.Array
+    plan: _Static, given: Arguments, buffers: _Buffers, number: jax.Array, dy_TD: jax.Array
 ) -> tuple[jax.Array, jax.Array, Sequence[jax.Array]]:
     """Return the gradients of a round: of rows and gates by peer, and of matrices."""
     here = _dispatched(plan, given, buffers, number)
@@ -296,7 +303,7 @@ def _round_bwd(
     return _back(plan, buffers, dx), _back(plan, buffers, dgate), d_weights
 
 
-def _apply_bwd(plan: _Plan, given: Arguments, dy_TD: jax.Array) -> tuple[Arguments]:
+def _apply_bwd(plan: _Static, given: Arguments, dy_TD: jax.Array) -> tuple[Arguments]:
     buffers, (T, X), D = _Buffers.of(plan, given), given.expert_TX.shape, given.x_TD.shape[1]
     weights = given[1:4]
 
@@ -314,7 +321,7 @@ def _apply_bwd(plan: _Plan, given: Arguments, dy_TD: jax.Array) -> tuple[Argumen
         jnp.zeros_like(given.gate_TX, shape=(T * X, 1)),
         [jnp.zeros_like(w, jnp.float32) for w in weights],
     )
-    with expecting(plan.share(T * X)):
+    with cost_hint(occupancy=plan.occupancy(T * X)):
         dx_RD, dgate_R1, d_weights = jax.lax.fori_loop(0, buffers.rounds, body, zeros)
     dx_TD, dgate_TX = dx_RD.reshape(T, X, D).sum(1), dgate_R1.reshape(T, X)
     d_weights = (dw.astype(w.dtype) for dw, w in zip(d_weights, weights, strict=True))

@@ -142,7 +142,7 @@ def grouped_outer(x_RD: jax.Array, dy_RF: jax.Array, sizes_E: jax.Array, dtype: 
     return _fold(body, dw_EDF, [x_RD, dy_RF], sizes_E, rows).astype(dtype)
 
 
-def refusal(x: Inputs, num_experts: int) -> None:
+def unsupported_reason(x: Inputs, num_experts: int) -> None:
     """Refuse nothing."""
 
 

@@ -1,7 +1,7 @@
 """Shapes of mixtures of experts.
 
 Who goes where is drawn on the host from a fixed seed, so that benchmarks can count what a schedule
-of blocks does with it. Rows of nobody hold NaN, and so do their gates.
+of blocks does with it. Rows of no expert hold NaN, and so do their gates.
 """
 
 import dataclasses
@@ -34,7 +34,7 @@ class Experts:
         D, F, E: width of tokens, width inside an expert, experts.
         routing: "random" chooses evenly, different experts for a token; "hot" only the last one;
             "every_other" half of the experts.
-        padding: tokens at the end that choose nobody.
+        padding: tokens at the end that are routed to no expert.
         has_shared: whether there is something to add to the result.
         dtype: of tokens, gates, and matrices unless these are stored otherwise.
         stored: how matrices are stored, "float" or as `expert_mlp` describes it.

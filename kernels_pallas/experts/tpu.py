@@ -33,7 +33,7 @@ from kernels_pallas.tpu_primitives import LANES, tile_rows
 
 
 def _run(
-    operation: str, rows: tr.Rows, by: tr.Matrices, epilogue, outs: list, *, p: Places
+    operation: str, rows: tr.RowOperands, by: tr.Matrices, epilogue, outs: list, *, p: Places
 ) -> list[jax.Array]:
     """Run one kernel over all blocks."""
     (R,), (E,) = p.place_R.shape, p.counts_E.shape
@@ -85,7 +85,7 @@ def _filled(x: Inputs) -> Inputs:
     return x._replace(w_gate_NDF=weights[0], w_up_NDF=weights[1], w_down_NFD=weights[2])
 
 
-def refusal(x: Inputs, num_experts: int) -> str | None:
+def unsupported_reason(x: Inputs, num_experts: int) -> str | None:
     """Return why these arrays cannot be taken, or None if they can."""
     D, dtype, R = x.x_TD.shape[1], x.x_TD.dtype, x.expert_TX.size
     F = x.w_up_NDF.shape[2]
@@ -114,18 +114,18 @@ def _sizes(x: Inputs, F: int, num_experts: int) -> dict[str, tb.BlockSizes | Non
 
     column: Any = jax.ShapeDtypeStruct((1, LANES), jnp.float32)
 
-    def sizes(operation: str, rows: tr.Rows, outs: int, *names: str) -> tb.BlockSizes | None:
+    def sizes(operation: str, rows: tr.RowOperands, outs: int, *names: str) -> tb.BlockSizes | None:
         by = _matrices(x, *names, is_transposed=operation != "forward")
         return tr.row_sizes(operation, rows, by, [dtype] * outs, R, num_experts)
 
     found = {
-        "gate and up": sizes("forward", tr.Rows([row(D)], column), 3, "gate", "up"),
-        "down": sizes("forward", tr.Rows([row(F)], column), 1, "down"),
+        "gate and up": sizes("forward", tr.RowOperands([row(D)], column), 3, "gate", "up"),
+        "down": sizes("forward", tr.RowOperands([row(F)], column), 1, "down"),
     }
     if stored_as(x) == "float":
-        rows = tr.Rows([row(D)], column, [row(F)] * 2)
+        rows = tr.RowOperands([row(D)], column, [row(F)] * 2)
         found["backward hidden"] = sizes("backward_hidden", rows, 3, "down")
-        rows = tr.Rows([row(F)], None, [row(D, jnp.float32)])
+        rows = tr.RowOperands([row(F)], None, [row(D, jnp.float32)])
         found["backward tokens"] = sizes("backward_tokens", rows, 1, "up")
         found["backward weights"] = to.outer_sizes(row(D), row(F), R, num_experts)
     return found
@@ -147,10 +147,10 @@ def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, "Sa
     p = arrange(x.expert_TX.reshape(T * X), num_experts, tile_rows(dtype))
     token_P = p.source_P // X
     gate_P = jnp.where(p.is_held_P, x.gate_TX.reshape(T * X)[p.source_P], 0)
-    rows, by = tr.Rows([x.x_TD[token_P]], _column(gate_P)), _matrices(x, "gate", "up")
+    rows, by = tr.RowOperands([x.x_TD[token_P]], _column(gate_P)), _matrices(x, "gate", "up")
     outs = [dtype] * (3 if saves else 1)
     h_PF, *ab = _run("forward", rows, by, lambda *a: _swiglu(*a)[: len(outs)], outs, p=p)
-    (y_PD,) = _run("forward", tr.Rows([h_PF]), _matrices(x, "down"), _add, [dtype], p=p)
+    (y_PD,) = _run("forward", tr.RowOperands([h_PF]), _matrices(x, "down"), _add, [dtype], p=p)
     y_TD = p.back(y_PD).reshape(T, X, -1).astype(jnp.float32).sum(1)
     if x.shared_TD is not None:
         y_TD += x.shared_TD
@@ -237,12 +237,12 @@ def backward(
     dy_PD = dy_TD[token_P]
     run = functools.partial(_run, p=p)
     down = _matrices(x, "down", is_transposed=True)
-    rows = tr.Rows([dy_PD], _column(gate_P), [saved.a_PF, saved.b_PF])
+    rows = tr.RowOperands([dy_PD], _column(gate_P), [saved.a_PF, saved.b_PF])
     da_PF, db_PF, h_PF = run("backward_hidden", rows, down, _swiglu_gradient, [dtype] * 3)
     # One after the other: then twice as many rows fit into VMEM, and fewer experts are read twice.
     gate, up = (_matrices(x, name, is_transposed=True) for name in ("gate", "up"))
-    parts = run("backward_tokens", tr.Rows([da_PF]), gate, _add, [jnp.float32])
-    (dz_PD,) = run("backward_tokens", tr.Rows([db_PF], None, parts), up, _add, [dtype])
+    parts = run("backward_tokens", tr.RowOperands([da_PF]), gate, _add, [jnp.float32])
+    (dz_PD,) = run("backward_tokens", tr.RowOperands([db_PF], None, parts), up, _add, [dtype])
 
     z_PD = (x.x_TD[token_P] * gate_P[:, None]).astype(dtype)
     d_gate = _outer(z_PD, da_PF, p, x.w_gate_NDF, x.first)
@@ -272,7 +272,7 @@ def grouped_matmul(
     F, x_RD, w_NDF = w_NDF.shape[1 if is_transposed else 2], _fill_lanes(x_RD), _fill_lanes(w_NDF)
     p = arrange(experts_of(sizes_E, R), E, tile_rows(dtype))
     by = tr.Matrices([w_NDF], None, is_transposed, "float", first)
-    (y_PF,) = _run("forward", tr.Rows([x_RD[p.source_P]]), by, _add, [dtype], p=p)
+    (y_PF,) = _run("forward", tr.RowOperands([x_RD[p.source_P]]), by, _add, [dtype], p=p)
     return p.back(y_PF)[:, :F]
 
 

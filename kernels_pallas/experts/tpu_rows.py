@@ -59,7 +59,7 @@ class Matrices(NamedTuple):
         return self.weights[0].shape[1 if self.is_transposed else 2]
 
 
-class Rows(NamedTuple):
+class RowOperands(NamedTuple):
     """Arrays by place.
 
     Attributes:
@@ -78,7 +78,7 @@ class Rows(NamedTuple):
 
 
 def row_sizes(
-    operation: str, rows: Rows, by: Matrices, outs: list, num_rows: int, num_experts: int
+    operation: str, rows: RowOperands, by: Matrices, outs: list, num_rows: int, num_experts: int
 ) -> BlockSizes | None:
     """Choose the sizes of a kernel, or None if none fit; see `tpu_blocks.fit`.
 
@@ -104,7 +104,7 @@ def row_sizes(
 
 
 def row_cost(
-    rows: Rows, by: Matrices, outs: list, num_rows: int, num_experts: int, cores: int
+    rows: RowOperands, by: Matrices, outs: list, num_rows: int, num_experts: int, cores: int
 ) -> pl.CostEstimate:
     """Estimate a kernel: weights of the experts that are hit once, rows once for each core."""
     pairs, num_rows = len(by.weights), expected_rows(num_rows)
@@ -123,7 +123,7 @@ def row_cost(
 
 
 class _Given(NamedTuple):
-    """What the kernel reads: see `Rows` and `Matrices`."""
+    """What the kernel reads: see `RowOperands` and `Matrices`."""
 
     resident: list[Any]
     tiles: list[Any]
@@ -272,7 +272,7 @@ def _kernel(by: Matrices, sizes: BlockSizes, steps: int, num_left: int, epilogue
 
 
 def grouped_rows(
-    rows: Rows,
+    rows: RowOperands,
     by: Matrices,
     table: Table,
     sizes: BlockSizes,

@@ -99,7 +99,7 @@ def _plan(x: Inputs) -> _Plan:
     return _Plan(q_block, page=page, **sizes)
 
 
-def refusal(x: Inputs, how: Settings) -> str | None:
+def unsupported_reason(x: Inputs, how: Settings) -> str | None:
     """Say why these arrays cannot be taken; None if they can."""
     del how
     stored, H, kind = x.k_BSKH.dtype, x.q_BTNH.shape[3], backend.device_kind()

@@ -10,7 +10,7 @@ from kernels_pallas.prefill.queries import in_blocks
 BLOCK, SLOTS = 128, 256  # queries and slots at a time
 
 
-def refusal(x: Inputs, how: Settings) -> None:
+def unsupported_reason(x: Inputs, how: Settings) -> None:
     """Refuse nothing."""
 
 

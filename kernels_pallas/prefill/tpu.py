@@ -98,7 +98,7 @@ def _compute_dtype(x: Inputs) -> jnp.dtype:
     return jnp.promote_types(x.q_BTNH.dtype, x.k_BSKH.dtype if is_float else jnp.bfloat16)
 
 
-def refusal(x: Inputs, how: Settings) -> str | None:
+def unsupported_reason(x: Inputs, how: Settings) -> str | None:
     """Return why these arrays cannot be taken, or None if they can."""
     del how
     floats = (jnp.bfloat16, jnp.float32)
@@ -271,7 +271,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
     """Attend; see `api.prefill_attention`.
 
     Args:
-        x: arrays that `refusal` does not refuse.
+        x: arrays that `unsupported_reason` does not refuse.
         how: static settings.
         out_dtype: of the output.
 

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from kernels_pallas.experts.api import expert_mlp
-from kernels_pallas.experts.inputs import WeightScales, expecting
+from kernels_pallas.experts.inputs import WeightScales, cost_hint
 from kernels_pallas.experts.parallel import expert_mlp_parallel
 from llama4_jax.parallel.shard import mesh_axes, per_shard
 
@@ -50,7 +50,7 @@ def _apply_own(
     if over.own_over:  # those of others' experts count for nothing
         expert_TX -= jax.lax.axis_index(over.own_over) * w_gate_EDF.shape[-3]
     dispatched = functools.partial(expert_mlp_parallel, axes=over.dispatch_over)
-    with expecting(1 / jax.lax.axis_size(over.own_over)):
+    with cost_hint(occupancy=1 / jax.lax.axis_size(over.own_over)):
         y_TD = (dispatched if over.dispatch_over else expert_mlp)(
             x_TD,
             w_gate_EDF,

@@ -67,7 +67,7 @@ def test_programs_are_traced_for_the_device_at_hand():
 
 
 def test_kernels_are_turned_off_for_what_is_traced_inside(monkeypatch):
-    accepting = types.SimpleNamespace(refusal=lambda: None)
+    accepting = types.SimpleNamespace(unsupported_reason=lambda: None)
     reference = types.SimpleNamespace()
     modules = {"kernels_pallas.op.gpu": accepting, "kernels_pallas.op.reference": reference}
     monkeypatch.setattr(backend, "platform", lambda: "gpu")

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 import kernels_pallas
 from kernels_pallas import expert_mlp, expert_mlp_parallel
 from kernels_pallas.experts.gpu_backward import cost
-from kernels_pallas.experts.inputs import Inputs, expecting
+from kernels_pallas.experts.inputs import Inputs, cost_hint
 from tests.kernels_pallas.experts_parallel_test import estimated_products
 
 DEVICES, T, E, D, F = 4, 16, 4, 128, 256
@@ -126,7 +126,7 @@ def test_gradients_estimate_the_same_share_of_rows_as_the_forward_pass():
 
     def estimate(share):
         def loss(x):
-            with expecting(share):
+            with cost_hint(occupancy=share):
                 return undivided(arrays() | {"x_TD": x}, backend="tpu").sum()
 
         return estimated_products(jax.grad(loss), x)
@@ -138,7 +138,7 @@ def test_kernels_for_gpus_estimate_the_rows_that_are_expected():
     x, w = jnp.zeros((64, 128), jnp.bfloat16), jnp.zeros((2, 128, 192), jnp.bfloat16)
     choices = jnp.zeros((64, 1), jnp.int32)
     call = Inputs(x, w, w, w, choices, choices, jnp.int32(0), None, None)
-    with expecting(0.25):
+    with cost_hint(occupancy=0.25):
         estimate = cost(call, 2, matrices=1, rows=128 + 192)
     assert estimate.flops == 2 * 16 * 128 * 192
     assert estimate.bytes_accessed == 2 * w.size + 2 * 16 * (128 + 192)

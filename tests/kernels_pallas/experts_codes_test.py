@@ -13,8 +13,8 @@ import kernels_pallas
 from kernels_pallas import backend
 from kernels_pallas.experts import gpu_quantized, quantize, reference, tpu_rows
 from kernels_pallas.experts.dispatch import arrange, list_blocks
-from kernels_pallas.experts.gpu_product import Plan
-from kernels_pallas.experts.gpu_rows import Rows
+from kernels_pallas.experts.gpu_product import ProductPlan
+from kernels_pallas.experts.gpu_rows import PlacedRows
 from kernels_pallas.experts.gpu_work import staging, write
 from kernels_pallas.experts.inputs import INT4_GROUP
 from kernels_pallas.experts.tpu_blocks import Table
@@ -47,7 +47,7 @@ def stored(kind):
 
 def on_tpu(x_RK, w, scale, kind):
     places = arrange(jnp.zeros(len(x_RK), jnp.int32), 1, tile_rows(x_RK.dtype))
-    rows = tpu_rows.Rows([x_RK[places.source_P]])
+    rows = tpu_rows.RowOperands([x_RK[places.source_P]])
     by = tpu_rows.Matrices([w], [scale], False, kind, jnp.int32(0))
     sizes = tpu_rows.row_sizes("forward", rows, by, [jnp.float32], len(x_RK), 1)
     table = Table.of(list_blocks(places, sizes.block, unit=sizes.unit))
@@ -59,8 +59,8 @@ def on_tpu(x_RK, w, scale, kind):
 
 
 def on_gpu(x_RK, w, scale, kind):
-    plan = Plan(1, ROWS, COLUMNS, 2, 1)
-    rows = Rows.of(jnp.zeros(len(x_RK), jnp.int32), 1, jnp.int32(0), size=ROWS, granule=ROWS)
+    plan = ProductPlan(1, ROWS, COLUMNS, 2, 1)
+    rows = PlacedRows.of(jnp.zeros(len(x_RK), jnp.int32), 1, jnp.int32(0), size=ROWS, granule=ROWS)
     x_PK, scale_P = rows.spread(x_RK, 1), None
     if kind == "int4":
         x_PK = gpu_quantized.halved(x_PK)

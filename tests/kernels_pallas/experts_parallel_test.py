@@ -30,7 +30,7 @@ def chosen(how, devices, experts, choices):
             return np.full(shape, experts - 1)
         case "never the first device":
             return rng.integers(experts // devices, experts, size=shape)
-        case "nobody":
+        case "no expert":
             return np.full(shape, experts)
 
 
@@ -65,7 +65,7 @@ def divided(x, w_gate, w_up, w_down, gate, *, expert, devices, **how):
     return run(x, w_gate, w_up, w_down, gate, expert)
 
 
-CHOICES = ["evenly", "at random", "all one expert", "never the first device", "nobody"]
+CHOICES = ["evenly", "at random", "all one expert", "never the first device", "no expert"]
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_devices_that_exchange_nothing_take_as_many_rounds(devices):
     chosen[: devices // 2] = np.arange(tokens)[:, None] % experts  # evenly, but for the others
 
     def rounds(expert):
-        plan = parallel._Plan("expert", 1, 0.5, None, "xla")
+        plan = parallel._Static("expert", 1, 0.5, None, "xla")
         none = jnp.zeros((tokens, 1))
         given = Arguments.checked(none, *(jnp.zeros((1, 1, 1)),) * 3, expert[0], none, *(None,) * 3)
         return parallel._Buffers.of(plan, given).rounds[None]

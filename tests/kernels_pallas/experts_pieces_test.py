@@ -21,7 +21,7 @@ def simulated(backend):
 
 
 def problem(dtype, features=(D, F)):
-    """x, matrices of all layers and gates; choices. Tokens from 13 on are nobody's, and NaN."""
+    """x, matrices of all layers and gates; choices. From token 13 on no expert, and NaN."""
     rng, (D, F) = np.random.default_rng(0), features
     x = rng.normal(size=(T, D))
     w_gate, w_up = (rng.normal(size=(LAYERS * E, D, F)) * D**-0.5 for _ in range(2))
@@ -43,7 +43,7 @@ def composed(x, w_gate, w_up, w_down, gate, expert, first, backend):
         for w in (w_gate, w_up)
     )
     hidden = (jax.nn.silu(g * a) * (g * b)).astype(x.dtype)
-    hidden = jnp.where(is_routed_R[:, None], hidden, jnp.nan)  # nobody's: may be anything
+    hidden = jnp.where(is_routed_R[:, None], hidden, jnp.nan)  # of no expert: may be anything
     return combine(grouped_matmul(hidden, w_down, to.group_sizes_E, first, backend=backend), to, X)
 
 
@@ -88,7 +88,7 @@ def test_tpu_kernels_copy_no_stacked_matrices_to_fill_lanes():
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS[:2])
-def test_rows_of_nobody_are_zero_and_leak_nowhere(backend, dtype):
+def test_rows_of_no_expert_are_zero_and_leak_nowhere(backend, dtype):
     D, F = 24, 40  # which fill no lanes
     rng, sizes, R = np.random.default_rng(2), np.int32([5, 0, 9]), 23
     x, dy = (rng.normal(size=(R, n)) for n in (D, F))
@@ -112,7 +112,7 @@ def test_rows_of_nobody_are_zero_and_leak_nowhere(backend, dtype):
 
 
 @pytest.mark.parametrize(("backend", "dtype"), BACKENDS[:2])
-def test_when_all_rows_are_nobodys_everything_is_zero(backend, dtype):
+def test_when_no_row_has_an_expert_everything_is_zero(backend, dtype):
     x, w = jnp.full((9, D), jnp.nan, dtype), jnp.ones((E, D, D), dtype)
     sizes = np.zeros(E, np.int32)
     with simulated(backend):

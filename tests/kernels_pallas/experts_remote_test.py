@@ -27,7 +27,7 @@ def lengths(how, rng, devices, rows):
             return np.where(np.arange(devices) == 1, rows, np.zeros(shape, int))
         case "one device idle":
             return rng.integers(0, rows + 1, size=shape) * (np.arange(devices) != 2)
-        case "nobody":
+        case "no expert":
             return np.zeros(shape, int)
 
 
@@ -126,7 +126,7 @@ def check(*args, **how):
         np.testing.assert_allclose(y[senders, here][is_row], theirs[is_row], atol=bound, rtol=0.02)
 
 
-HOW = ["ragged", "full", "all to one device", "one device idle", "nobody"]
+HOW = ["ragged", "full", "all to one device", "one device idle", "no expert"]
 
 
 @pytest.mark.parametrize("how", HOW)
@@ -140,7 +140,7 @@ def test_eight_devices(how):
 
 
 @pytest.mark.parametrize(("how", "cores"), [("ragged", 2), ("one device idle", 1)])
-def test_queues_of_several_windows_and_cores_that_share_them(how, cores):
+def test_buffers_of_several_blocks_and_cores_that_share_them(how, cores):
     sizes = {"block": 16, "group": 16, "chunk": 8, "tile": 128, "cores": cores}
     with tuning.overridden({"expert_mlp.exchange": sizes}):
         check(how, (4,), ("expert",), "expert", rows=30)
@@ -159,17 +159,17 @@ def test_experts_divided_over_two_axes():
 
 
 def test_what_does_not_fit_is_refused_with_the_reason():
-    def refusal(peers=4, rows=64, shape=(2, 128, 256), dtype=jnp.bfloat16, num_local=2):
+    def unsupported_reason(peers=4, rows=64, shape=(2, 128, 256), dtype=jnp.bfloat16, num_local=2):
         w = jax.ShapeDtypeStruct(shape, dtype)
-        return exchange.refusal(peers, rows, w, num_local, jnp.dtype(jnp.bfloat16))
+        return exchange.unsupported_reason(peers, rows, w, num_local, jnp.dtype(jnp.bfloat16))
 
-    assert refusal() is None
-    assert "no peer" in refusal(peers=1)
-    assert "int8" in refusal(dtype=jnp.int8)
-    assert "multiples of 128" in refusal(shape=(2, 96, 256))
-    assert "do not fit into VMEM" in refusal(shape=(2, 128 * 1024, 256))
-    assert "more than 127" in refusal(num_local=128)
-    assert "of SMEM" in refusal(peers=2048)
+    assert unsupported_reason() is None
+    assert "no peer" in unsupported_reason(peers=1)
+    assert "int8" in unsupported_reason(dtype=jnp.int8)
+    assert "multiples of 128" in unsupported_reason(shape=(2, 96, 256))
+    assert "do not fit into VMEM" in unsupported_reason(shape=(2, 128 * 1024, 256))
+    assert "more than 127" in unsupported_reason(num_local=128)
+    assert "of SMEM" in unsupported_reason(peers=2048)
 
 
 def tokens(how, devices, experts, choices, num_tokens):

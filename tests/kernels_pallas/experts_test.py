@@ -26,7 +26,7 @@ class Case:
       name: what it shows.
       tokens, experts, choices: sizes.
       how: tokens choose at "random"; all the last expert ("hot"); only odd experts ("odd"); also
-        experts of other devices ("foreign"), which counts for nothing; "padding" chooses nobody
+        experts of other devices ("foreign"), which counts for nothing; "padding" has no expert
         and holds NaN, gates included.
       layers: stacked layers, of which the last is meant; 0 for none.
       shared: whether something is added.

@@ -69,7 +69,7 @@ def _fit(peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int) -> Exchan
     return None
 
 
-def refusal(
+def unsupported_reason(
     peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int, dtype: jnp.dtype
 ) -> str | None:
     """Return why these buffers cannot be taken, or None if they can.

@@ -139,7 +139,7 @@ def test_peers_compute_the_same_or_as_many_flops():
     assert cost["flops"] == pytest.approx(many.flops(), rel=0.02)
 
 
-def test_stored_matrices_and_rows_of_nobody_have_no_peers():
+def test_stored_matrices_and_rows_of_no_expert_have_no_peers():
     for known in ({"stored": "int8"}, {"padding": 3}):
         assert not expert_peers.of_experts(dataclasses.replace(SMALL, **known))
 

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from kernels_pallas.attention.api import chunked_attention, merge_attention
 from kernels_pallas.decode.api import MAX_QUERIES, decode_attention
+from kernels_pallas.prefill.api import prefill_attention
 from llama4_jax.config.model import TextConfig
 from llama4_jax.config.pattern import Visibility
 from llama4_jax.parallel.axes import Axes
@@ -86,36 +87,22 @@ class _Call:
         """
         B, T = self.positions_BT.shape
         groups, _, K, S, H = self.keys_GBKSH.shape
-        how = {"chunk_size": sees.chunk_size, "temperature": sees.temperature, "return_lse": True}
-        if T <= MAX_QUERIES:
-            k, v = (
-                cache.reshape(groups * B, K, S, H).swapaxes(1, 2)
-                for cache in (self.keys_GBKSH, self.values_GBKSH)
-            )
-            result = decode_attention(
-                self.q_BTNH,
-                k,
-                v,
-                lengths_B=held_B,
-                q_positions_BT=self.positions_BT,
-                kv_start_B=starts_B,
-                page_table_BP=(self.group * B + jnp.arange(B))[:, None],
-                **how,
-            )
-            assert isinstance(result, tuple)
-            return result
         k, v = (
-            jax.lax.dynamic_index_in_dim(cache, self.group, axis=0, keepdims=False).swapaxes(1, 2)
+            cache.reshape(groups * B, K, S, H).swapaxes(1, 2)
             for cache in (self.keys_GBKSH, self.values_GBKSH)
         )
-        slots = jnp.arange(S)[None]
-        result = chunked_attention(
+        attend = decode_attention if T <= MAX_QUERIES else prefill_attention
+        result = attend(
             self.q_BTNH,
-            k.astype(self.q_BTNH.dtype),
-            v.astype(self.q_BTNH.dtype),
+            k,
+            v,
+            lengths_B=held_B,
             q_positions_BT=self.positions_BT,
-            kv_positions_BS=jnp.where(slots < held_B[:, None], starts_B[:, None] + slots, -1),
-            **how,
+            kv_start_B=starts_B,
+            page_table_BP=(self.group * B + jnp.arange(B))[:, None],
+            chunk_size=sees.chunk_size,
+            temperature=sees.temperature,
+            return_lse=True,
         )
         assert isinstance(result, tuple)
         return result

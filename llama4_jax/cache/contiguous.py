@@ -76,14 +76,14 @@ class _Call:
         )
 
     def attend(
-        self, starts_B: jax.Array, held_B: jax.Array, sees: Visibility
+        self, starts_B: jax.Array, held_B: jax.Array, visibility: Visibility
     ) -> tuple[jax.Array, jax.Array]:
         """Attend to the group's cache, whose first slots hold tokens. Returns float32 out, lse.
 
         Args:
             starts_B: int32 position of slot 0.
             held_B: int32 slots that hold a token.
-            sees: the layer's visibility.
+            visibility: the layer's visibility.
         """
         B, T = self.positions_BT.shape
         groups, _, K, S, H = self.keys_GBKSH.shape
@@ -100,8 +100,8 @@ class _Call:
             q_positions_BT=self.positions_BT,
             kv_start_B=starts_B,
             page_table_BP=(self.group * B + jnp.arange(B))[:, None],
-            chunk_size=sees.chunk_size,
-            temperature=sees.temperature,
+            chunk_size=visibility.chunk_size,
+            temperature=visibility.temperature,
             return_lse=True,
         )
         assert isinstance(result, tuple)
@@ -111,7 +111,9 @@ class _Call:
 _Result = tuple[jax.Array, jax.Array, jax.Array]
 
 
-def _attend_whole(sharded: dict[str, tuple[str, ...]], call: _Call, sees: Visibility) -> _Result:
+def _attend_whole(
+    sharded: dict[str, tuple[str, ...]], call: _Call, visibility: Visibility
+) -> _Result:
     """Attend with a cache that holds token p at slot p, and whose slots may be sharded."""
     T, over, slots_over = call.q_BTNH.shape[1], sharded["seq"], sharded["kv_seq"]
     q, k, v = (_gather(x, over) for x in (call.q_BTNH, call.k_BTKH, call.v_BTKH))
@@ -121,14 +123,16 @@ def _attend_whole(sharded: dict[str, tuple[str, ...]], call: _Call, sees: Visibi
     call = call.stored(k, v, jnp.where(positions < 0, -1, positions - first))
     end_B = jnp.maximum(call.lengths_B, positions.max(1) + 1)
     call = dataclasses.replace(call, q_BTNH=q, positions_BT=positions)
-    out, lse = call.attend(jnp.full_like(end_B, first), jnp.clip(end_B - first, 0, S), sees)
+    out, lse = call.attend(jnp.full_like(end_B, first), jnp.clip(end_B - first, 0, S), visibility)
     out = merge_over(out, lse, slots_over).astype(q.dtype)
     return _own(out, over, T), call.keys_GBKSH, call.values_GBKSH
 
 
-def _attend_chunk(sharded: dict[str, tuple[str, ...]], call: _Call, sees: Visibility) -> _Result:
+def _attend_chunk(
+    sharded: dict[str, tuple[str, ...]], call: _Call, visibility: Visibility
+) -> _Result:
     """Attend with a cache of one chunk, which holds token p at slot p % chunk_size."""
-    chunk, over, dtype = sees.chunk_size, sharded["seq"], call.q_BTNH.dtype
+    chunk, over, dtype = visibility.chunk_size, sharded["seq"], call.q_BTNH.dtype
     assert chunk is not None
     k, v = _gather(call.k_BTKH, over), _gather(call.v_BTKH, over)
     positions = _gather(call.positions_BT, over)
@@ -137,13 +141,13 @@ def _attend_chunk(sharded: dict[str, tuple[str, ...]], call: _Call, sees: Visibi
     stored = call.stored(k, v, jnp.where(is_kept, positions % chunk, -1))
     if positions.shape[1] == 1:  # the cache holds all that one token sees
         out, _ = stored.attend(
-            last_B // chunk * chunk, jnp.where(last_B < 0, 0, last_B % chunk + 1), sees
+            last_B // chunk * chunk, jnp.where(last_B < 0, 0, last_B % chunk + 1), visibility
         )
         return out.astype(dtype), stored.keys_GBKSH, stored.values_GBKSH
     # Several may cross a boundary and overwrite what the first of them see: attend to what the
     # cache holds before, and to the new tokens.
     before_B = call.lengths_B
-    old = call.attend(before_B // chunk * chunk, before_B % chunk, sees)
+    old = call.attend(before_B // chunk * chunk, before_B % chunk, visibility)
     new = chunked_attention(
         call.q_BTNH,
         k,
@@ -151,7 +155,7 @@ def _attend_chunk(sharded: dict[str, tuple[str, ...]], call: _Call, sees: Visibi
         q_positions_BT=call.positions_BT,
         kv_positions_BS=positions,
         chunk_size=chunk,
-        temperature=sees.temperature,
+        temperature=visibility.temperature,
         return_lse=True,
     )
     assert isinstance(new, tuple)
@@ -169,13 +173,19 @@ class ContiguousLayer:
 
     @staticmethod
     def create(
-        config: TextConfig, sees: Visibility, *, groups: int, rows: int, max_length: int, dtype: str
+        config: TextConfig,
+        visibility: Visibility,
+        *,
+        groups: int,
+        rows: int,
+        max_length: int,
+        dtype: str,
     ) -> "ContiguousLayer":
         """Make the empty cache of a slot of `groups` layers that see this."""
-        chunk = sees.chunk_size
+        chunk = visibility.chunk_size
         length = max_length if chunk is None else min(max_length, chunk)
         shape = (groups, rows, config.num_kv_heads, length, config.head_dim)
-        axes = _axes(sees)
+        axes = _axes(visibility)
         return ContiguousLayer(
             shard(jnp.zeros(shape, dtype), axes), shard(jnp.zeros(shape, dtype), axes)
         )
@@ -189,7 +199,7 @@ class ContiguousLayer:
         group: jax.Array,
         lengths_B: jax.Array,
         positions_BT: jax.Array,
-        sees: Visibility,
+        visibility: Visibility,
     ) -> tuple[jax.Array, "ContiguousLayer"]:
         """Append new tokens to one group's cache and attend to everything they see.
 
@@ -199,15 +209,15 @@ class ContiguousLayer:
             lengths_B: int32 tokens of each row before this call.
             positions_BT: int32 positions of the new tokens, increasing from `lengths_B`; -1 is
                 padding.
-            sees: what the layer sees.
+            visibility: what the layer sees.
 
         Returns:
             out_BTNH, and the cache with the new tokens stored.
         """
-        attend = _attend_whole if sees.chunk_size is None else _attend_chunk
-        axes = _axes(sees)
+        attend = _attend_whole if visibility.chunk_size is None else _attend_chunk
+        axes = _axes(visibility)
         out_BTNH, keys, values = per_shard(
-            lambda sharded, *arrays: attend(sharded, _Call(*arrays), sees),
+            lambda sharded, *arrays: attend(sharded, _Call(*arrays), visibility),
             q_BTNH,
             k_BTKH,
             v_BTKH,
@@ -222,6 +232,6 @@ class ContiguousLayer:
         return out_BTNH, ContiguousLayer(keys, values)
 
 
-def _axes(sees: Visibility) -> Axes:
+def _axes(visibility: Visibility) -> Axes:
     """Return the logical axes of a slot's arrays: a chunk is never sharded."""
-    return (None, "batch", "kv_heads", "kv_seq" if sees.chunk_size is None else None, None)
+    return (None, "batch", "kv_heads", "kv_seq" if visibility.chunk_size is None else None, None)

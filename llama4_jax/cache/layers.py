@@ -24,7 +24,7 @@ class LayerCache(Protocol):
         group: jax.Array,
         lengths_B: jax.Array,
         positions_BT: jax.Array,
-        sees: Visibility,
+        visibility: Visibility,
     ) -> "tuple[jax.Array, LayerCache]":
         """Append new tokens to one group's cache and attend to everything they see."""
         ...
@@ -45,7 +45,7 @@ class CacheView:
         v_BTKH: jax.Array,
         *,
         positions_BT: jax.Array,
-        sees: Visibility,
+        visibility: Visibility,
     ) -> tuple[jax.Array, LayerCache]:
         """Append new tokens and attend. Returns out_BTNH, and the slot's cache with them."""
         return self.layer.attend(
@@ -55,7 +55,7 @@ class CacheView:
             group=self.group,
             lengths_B=self.lengths_B,
             positions_BT=positions_BT,
-            sees=sees,
+            visibility=visibility,
         )
 
 
@@ -95,7 +95,7 @@ class Cache:
         def layer(kind: LayerKind, groups: int) -> ContiguousLayer:
             return ContiguousLayer.create(
                 config,
-                kind.sees,
+                kind.visibility,
                 groups=groups,
                 rows=batch_size,
                 max_length=max_length,

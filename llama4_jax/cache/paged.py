@@ -145,7 +145,7 @@ class PagedLayer:
         group: jax.Array,
         lengths_B: jax.Array,
         positions_BT: jax.Array,
-        sees: Visibility,
+        visibility: Visibility,
     ) -> tuple[jax.Array, "PagedLayer"]:
         """Append new tokens to one group's pages and attend to everything they see.
 
@@ -154,21 +154,23 @@ class PagedLayer:
             group: int32 scalar, the group to use.
             lengths_B: unused; a row's positions say where it stands.
             positions_BT: int32, consecutive along a row, -1 at its right is padding.
-            sees: what the layer sees.
+            visibility: what the layer sees.
 
         Returns:
             out_BTNH, and the layer with the new tokens stored.
         """
         # Rows share the pool, so no mesh axis divides them here.
-        queries: Axes = (None, None if sees.chunk_size is None else "seq", "q_heads", None)
+        queries: Axes = (None, None if visibility.chunk_size is None else "seq", "q_heads", None)
         new: Axes = (None, None, "kv_heads", None)
         leaves, structure = jax.tree.flatten((self.keys, self.values))
-        pages = tuple(page_axes(sees)[: leaf.ndim] for leaf in leaves)
+        pages = tuple(page_axes(visibility)[: leaf.ndim] for leaf in leaves)
 
         def local(sharded: dict[str, tuple[str, ...]], q, k, v, q_at, at, group, table, *leaves):
             keys, values = jax.tree.unflatten(structure, leaves)
             over = sharded.get("kv_seq", ())
-            out, keys, values = _attend(q, k, v, q_at, at, group, table, keys, values, over, sees)
+            out, keys, values = _attend(
+                q, k, v, q_at, at, group, table, keys, values, over, visibility
+            )
             return out, *jax.tree.leaves((keys, values))
 
         out_BTNH, *leaves = per_shard(
@@ -189,21 +191,31 @@ class PagedLayer:
 
 
 def _attend(
-    q_BTNH, k_BTKH, v_BTKH, q_positions_BT, positions_BT, group, table_BW, keys, values, over, sees
+    q_BTNH,
+    k_BTKH,
+    v_BTKH,
+    q_positions_BT,
+    positions_BT,
+    group,
+    table_BW,
+    keys,
+    values,
+    over,
+    visibility,
 ):
     """Store and attend on one device; `q_positions_BT` are those of its queries."""
     S = keys.data_GPKSH.shape[3]
     end_B = positions_BT.max(1) + 1  # after this call; 0 in a row of padding
     base_B = jnp.zeros_like(end_B)
-    if sees.chunk_size is not None:
-        base_B = jnp.maximum(positions_BT[:, 0], 0) // sees.chunk_size * sees.chunk_size
+    if visibility.chunk_size is not None:
+        base_B = jnp.maximum(positions_BT[:, 0], 0) // visibility.chunk_size * visibility.chunk_size
     slots_BT = jnp.where(positions_BT < 0, -1, positions_BT - base_B[:, None])
     shards = jax.lax.axis_size(over) if over else 1
     first = jax.lax.axis_index(over) * S if over else 0
     at = _Rows(group, table_BW, slots_BT, first, S * shards)
     keys, values = _write(keys, k_BTKH, at), _write(values, v_BTKH, at)
 
-    temperature, dtype = sees.temperature, q_BTNH.dtype
+    temperature, dtype = visibility.temperature, q_BTNH.dtype
 
     def own(slots: jax.Array) -> jax.Array:
         """Count the slots on this device among the first so many."""
@@ -233,16 +245,16 @@ def _attend(
         q_positions_BT=q_positions_BT,
         kv_start_B=base_B,
         page_table_BP=group * P + table_BW,
-        chunk_size=sees.chunk_size,
+        chunk_size=visibility.chunk_size,
         temperature=temperature,
         return_lse=True,
     )
     return merge_over(out, lse, over).astype(dtype), keys, values
 
 
-def page_axes(sees: Visibility) -> Axes:
+def page_axes(visibility: Visibility) -> Axes:
     """Return the logical axes of pages [G, P, K, S, H]: a chunk is never sharded."""
-    return (None, None, "kv_heads", "kv_seq" if sees.chunk_size is None else None, None)
+    return (None, None, "kv_heads", "kv_seq" if visibility.chunk_size is None else None, None)
 
 
 @jax.tree_util.register_dataclass
@@ -287,10 +299,10 @@ class Pools:
             )
 
         def stores(kind: LayerKind, groups: int) -> tuple[Store, Store]:
-            count = whole_pages if kind.sees.chunk_size is None else chunk_pages
+            count = whole_pages if kind.visibility.chunk_size is None else chunk_pages
             shape = (groups, count, config.num_kv_heads, page_size, config.head_dim)
             made = [
-                Store.create(shape, page_axes(kind.sees), dtype=dtype, kv_cache=kv_cache)
+                Store.create(shape, page_axes(kind.visibility), dtype=dtype, kv_cache=kv_cache)
                 for _ in range(2)
             ]
             return made[0], made[1]
@@ -313,7 +325,9 @@ class Pools:
         pattern = layer_pattern(config)
 
         def layers(kinds: tuple[LayerKind, ...], stores) -> tuple[PagedLayer, ...]:
-            tables = [whole_BW if kind.sees.chunk_size is None else chunk_BW for kind in kinds]
+            tables = [
+                whole_BW if kind.visibility.chunk_size is None else chunk_BW for kind in kinds
+            ]
             return tuple(
                 PagedLayer(keys, values, table)
                 for (keys, values), table in zip(stores, tables, strict=True)

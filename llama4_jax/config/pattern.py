@@ -23,12 +23,12 @@ class LayerKind:
     """What distinguishes one decoder layer from another.
 
     Attributes:
-        sees: which tokens its queries see.
+        visibility: which tokens its queries see.
         has_rope: whether positions rotate queries and keys; else the layer is a NoPE layer.
         is_moe: whether it is a mixture of experts.
     """
 
-    sees: Visibility
+    visibility: Visibility
     has_rope: bool
     is_moe: bool
 

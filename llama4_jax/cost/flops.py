@@ -52,7 +52,7 @@ def tile_flops(config: VisionConfig, *, text_embed_dim: int) -> int:
 def visible_pairs(config: TextConfig, row_length: int) -> int:
     """Count the pairs of a token and a token it sees, over all layers."""
     kinds = layer_pattern(config).kinds
-    return sum(causal_pairs(row_length, kind.sees.chunk_size or row_length) for kind in kinds)
+    return sum(causal_pairs(row_length, kind.visibility.chunk_size or row_length) for kind in kinds)
 
 
 def causal_pairs(length: int, chunk_size: int) -> int:

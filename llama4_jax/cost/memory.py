@@ -65,7 +65,7 @@ def cache_bytes(
         dtype: Of keys and values.
     """
     of_token = 2 * config.num_kv_heads * config.head_dim * _WIDTH[dtype]
-    chunks = [kind.sees.chunk_size for kind in layer_pattern(config).kinds]
+    chunks = [kind.visibility.chunk_size for kind in layer_pattern(config).kinds]
     return CacheBytes(
         whole=chunks.count(None) * rows * length * of_token,
         chunk=sum(min(length, chunk) for chunk in chunks if chunk) * rows * of_token,

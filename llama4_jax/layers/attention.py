@@ -70,7 +70,7 @@ class Attention(nnx.Module):
         if self.kind.has_rope:
             q_BTNH = self._rotate(q_BTNH, at.positions_BT)
             k_BTKH = self._rotate(k_BTKH, at.positions_BT)
-        sees, stored = self.kind.sees, None
+        visibility, stored = self.kind.visibility, None
         if cache is None:
             out_BTNH = self_attention(
                 q_BTNH,
@@ -79,11 +79,11 @@ class Attention(nnx.Module):
                 positions_BT=at.positions_BT,
                 segments_BT=at.segments_BT,
                 order=at.order,
-                sees=sees,
+                visibility=visibility,
             )
         else:
             out_BTNH, stored = cache.attend(
-                q_BTNH, k_BTKH, v_BTKH, positions_BT=at.positions_BT, sees=sees
+                q_BTNH, k_BTKH, v_BTKH, positions_BT=at.positions_BT, visibility=visibility
             )
         out_axes = ("batch", "seq", "embed")
         return project("BTNH,NHD->BTD", out_BTNH, self.w_o_NHD, out=out_axes), stored

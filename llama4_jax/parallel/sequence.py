@@ -89,7 +89,7 @@ def self_attention(
     positions_BT: jax.Array,
     segments_BT: jax.Array | None,
     order: Order,
-    sees: Visibility,
+    visibility: Visibility,
 ) -> jax.Array:
     """Attend among the tokens of whole rows.
 
@@ -98,12 +98,12 @@ def self_attention(
         positions_BT: int32 positions, -1 for padding.
         segments_BT: int32 segments of packed rows, or None.
         order: what is promised of positions; the more it is, the fewer keys travel.
-        sees: the layer's visibility.
+        visibility: the layer's visibility.
 
     Returns:
         out_BTNH.
     """
-    chunk = sees.chunk_size
+    chunk = visibility.chunk_size
 
     def local(
         sharded: dict[str, tuple[str, ...]],
@@ -123,7 +123,7 @@ def self_attention(
                 q_segments_BT=segments,
                 kv_segments_BS=keys.segments_BS,
                 chunk_size=chunk,
-                temperature=sees.temperature,
+                temperature=visibility.temperature,
                 return_lse=return_lse,
             )
 

@@ -111,8 +111,8 @@ class EngineConfig:
             text, page_size=page, dtype=model.dtype, kv_cache=self.kv_cache
         )
         kinds = layer_pattern(text).kinds
-        has_whole = any(kind.sees.chunk_size is None for kind in kinds)
-        chunk = text.chunk_size if any(kind.sees.chunk_size for kind in kinds) else None
+        has_whole = any(kind.visibility.chunk_size is None for kind in kinds)
+        chunk = text.chunk_size if any(kind.visibility.chunk_size for kind in kinds) else None
         budget = self.cache_bytes or _left()
         per_chunk = 0 if chunk is None else -(-min(chunk, context) // page)
         rows = self.max_rows if work is None else min(self.max_rows, work.choices)

@@ -7,7 +7,7 @@ from tests.house import tree
 MAX_LIBRARY_LINES = 400
 MAX_EXPERIMENT_LINES = 120
 MAX_FORWARD_FILES = 11
-MAX_FORWARD_LINES = 1800
+MAX_FORWARD_LINES = 1750
 FORBIDDEN_STEMS = {"utils", "util", "common", "helpers", "helper", "misc", "scripts", "tools"}
 UNFINISHED = re.compile(r"\b(TO" + r"DO|FIX" + r"ME|XX" + r"X|HA" + r"CK)\b")
 
@@ -44,7 +44,7 @@ def test_experiments_stay_under_120_lines():
         assert lines < MAX_EXPERIMENT_LINES, f"{tree.relative(path)} has {lines} lines"
 
 
-def test_a_forward_pass_is_read_in_11_files_and_1800_lines():
+def test_a_forward_pass_is_read_in_11_files_and_1750_lines():
     path, _ = reading_path()
     lines = sum(tree.count_lines(tree.ROOT / name) for name in path)
     assert len(path) <= MAX_FORWARD_FILES

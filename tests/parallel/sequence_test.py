@@ -46,7 +46,7 @@ def attend(order, chunk):
     def run(q, k, v, positions, segments):
         return self_attention(
             q, k, v,
-            positions_BT=positions, segments_BT=segments, order=order, sees=Visibility(chunk),
+            positions_BT=positions, segments_BT=segments, order=order, visibility=Visibility(chunk),
         )  # fmt: skip
 
     return jax.jit(run)

@@ -111,8 +111,8 @@ def convert(
       progress: told of the bytes written.
 
     Raises:
-      ValueError: the source is damaged or incomplete, the layout cannot express the model, the
-        target is in use or the disk is too small.
+      ValueError: the source is damaged or incomplete or holds a weight that is not finite, the
+        layout cannot express the model, the target is in use or the disk is too small.
     """
     source, target = find_checkpoint(source), pathlib.Path(target).expanduser()
     check_target(target)

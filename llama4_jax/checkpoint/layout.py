@@ -21,6 +21,7 @@ from llama4_jax.checkpoint.parameters import (
     overlap,
     parameters,
 )
+from llama4_jax.checkpoint.soundness import check_finite_values
 from llama4_jax.checkpoint.weight_map import Layout, find_weight
 from llama4_jax.config import ModelConfig
 from llama4_jax.cost import count_parameters
@@ -269,6 +270,9 @@ class NewTensor:
         Args:
           advance: told of the bytes of each block when the next one is asked for.
           rank: which slice of a letter that is divided over Meta's ranks.
+
+        Raises:
+          ValueError: a value is not finite in the precision that is written.
         """
         parts, axis = self.tensor.parts, self.tensor.parts[0].fused_axis
         side_by_side = len(parts) > 1 and axis != 0
@@ -281,7 +285,9 @@ class NewTensor:
                 values = [_block(self.source, part, rows, rank) for part in run]
                 values = [value.astype(self.dtype, copy=False) for value in values]
                 joined = np.concatenate(values, axis) if side_by_side else values[0]
-                yield np.ascontiguousarray(joined)
+                block = np.ascontiguousarray(joined)
+                check_finite_values(self.tensor.key, block)
+                yield block
                 advance(joined.nbytes)
 
 

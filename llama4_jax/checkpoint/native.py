@@ -30,6 +30,7 @@ import tensorstore
 from llama4_jax.checkpoint.checksums import Checksums, seal, unseal, write_checksums
 from llama4_jax.checkpoint.file_tensors import check_tensors
 from llama4_jax.checkpoint.parameters import Index, Parameter, Source, np_dtype, parameters
+from llama4_jax.checkpoint.soundness import check_finite_values
 from llama4_jax.checkpoint.writer import Advance, WritePlan, WriteUnit
 from llama4_jax.config import ModelConfig, RopeScaling, Temperature, TextConfig, VisionConfig
 from llama4_jax.untrusted import load_json
@@ -213,6 +214,7 @@ def _unit(
             value = source.read(parameter.name, tuple(slice(0, n) for n in parameter.shape))
             value = value.astype(dtypes[parameter.name], copy=False)
             values[parameter.name] = np.ascontiguousarray(value)
+            check_finite_values(parameter.name, values[parameter.name])
         _save(directory / path, values)
         write_checksums(directory / path)
         advance(sum(value.nbytes for value in values.values()))

@@ -226,6 +226,20 @@ def test_a_full_disk_is_noticed_before_work_starts(tmp_path, monkeypatch):
     assert not any(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(("to", "value"), [("hf", np.nan), ("meta", -np.inf), ("orbax", 3.4e38)])
+def test_a_weight_that_is_not_finite_when_written_is_refused_by_name(tmp_path, to, value):
+    """The last one is finite in float32 and not in bfloat16."""
+    source = MemorySource(TINY, "float32")
+    source.arrays["layers.3.attention.w_q_DNH"][5, 3, 1] = value
+    plan = make_plan(source, to, dtype="bfloat16")
+    name = {"hf": "self_attn.q_proj.weight", "meta": "attention.wqkv.weight"}.get(
+        to, "attention.w_q"
+    )
+    with pytest.raises(ValueError, match=rf"layers\.3\.{name}\w* holds NaN or infinity"):
+        write_checkpoint(plan, tmp_path / "out", files={})
+    assert not (tmp_path / "out").exists()
+
+
 def test_damage_is_found_before_anything_is_written(tmp_path):
     shutil.copytree(GOLDEN / "hf", tmp_path / "hf")
     last = sorted((tmp_path / "hf").glob("*.safetensors"))[-1]

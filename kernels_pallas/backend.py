@@ -130,6 +130,19 @@ def device_kind() -> str:
     return _device().device_kind
 
 
+def other_device(backend: Backend) -> str | None:
+    """Return why the device at hand is none that a backend is made for, or None if it is one."""
+    if backend == "reference" or _interpreting.value:
+        return None
+    if platform() != backend:
+        return f"it needs a {backend.upper()}, and this is {device_kind()}"
+    known, made_for = chips.find(device_kind()), chips.TPUS_WITH_KERNELS
+    if backend == "tpu" and known not in made_for:
+        names = ", ".join(chip.name for chip in made_for)
+        return f"it is made for {names}, and this is {device_kind()}"
+    return None
+
+
 def choose(name: Backend | None, operation: str, *arguments: Any) -> ModuleType:
     """Choose the module that computes an operation.
 
@@ -148,19 +161,18 @@ def choose(name: Backend | None, operation: str, *arguments: Any) -> ModuleType:
     def module(name: str) -> ModuleType:
         return importlib.import_module(f"kernels_pallas.{operation}.{name}")
 
-    here = platform()
+    def reason_against(name: Backend) -> str | None:
+        return module(name).unsupported_reason(*arguments) or other_device(name)
+
     if name is None:
-        has_kernels = here in ("tpu", "gpu") and not _without_kernels.value
-        if has_kernels and module(here).unsupported_reason(*arguments) is None:
-            return module(here)
-        return module("reference")
+        kernels: dict[str, Backend] = {"tpu": "tpu", "gpu": "gpu"}
+        here = None if _without_kernels.value else kernels.get(platform())
+        return module(here if here and reason_against(here) is None else "reference")
     if name not in get_args(Backend):
         raise ValueError(f"backend {name!r} is unknown; choose from {', '.join(get_args(Backend))}")
     if name == "reference":
         return module(name)
-    reason = module(name).unsupported_reason(*arguments)
-    if reason is None and not _interpreting.value and here != name:
-        reason = f"it needs a {name.upper()}, and this is {device_kind()}"
+    reason = reason_against(name)
     if reason is not None:
         raise NotImplementedError(
             f"backend {name!r} of {operation} refuses: {reason}; backend=None takes the best that "

@@ -136,8 +136,9 @@ CHIPS: Mapping[str, Chip] = {
 }
 """Every chip by its short name."""
 
-LEAST_VMEM = min(chip.vmem for chip in (V5E, V5P, V6E, TPU7X))
-"""VMEM of the smallest TPU that kernels are made for."""
+TPUS_WITH_KERNELS = (V5E, V5P, V6E, TPU7X)
+"""TPUs that kernels are made for: older ones have too little VMEM."""
+LEAST_VMEM = min(chip.vmem for chip in TPUS_WITH_KERNELS)
 
 # Those with wgmma, by what stands in their kind. GH200 contains H200.
 _HOPPERS = ("H100", "H200", "H800", "H20")

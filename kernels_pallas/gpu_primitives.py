@@ -6,8 +6,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.extend.mlir import ir
+from jax.extend.mlir.dialects import vector
 
 from kernels_pallas import backend
 
@@ -197,3 +201,49 @@ def clear_lines(tile: Any, begin: jax.Array, end: jax.Array) -> None:
             value = plgpu.load(tile.at[at], layout=LINES)
             is_kept = (number >= begin) & (number < end)
             tile[at] = jnp.where(is_kept, value, jnp.zeros_like(value))
+
+
+def _levels_of_word(word: Any, half: int) -> Sequence[Any]:
+    """Turn four bytes into the levels of their low nibbles, or of their high ones.
+
+    A level plus 8, put into the last bits of 128 as a bfloat16, is 128 + 8 + level.
+    """
+    word_type = ir.IntegerType.get_signless(32)
+    return mgpu.utils.inline_ptx(
+        f"""
+        {{
+        .reg .b32 nibbles, bias;
+        mov.b32 bias, 0x43084308;
+        shr.u32 nibbles, $2, {4 * half};
+        lop3.b32 nibbles, nibbles, 0x0f0f0f0f, 0x08080808, 0x6a;
+        prmt.b32 $0, nibbles, 0x43, 0x4140;
+        prmt.b32 $1, nibbles, 0x43, 0x4342;
+        sub.bf16x2 $0, $0, bias;
+        sub.bf16x2 $1, $1, bias;
+        }}
+        """,
+        word,
+        result_types=[word_type] * 2,
+    )
+
+
+def nibbles(tile: jax.Array, half: int) -> jax.Array:
+    """Return the int4s of low nibbles of a tile of int8 (half 0), or of high ones, in bfloat16."""
+    if backend.is_interpreting():
+        levels = jnp.right_shift(tile, 4) if half else ((tile & 15) ^ 8) - 8
+        return levels.astype(jnp.bfloat16)
+    result = plgpu.ShapeDtypeStruct(tile.shape, jnp.dtype(jnp.bfloat16), LINES)
+
+    @plgpu.inline_mgpu(arg_types=(LINES,), return_type=result)
+    def split(_: Any, tile: Any) -> Any:
+        words_type = ir.VectorType.get((2,), ir.IntegerType.get_signless(32))
+        out = np.empty_like(tile.registers)
+        for at, register in np.ndenumerate(tile.registers):
+            words = vector.bitcast(words_type, register)
+            words = [vector.extract(words, [], [i]) for i in range(2)]
+            pairs = [pair for word in words for pair in _levels_of_word(word, half)]
+            joined = vector.from_elements(ir.VectorType.get((4,), pairs[0].type), pairs)
+            out[at] = vector.bitcast(ir.VectorType.get((8,), ir.BF16Type.get()), joined)
+        return mgpu.FragmentedArray(_registers=out, _layout=tile.layout, _is_signed=None)
+
+    return split(tile)

@@ -1,5 +1,8 @@
 """What TPU kernels of several operations share."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
@@ -35,3 +38,23 @@ def dot(x: jax.Array, y: jax.Array, contract: tuple[int, int]) -> jax.Array:
         precision=precision,
         preferred_element_type=jnp.float32,
     )
+
+
+def transfers(sources: Sequence[Any], targets: Sequence[Any], arrived: Any, slot: Any) -> list[Any]:
+    """Return copies, each with a semaphore of its own, of which there is one for each slot."""
+    return [
+        pltpu.make_async_copy(source, target, arrived.at[n, slot])
+        for n, (source, target) in enumerate(zip(sources, targets, strict=True))
+    ]
+
+
+def start(copies: Sequence[Any]) -> None:
+    """Start some copies."""
+    for copy in copies:
+        copy.start()
+
+
+def wait(copies: Sequence[Any]) -> None:
+    """Wait for some copies."""
+    for copy in copies:
+        copy.wait()

@@ -13,7 +13,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend
 from kernels_pallas.attention import tpu_blocks as tb
-from kernels_pallas.attention.tpu_backward import backward
+from kernels_pallas.attention.tpu_backward import backward, cuts
 from kernels_pallas.attention.tpu_softmax import Softmax
 from kernels_pallas.attention.visibility import (
     Inputs,
@@ -26,21 +26,27 @@ from kernels_pallas.tpu_primitives import LANES, in_hbm
 
 __all__ = ["backward", "forward", "unsupported_reason"]
 
+_HOLDS = tb.Holds(queries=2, query_sums=2 + 1, rows=2, keys=4, key_sums=0)  # q; out, sum; k, v
+
 
 def unsupported_reason(x: Inputs, how: Settings) -> str | None:
     """Return why these arrays cannot be taken, or None if they can."""
     dtypes = {x.q_BTNH.dtype, x.k_BSKH.dtype, x.v_BSKH.dtype}
     if len(dtypes) > 1 or dtypes.pop() not in (jnp.bfloat16, jnp.float32):
         return "q, k and v must all be bfloat16 or all float32"
-    needed = tb.scalar_bytes(_cut(x))
-    if needed > tb.SMEM_BUDGET:
-        return f"the summaries of its blocks take {needed} bytes of SMEM, over {tb.SMEM_BUDGET}"
+    for s, holds in ((_cut(x), _HOLDS), *cuts(x)):
+        needed = tb.scalar_bytes(s)
+        if needed > tb.SMEM_BUDGET:
+            return f"the summaries of its blocks take {needed} bytes of SMEM, over {tb.SMEM_BUDGET}"
+        reason = tb.vmem_reason(s, holds, x.q_BTNH.dtype.itemsize)
+        if reason is not None:
+            return reason
     return None
 
 
 def _cut(x: Inputs) -> tb.Shape:
     """Choose the blocks: some thousand rows of queries for each copy of a block of keys."""
-    return tb.cut(x, "forward", q_tile=16, kv_tile=LANES)
+    return tb.cut(x, "forward", q_tile=16, kv_tile=LANES, holds=_HOLDS)
 
 
 def _kernel(s: tb.Shape, how: Settings):

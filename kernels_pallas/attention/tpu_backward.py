@@ -25,6 +25,22 @@ from kernels_pallas.attention.visibility import (
 )
 from kernels_pallas.tpu_primitives import LANES, dot, in_hbm
 
+_HOLD_QUERIES = tb.Holds(queries=6, query_sums=1, rows=2, keys=4, key_sums=0)  # q, dout, dq; k, v
+_HOLD_KEYS = tb.Holds(queries=4, query_sums=0, rows=0, keys=8, key_sums=2)  # q, dout; k, v, dk, dv
+
+
+def _cut_queries(x: Inputs) -> tb.Shape:
+    return tb.cut(x, "backward_dq", q_tile=16, kv_tile=LANES, holds=_HOLD_QUERIES)
+
+
+def _cut_keys(x: Inputs) -> tb.Shape:
+    return tb.cut(x, "backward_dkv", q_tile=LANES, kv_tile=16, holds=_HOLD_KEYS)
+
+
+def cuts(x: Inputs) -> tuple[tuple[tb.Shape, tb.Holds], tuple[tb.Shape, tb.Holds]]:
+    """Return the blocks of both kernels, and how many of them each holds."""
+    return (_cut_queries(x), _HOLD_QUERIES), (_cut_keys(x), _HOLD_KEYS)
+
 
 def _queries_kernel(s: tb.Shape, how: Settings):
     """Return the kernel for dq for static sizes and settings."""
@@ -192,7 +208,7 @@ def _backward_queries(
     x: Inputs, how: Settings, lse_BTN: jax.Array, delta_BTN: jax.Array, dout_BTNH: jax.Array
 ) -> jax.Array:
     """Return dq_BTNH."""
-    s = tb.cut(x, "backward_dq", q_tile=16, kv_tile=LANES)
+    s = _cut_queries(x)
     q_summary, kv_summary = summarize(x, how.chunk_size, s.bq, s.bkv)
     q_marks = tb.marks(x.q_positions_BT, x.q_segments_BT, s.bq)
     kv_marks = tb.marks(x.kv_positions_BS, x.kv_segments_BS, s.bkv)
@@ -250,7 +266,7 @@ def _backward_keys(
     x: Inputs, how: Settings, lse_BTN: jax.Array, delta_BTN: jax.Array, dout_BTNH: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
     """Return dk_BSKH and dv_BSKH."""
-    s = tb.cut(x, "backward_dkv", q_tile=LANES, kv_tile=16)
+    s = _cut_keys(x)
     q_summary, kv_summary = summarize(x, how.chunk_size, s.bq, s.bkv)
     q_marks = tb.marks(x.q_positions_BT, x.q_segments_BT, s.bq)
     kv_marks = tb.marks(x.kv_positions_BS, x.kv_segments_BS, s.bkv)

@@ -58,13 +58,37 @@ class Shape(NamedTuple):
         return pl.cdiv(self.S, self.bkv)
 
 
+class Holds(NamedTuple):
+    """How many blocks a program has in VMEM, those that are copied ahead too.
+
+    Attributes:
+        queries, keys: [G, bq, H] and [bkv, H] in the dtype of the arrays.
+        query_sums, key_sums: the same in float32; an output may be float32, whatever the arrays.
+        rows: [G, bq, 128] in float32.
+    """
+
+    queries: int
+    keys: int
+    query_sums: int
+    key_sums: int
+    rows: int
+
+    def bytes(self, s: Any, itemsize: int) -> int:
+        """Return what they take, with columns of marks and the logits of two heads."""
+        H = round_up(s.H, LANES)
+        of_queries = H * (self.queries * itemsize + 4 * self.query_sums) + 4 * LANES * self.rows
+        of_keys = H * (self.keys * itemsize + 4 * self.key_sums)
+        marks = 4 * LANES * 4 * max(s.bq, s.bkv)
+        return s.G * s.bq * of_queries + s.bkv * of_keys + marks + 4 * 4 * s.bq * s.bkv
+
+
 def fit(n: int, size: int, tile: int) -> int:
     """Return the block size, or all of n if that is not much more."""
     return round_up(n if n <= 1.5 * size else size, tile)
 
 
-def cut(x: Inputs, operation: str, *, q_tile: int, kv_tile: int) -> Shape:
-    """Choose the blocks of an operation: those measured, or the usual ones, fitted to T and S."""
+def cut(x: Inputs, operation: str, *, q_tile: int, kv_tile: int, holds: Holds) -> Shape:
+    """Choose the blocks: those measured, or the usual ones, fitted to T, S and VMEM."""
     (B, T, N, H), (S, K) = x.q_BTNH.shape, x.k_BSKH.shape[1:3]
     sizes = tuning.lookup(
         f"chunked_attention.{operation}",
@@ -74,7 +98,26 @@ def cut(x: Inputs, operation: str, *, q_tile: int, kv_tile: int) -> Shape:
         dtype=str(x.q_BTNH.dtype),
     )
     bq, bkv = fit(T, sizes["q"], q_tile), fit(S, sizes["kv"], kv_tile)
-    return Shape(B, T, S, K, N // K, H, bq, bkv)
+    shape = Shape(B, T, S, K, N // K, H, bq, bkv)
+    return fit_vmem(shape, holds, x.q_BTNH.dtype.itemsize, q_tile)
+
+
+def fit_vmem(s: Any, holds: Holds, itemsize: int, q_tile: int) -> Any:
+    """Take fewer queries at a time until VMEM holds them, or there are no fewer."""
+    while holds.bytes(s, itemsize) > VMEM_LIMIT and s.bq > q_tile:
+        s = s._replace(bq=round_up(s.bq // 2, q_tile))
+    return s
+
+
+def vmem_reason(s: Any, holds: Holds, itemsize: int) -> str | None:
+    """Return why a program cannot hold its blocks, or None if it can."""
+    needed = holds.bytes(s, itemsize)
+    if needed <= VMEM_LIMIT:
+        return None
+    return (
+        f"{s.bq} queries of {s.G} heads of {s.H} take {needed} bytes of VMEM, over {VMEM_LIMIT}; "
+        "shard the heads of queries, or take a smaller dtype"
+    )
 
 
 def query_block(group: int) -> int:

@@ -96,7 +96,9 @@ def grouped_matmul(
         NotImplementedError: the named backend cannot compute this here.
     """
     if isinstance(first, int | np.integer):
-        _check_first(int(first), len(w_NDF) - len(group_sizes_E))
+        most = max(len(w_NDF) - len(group_sizes_E), 0)
+        if not 0 <= first <= most:
+            raise ValueError(f"first is {first}; take one of 0..{most}, so that E matrices follow")
     x_RD, w_NDF, sizes_E, first = map(jnp.asarray, (x_RD, w_NDF, group_sizes_E, first))
     _check(x_RD, w_NDF, sizes_E, first)
     (R, D), F, (E,) = x_RD.shape, w_NDF.shape[2], sizes_E.shape
@@ -149,11 +151,6 @@ def _check_dimensions(name: str, array: jax.Array, ndim: int) -> None:
 def _check_whole(name: str, array: jax.Array) -> None:
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise ValueError(f"{name} is {array.dtype}; cast it to int32")
-
-
-def _check_first(first: int, most: int) -> None:
-    if not 0 <= first <= max(most, 0):
-        raise ValueError(f"first is {first}; take one of 0..{most}, so that E matrices follow")
 
 
 def _check(x_RD: jax.Array, w_NDF: jax.Array, sizes_E: jax.Array, first: jax.Array) -> None:

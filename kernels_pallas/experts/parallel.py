@@ -19,7 +19,8 @@ from typing import Any, Literal, NamedTuple, get_args
 import jax
 import jax.numpy as jnp
 
-from kernels_pallas.backend import Backend, device_kind, is_interpreting, platform, vary_alike
+from kernels_pallas import backend as at_hand
+from kernels_pallas.backend import Backend, vary_alike
 from kernels_pallas.experts.api import expert_mlp
 from kernels_pallas.experts.dispatch import sort_rows
 from kernels_pallas.experts.inputs import Arguments, WeightScales, cost_hint
@@ -136,8 +137,7 @@ def _check_dma(plan: _Static, given: Arguments) -> None:
     )
     if plan.backend not in (None, "tpu"):
         reason = f"it has products of its own, so that backend {plan.backend!r} cannot be obeyed"
-    if reason is None and not is_interpreting() and platform() != "tpu":
-        reason = f"it needs a TPU, and this is {device_kind()}"
+    reason = reason or at_hand.other_device("tpu")
     if reason is not None:
         raise NotImplementedError(
             f"transport 'dma' of experts refuses: {reason}; 'xla' takes whatever `expert_mlp` does"
@@ -237,14 +237,8 @@ def _dispatched(plan: _Static, given: Arguments, buffers: _Buffers, number: jax.
     return _Round(x.reshape(-1, x.shape[2]), gate.reshape(-1, 1), expert.reshape(-1, 1))
 
 
-def _local(
-    plan: _Static,
-    given: Arguments,
-    here: _Round,
-    x_RD: jax.Array,
-    gate_R1: jax.Array,
-    *weights: Any,
-) -> jax.Array:
+def _local(plan: _Static, given: Arguments, here: _Round, *floats: jax.Array) -> jax.Array:
+    x_RD, gate_R1, *weights = floats
     return expert_mlp(
         x_RD,
         *weights,

@@ -132,16 +132,7 @@ def _sizes(x: Inputs, F: int, num_experts: int) -> dict[str, tb.BlockSizes | Non
 
 
 def forward(x: Inputs, num_experts: int, *, saves: bool) -> tuple[jax.Array, "Saved | None"]:
-    """Apply the experts.
-
-    Args:
-        x: the arrays.
-        num_experts: E.
-        saves: whether `backward` follows.
-
-    Returns:
-        y_TD in the dtype of x, and what `backward` wants if it follows.
-    """
+    """Apply the experts. Returns y_TD in the dtype of x, and what `backward` wants if it saves."""
     (T, X), (_, D), dtype = x.expert_TX.shape, x.x_TD.shape, x.x_TD.dtype
     x = _filled(x)
     p = arrange(x.expert_TX.reshape(T * X), num_experts, tile_rows(dtype))
@@ -221,12 +212,6 @@ def backward(
     With z = gate * x the input of an expert and dz its gradient, that of x is gate * dz, that of
     the gate is the sum of x * dz, and those of the matrices want z. Nothing is computed again:
     these are six products, 12 T X D F FLOPs.
-
-    Args:
-        x: the arrays; the matrices are floats.
-        num_experts: E.
-        saved: from `forward`.
-        dy_TD: gradient of its result.
     """
     del num_experts  # the places know
     (T, X), dtype, p = x.expert_TX.shape, x.x_TD.dtype, saved.places

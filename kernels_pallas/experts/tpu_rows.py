@@ -25,7 +25,7 @@ from kernels_pallas.experts import tpu_stored
 from kernels_pallas.experts.dispatch import Block
 from kernels_pallas.experts.inputs import expected_rows
 from kernels_pallas.experts.tpu_blocks import VMEM_LIMIT, BlockSizes, Table, fit, read_block
-from kernels_pallas.tpu_primitives import dot, in_hbm
+from kernels_pallas.tpu_primitives import dot, in_hbm, start, transfers, wait
 
 Epilogue = Callable[[list[jax.Array], jax.Array | None, list[jax.Array]], Sequence[jax.Array]]
 
@@ -144,23 +144,6 @@ class _Scratch(NamedTuple):
     outs_left: Any
 
 
-def _start(copies: Sequence[Any]) -> None:
-    for copy in copies:
-        copy.start()
-
-
-def _wait(copies: Sequence[Any]) -> None:
-    for copy in copies:
-        copy.wait()
-
-
-def _transfers(sources: Sequence[Any], targets: Sequence[Any], semaphores: Any, slot: Any) -> list:
-    return [
-        pltpu.make_async_copy(source, target, semaphores.at[n, slot])
-        for n, (source, target) in enumerate(zip(sources, targets, strict=True))
-    ]
-
-
 class _Copies(NamedTuple):
     """The copies of one core: of blocks, and of tiles of their columns by number of the step."""
 
@@ -176,7 +159,7 @@ class _Copies(NamedTuple):
         block, slot = read_block(self.table, i, self.sizes.unit), jax.lax.rem(i, 2)
         sources = [a.at[pl.ds(block.start, block.rows)] for a in self.given.resident]
         targets = [b.at[slot, pl.ds(0, block.rows)] for b in self.scratch.resident]
-        return _transfers(sources, targets, self.scratch.resident_arrived, slot)
+        return transfers(sources, targets, self.scratch.resident_arrived, slot)
 
     def _tile(self, at: jax.Array, arrays: list[Any], buffers: list[Any]) -> tuple[list, list]:
         block = read_block(self.table, jax.lax.div(at, self.steps), self.sizes.unit)
@@ -188,12 +171,12 @@ class _Copies(NamedTuple):
     def tiles(self, at: jax.Array) -> list[Any]:
         """Return those of the tiles that a step reads."""
         sources, targets = self._tile(at, self.given.tiles, self.scratch.tiles)
-        return _transfers(sources, targets, self.scratch.tiles_arrived, jax.lax.rem(at, 2))
+        return transfers(sources, targets, self.scratch.tiles_arrived, jax.lax.rem(at, 2))
 
     def results(self, at: jax.Array) -> list[Any]:
         """Return those of the tiles that a step writes."""
         targets, sources = self._tile(at, self.outs, self.scratch.outs)
-        return _transfers(sources, targets, self.scratch.outs_left, jax.lax.rem(at, 2))
+        return transfers(sources, targets, self.scratch.outs_left, jax.lax.rem(at, 2))
 
 
 def _stored_tiles(weights: list[Any], wide: list[Any], by: Matrices) -> list[Callable]:
@@ -225,17 +208,17 @@ def _kernel(by: Matrices, sizes: BlockSizes, steps: int, num_left: int, epilogue
 
         @pl.when(j == 0)
         def _():
-            pl.when(i == 0)(lambda: _start(copies.resident(i)))
-            _wait(copies.resident(i))
-            pl.when(i + 1 < number)(lambda: _start(copies.resident(i + 1)))
+            pl.when(i == 0)(lambda: start(copies.resident(i)))
+            wait(copies.resident(i))
+            pl.when(i + 1 < number)(lambda: start(copies.resident(i + 1)))
             if by.stored != "float":
                 left, chunks = scratch.resident[0].at[block_slot], pl.cdiv(block.rows, sizes.chunk)
                 tpu_stored.make_ready(left, scratch.beside[0], chunks, sizes.chunk, by.stored)
 
-        pl.when(at == 0)(lambda: _start(copies.tiles(at)))
-        _wait(copies.tiles(at))
-        pl.when(at + 1 < number * steps)(lambda: _start(copies.tiles(at + 1)))
-        pl.when(at >= 2)(lambda: _wait(copies.results(at - 2)))
+        pl.when(at == 0)(lambda: start(copies.tiles(at)))
+        wait(copies.tiles(at))
+        pl.when(at + 1 < number * steps)(lambda: start(copies.tiles(at + 1)))
+        pl.when(at >= 2)(lambda: wait(copies.results(at - 2)))
 
         tiles_of = _stored_tiles(given.weights, scratch.wide, by)
 
@@ -261,12 +244,12 @@ def _kernel(by: Matrices, sizes: BlockSizes, steps: int, num_left: int, epilogue
             compute(0, None)
         else:
             jax.lax.fori_loop(0, pl.cdiv(block.rows, sizes.chunk), compute, None)
-        _start(copies.results(at))
+        start(copies.results(at))
 
         @pl.when(at == number * steps - 1)
         def _():
-            pl.when(at > 0)(lambda: _wait(copies.results(at - 1)))
-            _wait(copies.results(at))
+            pl.when(at > 0)(lambda: wait(copies.results(at - 1)))
+            wait(copies.results(at))
 
     return kernel
 

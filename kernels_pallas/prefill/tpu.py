@@ -27,6 +27,8 @@ from kernels_pallas.tpu_primitives import LANES, in_hbm, round_up
 
 _TILE = 8  # slots are copied in multiples of it
 _WINDOW = 1024  # entries of the page table in SMEM at a time
+# q; out and sum; k and v as stored, twice, and widened
+_HOLDS = tb.Holds(queries=2, query_sums=2 + 1, rows=2, keys=4 + 2, key_sums=0)
 
 
 class _Cache(NamedTuple):
@@ -111,7 +113,7 @@ def unsupported_reason(x: Inputs, how: Settings) -> str | None:
         return f"head_dim ({H}) is not a multiple of 8 up to 256"
     if x.k_BSKH.shape[1] % _TILE:
         return f"pages of {x.k_BSKH.shape[1]} slots are not a multiple of {_TILE}"
-    return None
+    return tb.vmem_reason(_sizes(x), _HOLDS, _compute_dtype(x).itemsize)
 
 
 def _sizes(x: Inputs) -> _Sizes:
@@ -123,7 +125,8 @@ def _sizes(x: Inputs) -> _Sizes:
     sizes = tuning.lookup("prefill_attention", default, **shape)
     bq = tb.fit(T, sizes["q"], 16)
     bkv = min(sizes["kv"], round_up(x.num_slots, LANES))
-    return _Sizes(B, T, x.num_slots, K, G, H, bq, bkv, page, math.gcd(page, bkv))
+    s = _Sizes(B, T, x.num_slots, K, G, H, bq, bkv, page, math.gcd(page, bkv))
+    return tb.fit_vmem(s, _HOLDS, _compute_dtype(x).itemsize, 16)
 
 
 def _kernel(s: _Sizes, how: Settings):

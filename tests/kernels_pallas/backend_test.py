@@ -8,7 +8,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 import kernels_pallas
-from kernels_pallas import backend
+from kernels_pallas import backend, chunked_attention, prefill_attention
+from kernels_pallas.attention import tpu_blocks
 
 
 def copy_that_is_not_waited_for(x_hbm, out_ref, buffer, arrived):
@@ -81,3 +82,59 @@ def test_kernels_are_turned_off_for_what_is_traced_inside(monkeypatch):
     with kernels_pallas.reference_only():
         assert f(0) == 1
     assert f(0) == 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_taken"),
+    [("TPU v4", False), ("TPU v99", False), ("TPU v5", True), ("TPU v6 lite", True)],
+)
+def test_no_kernel_is_taken_on_a_tpu_that_none_is_made_for(kind, is_taken, monkeypatch):
+    made = types.SimpleNamespace(unsupported_reason=lambda: None)
+    reference = types.SimpleNamespace()
+    modules = {"kernels_pallas.op.tpu": made, "kernels_pallas.op.reference": reference}
+    monkeypatch.setattr(backend, "platform", lambda: "tpu")
+    monkeypatch.setattr(backend, "device_kind", lambda: kind)
+    monkeypatch.setattr(backend.importlib, "import_module", modules.__getitem__)
+    assert backend.choose(None, "op") is (made if is_taken else reference)
+    if is_taken:
+        assert backend.choose("tpu", "op") is made
+    else:
+        with pytest.raises(NotImplementedError, match=f"v5e, v5p, v6e, tpu7x, and this is {kind}"):
+            backend.choose("tpu", "op")
+
+
+@pytest.mark.parametrize(
+    ("heads", "dtype", "queries"),
+    [
+        (40, "bfloat16", (128, 128, 128)),
+        (64, "bfloat16", (128, 128, 128)),
+        (64, "float32", (64, 64, 128)),
+        (96, "float32", None),
+    ],
+)
+def test_attention_takes_as_many_queries_at_a_time_as_vmem_holds(
+    heads, dtype, queries, monkeypatch
+):
+    monkeypatch.setattr(backend, "device_kind", lambda: "TPU v5")
+    q, k = jnp.zeros((1, 1024, heads, 256), dtype), jnp.zeros((1, 1024, 1, 256), dtype)
+    at, lengths = jnp.zeros((1, 1024), jnp.int32), jnp.full((1,), 1024)
+
+    def attend():
+        return chunked_attention(q, k, k, q_positions_BT=at, kv_positions_BS=at, backend="tpu")
+
+    def prefill():
+        return prefill_attention(q, k, k, lengths_B=lengths, q_positions_BT=at, backend="tpu")
+
+    cuts = []
+    fit = tpu_blocks.fit_vmem
+    monkeypatch.setattr(tpu_blocks, "fit_vmem", lambda *a: cuts.append(fit(*a)) or cuts[-1])
+    with kernels_pallas.interpreted():
+        if queries is None:
+            with pytest.raises(NotImplementedError, match=r"VMEM, over 50331648; shard the heads"):
+                jax.eval_shape(attend)
+        else:
+            jax.eval_shape(attend)
+            assert tuple(cut.bq for cut in cuts[:3]) == queries
+            cuts.clear()
+            jax.eval_shape(prefill)
+            assert cuts[0].bq == queries[0]

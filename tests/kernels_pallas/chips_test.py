@@ -59,7 +59,6 @@ def test_two_devices_of_tpu7x_are_the_chip_of_its_page():
 @pytest.mark.parametrize(
     ("kind", "cores", "multiplier", "vmem_limit"),
     [
-        ("TPU v4", 2, 128, 52 * MIB),
         ("TPU v5 lite", 1, 128, 112 * MIB),
         ("TPU v5", 2, 128, 52 * MIB),
         ("TPU v6 lite", 1, 256, 112 * MIB),

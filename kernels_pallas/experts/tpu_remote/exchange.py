@@ -34,7 +34,7 @@ _PRODUCTS = 8 * 2**20  # of VMEM, for the products of a chunk
 
 def vmem_limit() -> int:
     """Return how much VMEM the kernel may use."""
-    vmem = max(backend.tpu().vmem, chips.LEAST_VMEM)
+    vmem = backend.tpu().vmem
     return vmem - (16 if vmem > chips.LEAST_VMEM else 12) * 2**20
 
 
@@ -72,15 +72,7 @@ def _fit(peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int) -> Exchan
 def unsupported_reason(
     peers: int, rows: int, w_gate_NDF: jax.Array, num_local: int, dtype: jnp.dtype
 ) -> str | None:
-    """Return why these buffers cannot be taken, or None if they can.
-
-    Args:
-        peers: devices, each of which has a send buffer for each.
-        rows: places of a buffer.
-        w_gate_NDF: gate matrices as stored.
-        num_local: experts of a device.
-        dtype: of the rows.
-    """
+    """Return why buffers of so many rows for each peer cannot be taken, or None if they can."""
     D, F = w_gate_NDF.shape[-2:]
     if peers == 1:
         return "there is no peer to exchange rows with"

@@ -47,8 +47,9 @@ def _download(repo: str, revision: str | None, endpoint: str | None) -> pathlib.
     where = f"{repo}{'' if revision is None else f' at {revision}'}"
     command = f"hf download {repo}{'' if revision is None else f' --revision {revision}'}"
     try:
-        files = hub.HfApi(endpoint=endpoint).list_repo_files(repo, revision=revision)
-        weights = _weights_of(files, where)
+        # Unlike a listing of files, which is tried again for half a minute, with warnings.
+        found = hub.HfApi(endpoint=endpoint).model_info(repo, revision=revision).siblings
+        weights = _weights_of([file.rfilename for file in found or ()], where)
         return pathlib.Path(
             hub.snapshot_download(
                 repo,

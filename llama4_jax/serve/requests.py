@@ -3,7 +3,7 @@
 import dataclasses
 import operator
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,7 +138,7 @@ def list_requests(requests: Requests) -> list[Request]:
     Raises:
       RequestError: the first that is none.
     """
-    if isinstance(requests, Request | str | Mapping):
+    if isinstance(requests, Request | str | Mapping) or not isinstance(requests, Iterable):
         requests = [requests]
     found = []
     for index, request in enumerate(requests):

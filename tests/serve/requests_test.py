@@ -226,6 +226,7 @@ def test_a_request_is_given_in_many_ways(pretrained, given):
     ("given", "says"),
     [
         (["a", 3], "request 1: 3 is a int; give a text"),
+        (3, "request 0: 3 is a int; give a text"),
         ([1, 2, 3], r"request 0: 1 is a int.*token ids go into Request\(tokens="),
         ([{"role": "user", "content": "a"}], r"request 0: a message .*Request\(messages="),
         ([Message("user", "a")], r"request 0: a message .*Request\(messages="),

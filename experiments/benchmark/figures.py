@@ -195,7 +195,8 @@ def strayed(program: hlo.Program, jaxpr: Any) -> tuple[str, ...]:
 
     What is copied from VMEM to VMEM arrives in order, not beside the arithmetic, and on v4 wrongly.
     """
-    declared = [(kernel.params["name"], _in_hbm(kernel)) for kernel in _kernels(jaxpr)]
+    # One without a name, as peers have, may be any that reads as many operands.
+    declared = [(kernel.params["name"] or "", _in_hbm(kernel)) for kernel in _kernels(jaxpr)]
     found = []
     for operations in program.values():
         spaces = {op.name: op.space for op in operations}

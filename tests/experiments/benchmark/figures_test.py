@@ -88,14 +88,17 @@ cost_estimate_json = "{\22flops\22: 10, \22transcendentals\22: 1, \22bytes_acces
     assert not any(figures.counted(hlo.parse(""), []).values())
 
 
+@pytest.mark.parametrize("name", ["read", None])
 @pytest.mark.parametrize(("space", "strays"), [("", False), ("S(1)", True)])
-def test_what_a_kernel_copies_from_hbm_and_the_compiler_put_elsewhere_is_a_fault(space, strays):
+def test_what_a_kernel_copies_from_hbm_and_the_compiler_put_elsewhere_is_a_fault(
+    space, strays, name
+):
     call = functools.partial(
         pl.pallas_call(
             lambda *_: None,
             in_specs=[pl.BlockSpec(), pl.BlockSpec(memory_space=pltpu.HBM)],
             out_shape=jax.ShapeDtypeStruct((8, 128), jnp.float32),
-            name="read",
+            name=name,
         ),
         jnp.ones((8, 128)),
     )

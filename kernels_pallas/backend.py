@@ -50,15 +50,15 @@ def _watching(params: type, **more: Any) -> Any:
     return params(detect_races=True, **({"on_race": "raise"} if raises else {}), **more)
 
 
-def tpu_interpreter(cores: int = 1) -> Any:
+def tpu_interpreter(cores: int | None = None) -> Any:
     """Return what `pallas_call` takes as `interpret`.
 
     Args:
-        cores: of a device, to simulate side by side.
+        cores: of a device, to simulate side by side; as many as this TPU has.
     """
     if not _interpreting.value:
         return False
-    return _watching(pltpu.InterpretParams, num_cores_or_threads=cores)
+    return _watching(pltpu.InterpretParams, num_cores_or_threads=cores or num_cores())
 
 
 def gpu_interpreter() -> Any:

@@ -51,14 +51,20 @@ def _cut(x: Inputs) -> tb.Shape:
 
 def _kernel(s: tb.Shape, how: Settings):
     """Return the kernel for static sizes and settings."""
+    p = tb.Programs.of(s)
 
     def kernel(
         q_scalars, kv_scalars, q_marks, q_ref, kv_marks_hbm, k_hbm, v_hbm,
         out_ref, lse_ref,
         columns, factors, softmax, kv_marks, k_buf, v_buf, slot_ref, arrived,
     ):  # fmt: skip
-        b, h, i = (pl.program_id(axis) for axis in range(3))
-        q = tb.q_at(q_scalars, i)
+        program, h, i = (pl.program_id(axis) for axis in range(3))
+        b = p.row(program)
+
+        def q_at(i):
+            return tb.q_at(q_scalars, p.block(program, i))
+
+        q = q_at(i)
 
         def copies(j, slot):
             keys = pl.ds(j * s.bkv, s.bkv)
@@ -89,9 +95,9 @@ def _kernel(s: tb.Shape, how: Settings):
         softmax.clear()
         tb.walk(
             i,
-            s.nq,
-            bounds=lambda i: (tb.q_at(q_scalars, i).begin, tb.q_at(q_scalars, i).end),
-            seen=lambda i, j: may_see(tb.q_at(q_scalars, i), tb.kv_at(kv_scalars, j)),
+            p.blocks,
+            bounds=lambda i: (q_at(i).begin, q_at(i).end),
+            seen=lambda i, j: may_see(q_at(i), tb.kv_at(kv_scalars, j)),
             copies=copies,
             slot_ref=slot_ref,
             visit=visit,
@@ -113,23 +119,26 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
         out_BTNH in out_dtype, and lse_BTN float32.
     """
     s = _cut(x)
+    p = tb.Programs.of(s)
     q_summary, kv_summary = summarize(x, how.chunk_size, s.bq, s.bkv)
     q_marks = tb.marks(x.q_positions_BT, x.q_segments_BT, s.bq)
     kv_marks = tb.marks(x.kv_positions_BS, x.kv_segments_BS, s.bkv)
     k_BKSH, v_BKSH = (tb.padded(a.swapaxes(1, 2), 2, s.bkv) for a in (x.k_BSKH, x.v_BSKH))
     m, q_size, dtype = kv_marks.shape[2], x.q_BTNH.dtype.itemsize, x.q_BTNH.dtype
 
-    q_spec = pl.BlockSpec((None, None, s.G, s.bq, s.H), lambda b, h, i: (b, h, 0, i, 0))
+    q_spec = pl.BlockSpec(
+        (None, None, s.G, s.bq, s.H), lambda b, h, i: (p.row(b), h, 0, p.block(b, i), 0)
+    )
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     row = (s.bq, LANES)
     out_size = s.B * s.K * s.G * s.T * s.H
     out_BKGTH, lse_BKnGT = pl.pallas_call(
         _kernel(s, how),
-        grid=(s.B, s.K, s.nq),
+        grid=(p.parts * s.B, s.K, p.blocks),
         in_specs=[
-            tb.scalars_spec(q_summary),
-            tb.scalars_spec(kv_summary),
-            pl.BlockSpec((None, None, m, s.bq), lambda b, h, i: (b, i, 0, 0)),
+            tb.scalars_spec(q_summary, p.row),
+            tb.scalars_spec(kv_summary, p.row),
+            pl.BlockSpec((None, None, m, s.bq), lambda b, h, i: (p.row(b), p.block(b, i), 0, 0)),
             q_spec,
             hbm,
             hbm,
@@ -137,7 +146,10 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
         ],
         out_specs=[
             q_spec,
-            pl.BlockSpec((None, None, None, s.G, s.bq), lambda b, h, i: (b, h, i, 0, 0)),
+            pl.BlockSpec(
+                (None, None, None, s.G, s.bq),
+                lambda b, h, i: (p.row(b), h, p.block(b, i), 0, 0),
+            ),
         ],
         out_shape=[
             backend.like(x.q_BTNH, (s.B, s.K, s.G, s.T, s.H), out_dtype),

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels_pallas import chips, tuning
+from kernels_pallas import backend, chips, tuning
 from kernels_pallas.attention.visibility import (
     Inputs,
     KeyBlocks,
@@ -80,6 +80,33 @@ class Holds(NamedTuple):
         of_keys = H * (self.keys * itemsize + 4 * self.key_sums)
         marks = 4 * LANES * 4 * max(s.bq, s.bkv)
         return s.G * s.bq * of_queries + s.bkv * of_keys + marks + 4 * 4 * s.bq * s.bkv
+
+
+class Programs(NamedTuple):
+    """Whose row and block of queries is that of program [b, h, i] of [parts * B, K, blocks].
+
+    Where heads and rows are an odd number, which two cores of a TPU cannot share, the blocks of
+    each are cut into parts, which take turns at them, so that all see as much.
+    """
+
+    B: int
+    blocks: int
+    parts: int
+
+    @staticmethod
+    def of(s: Any) -> "Programs":
+        """Cut into as many parts as there are cores, if blocks can be shared and rows cannot."""
+        blocks, cores = pl.cdiv(s.T, s.bq), backend.num_cores()
+        parts = 1 if s.B * s.K % cores == 0 or blocks % cores else cores
+        return Programs(s.B, blocks // parts, parts)
+
+    def row(self, b: Any) -> Any:
+        """Return the row of the batch."""
+        return b if self.parts == 1 else jax.lax.rem(b, self.B)
+
+    def block(self, b: Any, i: Any) -> Any:
+        """Return the block of queries."""
+        return i if self.parts == 1 else i * self.parts + jax.lax.div(b, self.B)
 
 
 def fit(n: int, size: int, tile: int) -> int:
@@ -173,12 +200,12 @@ def scalars(summary: Sequence[jax.Array]) -> jax.Array:
     return jnp.stack(summary, axis=1)
 
 
-def scalars_spec(summary: Sequence[jax.Array]) -> pl.BlockSpec:
-    """Return the block that holds the scalars of one batch row."""
+def scalars_spec(summary: Sequence[jax.Array], row: Callable = lambda b: b) -> pl.BlockSpec:
+    """Return the block that holds the scalars of one batch row, that of program b."""
     fields, blocks = len(summary), summary[0].shape[1]
     return pl.BlockSpec(
         (None, fields, blocks),
-        lambda b, h, i: (b, 0, 0),
+        lambda b, h, i: (row(b), 0, 0),
         pipeline_mode=pl.Buffered(1),
         memory_space=pltpu.SMEM,
     )

@@ -131,10 +131,16 @@ def _sizes(x: Inputs) -> _Sizes:
 
 def _kernel(s: _Sizes, how: Settings):
     """Return the kernel for static sizes and settings."""
+    p = tb.Programs.of(s)
 
     def kernel(plan, q_marks, q_ref, cache, windows, out_ref, lse_ref, scratch):
-        b, h, i = (pl.program_id(axis) for axis in range(3))
-        here = Blocks.read(plan, i)
+        program, h, i = (pl.program_id(axis) for axis in range(3))
+        b = p.row(program)
+
+        def blocks_of(i: Any) -> Blocks:
+            return Blocks.read(plan, p.block(program, i))
+
+        here = blocks_of(i)
         buffers = scratch.buffers
 
         def hold_window(page: Any) -> Any:
@@ -221,8 +227,8 @@ def _kernel(s: _Sizes, how: Settings):
         scratch.softmax.clear()
         tb.walk(
             i,
-            pl.cdiv(s.T, s.bq),
-            bounds=lambda i: Blocks.read(plan, i).bounds(s.bkv),
+            p.blocks,
+            bounds=lambda i: blocks_of(i).bounds(s.bkv),
             copies=copies,
             slot_ref=scratch.slot,
             visit=visit,
@@ -284,28 +290,34 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
     x = x.in_pages()
     assert x.page_table_BP is not None
     s, dtype = _sizes(x), _compute_dtype(x)
+    p = tb.Programs.of(s)
     plan = summarize(x, how, s.bq)
     cache, windows = _heads_first(x, how, s), _windows(x.page_table_BP)
     q = tb.head_major(x.q_BTNH.astype(dtype), s.K)
     nq = pl.cdiv(s.T, s.bq)
-    q_spec = pl.BlockSpec((None, None, s.G, s.bq, s.H), lambda b, h, i: (b, h, 0, i, 0))
+    q_spec = pl.BlockSpec(
+        (None, None, s.G, s.bq, s.H), lambda b, h, i: (p.row(b), h, 0, p.block(b, i), 0)
+    )
     hbm = pl.BlockSpec(memory_space=pltpu.HBM)
     walked = s.bkv * sum(
         part.dtype.itemsize * (s.H if part.ndim == 4 else 1) for part in cache if part is not None
     )
     out_BKGTH, lse_BKnGT = pl.pallas_call(
         _kernel(s, how),
-        grid=(s.B, s.K, nq),
+        grid=(p.parts * s.B, s.K, p.blocks),
         in_specs=[
-            tb.scalars_spec(plan),
-            pl.BlockSpec((None, None, 1, s.bq), lambda b, h, i: (b, i, 0, 0)),
+            tb.scalars_spec(plan, p.row),
+            pl.BlockSpec((None, None, 1, s.bq), lambda b, h, i: (p.row(b), p.block(b, i), 0, 0)),
             q_spec,
             jax.tree.map(lambda _: hbm, cache),
             hbm,
         ],
         out_specs=[
             q_spec,
-            pl.BlockSpec((None, None, None, s.G, s.bq), lambda b, h, i: (b, h, i, 0, 0)),
+            pl.BlockSpec(
+                (None, None, None, s.G, s.bq),
+                lambda b, h, i: (p.row(b), h, p.block(b, i), 0, 0),
+            ),
         ],
         out_shape=[
             backend.like(q, q.shape, out_dtype),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kernels_pallas
-from kernels_pallas import chunked_attention, merge_attention
+from kernels_pallas import backend, chunked_attention, merge_attention, tuning
 from kernels_pallas.attention import reference, visibility
 from tests.kernels_pallas import definition
 from tests.kernels_pallas.attention_cases import CASES, Case
@@ -74,6 +74,19 @@ def test_reference_takes_bfloat16(case):
 @pytest.mark.parametrize("case", CASES, ids=ids)
 def test_tpu_kernels_equal_the_definition_in_the_interpreter(case):
     check(case, "tpu", "float32")
+
+
+def test_both_cores_of_a_tpu_share_the_queries_of_one_head(monkeypatch):
+    monkeypatch.setattr(backend, "device_kind", lambda: "TPU v5")
+    at = tuple(range(60))
+    case = Case(name="", q_positions=(at,), kv_positions=(at,), heads=2, kv_heads=1)
+    small = {"q": 16, "kv": 128}
+    with tuning.overridden({"chunked_attention.forward": small}):
+        check(case, "tpu", "float32")
+        arrays, integers = case.arrays("float32")
+        with kernels_pallas.interpreted():
+            traced = jax.make_jaxpr(lambda arrays: run(case, arrays, integers, "tpu"))(arrays)
+    assert "grid=(2, 1, 2)" in str(traced)
 
 
 @pytest.mark.parametrize("case", CASES, ids=ids)
@@ -223,9 +236,9 @@ def test_shapes_that_disagree_and_half_given_segments_are_refused():
 def test_a_named_backend_runs_or_says_why_not():
     with pytest.raises(ValueError, match="'cuda' is unknown; choose from reference, tpu, gpu"):
         self_attention(4, "cuda")
-    for backend, dtype in (("tpu", "float32"), ("gpu", "bfloat16")):
-        with pytest.raises(NotImplementedError, match=f"needs a {backend.upper()}, and this is"):
-            self_attention(4, backend, dtype=dtype)
+    for name, dtype in (("tpu", "float32"), ("gpu", "bfloat16")):
+        with pytest.raises(NotImplementedError, match=f"needs a {name.upper()}, and this is"):
+            self_attention(4, name, dtype=dtype)
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(0, 3), (3, 0), (0, 0)])

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import chunked_attention, decode_attention, merge_attention
+from kernels_pallas import backend, chunked_attention, decode_attention, merge_attention
 from kernels_pallas.decode import reference
 from tests.kernels_pallas.cache_cases import Case, check
 
@@ -53,6 +53,11 @@ def test_reference_equals_the_definition(monkeypatch, case, block):
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_tpu_kernel_equals_the_definition_in_the_interpreter(case):
     check(decode_attention, case, "tpu", "float32")
+
+
+def test_both_cores_of_a_tpu_share_a_cache(monkeypatch):
+    monkeypatch.setattr(backend, "device_kind", lambda: "TPU v5")
+    check(decode_attention, CASES[0], "tpu", "float32")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -3,7 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import decode_attention, merge_attention, prefill_attention, tuning
+from kernels_pallas import (
+    backend,
+    decode_attention,
+    merge_attention,
+    prefill_attention,
+    tuning,
+)
 from kernels_pallas.decode import reference as decode_reference
 from kernels_pallas.prefill import reference
 from tests.kernels_pallas.cache_cases import Case, check
@@ -56,6 +62,13 @@ def test_reference_equals_the_definition(monkeypatch, case, block):
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_tpu_kernel_equals_the_definition_in_the_interpreter(case):
+    with tuning.overridden({"prefill_attention": {"q": 16, "kv": 128}}):
+        check(prefill_attention, case, "tpu", "float32")
+
+
+@pytest.mark.parametrize("case", CASES[8:9], ids=lambda case: case.name)
+def test_both_cores_of_a_tpu_share_the_queries_of_one_head(monkeypatch, case):
+    monkeypatch.setattr(backend, "device_kind", lambda: "TPU v5")
     with tuning.overridden({"prefill_attention": {"q": 16, "kv": 128}}):
         check(prefill_attention, case, "tpu", "float32")
 

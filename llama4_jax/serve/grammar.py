@@ -60,6 +60,7 @@ class Grammars:
                 '[grammar]".'
             ) from error
         self._guidance: Any = llguidance
+        self._words = -(-vocab_size // 32)
         wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer, stop_ids))
         self._tokenizer = llguidance.LLTokenizer(
             wrapper, n_vocab=vocab_size, eos_token=list(stop_ids) or None
@@ -75,7 +76,7 @@ class Grammars:
         if matcher.is_error():
             reason = matcher.get_error().splitlines()[0]
             raise ValueError(f"the form that the answer must have is malformed: {reason}")
-        return _Guided(matcher)
+        return _Guided(matcher, self._words)
 
     def _grammar(self, options: Options) -> str:
         make = self._guidance.LLMatcher
@@ -110,10 +111,10 @@ class _Vocabulary:
 
 
 class _Guided:
-    """A matcher of llguidance."""
+    """A matcher of llguidance, whose masks have as many words as the model needs."""
 
-    def __init__(self, matcher: Any):
-        self._matcher = matcher
+    def __init__(self, matcher: Any, words: int):
+        self._matcher, self._words = matcher, words
 
     @property
     def is_over(self) -> bool:
@@ -134,4 +135,6 @@ class _Guided:
         self._matcher.consume_token(token)
 
     def _mask(self) -> np.ndarray:
-        return np.frombuffer(self._matcher.compute_bitmask(), np.uint32)
+        # There is one word too many for some vocabularies, and too few for a padded table.
+        found = np.frombuffer(self._matcher.compute_bitmask(), np.uint32)[: self._words]
+        return np.pad(found, (0, self._words - len(found)))

@@ -6,7 +6,10 @@ import re
 
 import pytest
 
+from llama4_jax.checkpoint.location import NANO
 from llama4_jax.serve import Engine, Options, Request, generate
+from llama4_jax.serve.grammar import Grammars
+from llama4_jax.text import load_tokenizer
 from tests.serve import tiny
 from tests.serve.engine_test import SIZES, SPECULATING, Drafter, alone, collect, prompts_of, same
 
@@ -47,6 +50,16 @@ def test_an_answer_has_the_form_it_must_have(pretrained, form, fits):
             assert fits(answer.text), answer.text
         else:
             assert len(answer.tokens) == 30
+
+
+@pytest.mark.parametrize("vocab_size", [2048, 2080])
+def test_a_mask_has_a_bit_for_every_row_of_the_table(vocab_size):
+    tokenizer = load_tokenizer(NANO)
+    assert tokenizer.vocab_size == 2048, "a multiple of 32, as Scout's"
+    matcher = Grammars(tokenizer, vocab_size, (0,)).matcher(Options(regex="(.|\n)*"))
+    masks_DW = matcher.masks([])
+    assert masks_DW.shape == (1, vocab_size // 32)
+    assert masks_DW[0, :64].any() and not masks_DW[0, 64:].any()
 
 
 @pytest.mark.parametrize("config", [SIZES, SPECULATING], ids=lambda c: c.speculate)

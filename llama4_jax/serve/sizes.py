@@ -94,8 +94,8 @@ class EngineConfig:
     ) -> CacheLayout:
         """Divide the bytes of the cache into pages.
 
-        Chunk layers get pages for one chunk of every row and one more, or what the bytes allow;
-        the rest goes to layers that see everything.
+        Chunk layers get pages for one chunk of every row, the spare one that admission leaves each
+        and those of a step, or what the bytes allow; the rest goes to layers that see everything.
 
         Args:
           model: whose cache it is.
@@ -116,7 +116,7 @@ class EngineConfig:
         budget = self.cache_bytes or _left()
         per_chunk = 0 if chunk is None else -(-min(chunk, context) // page)
         rows = self.max_rows if work is None else min(self.max_rows, work.choices)
-        wanted = rows * per_chunk + -(-self.step_tokens // page)
+        wanted = rows * (per_chunk + 1) + -(-self.step_tokens // page)
         most = None  # pages of all tokens, the last one of each row in part
         if work is not None:
             most = bucket(-(-work.tokens // page) + work.choices)

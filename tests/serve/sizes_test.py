@@ -7,8 +7,9 @@ import pytest
 
 from llama4_jax.serve import EngineConfig, Options
 from llama4_jax.serve.ngram import draft
-from llama4_jax.serve.pages import PagePool
-from llama4_jax.serve.plan import bucket
+from llama4_jax.serve.pages import PageNames, PagePool
+from llama4_jax.serve.plan import Choice, Numbers, bucket
+from llama4_jax.serve.scheduler import Scheduler
 from llama4_jax.serve.sizes import Work
 from tests.serve import tiny
 
@@ -23,14 +24,23 @@ def test_a_bucket_is_the_next_power_of_two(size, rounded):
 def test_chunk_layers_get_a_chunk_for_every_row_and_the_rest_goes_to_the_others():
     sizes = EngineConfig(max_rows=4, step_tokens=24, page_size=4, cache_bytes=100 * PAGE_BYTES)
     layout = sizes.layout(tiny.config())
-    assert (layout.chunk_pages, layout.whole_pages) == (4 * 2 + 6, 86)
-    assert layout.fits(86 * 4) and not layout.fits(86 * 4 + 1)
+    assert (layout.chunk_pages, layout.whole_pages) == (4 * (2 + 1) + 6, 82)
+    assert layout.fits(82 * 4) and not layout.fits(82 * 4 + 1)
+
+
+def test_short_requests_fill_every_row_at_once():
+    sizes = EngineConfig(max_rows=8, step_tokens=24, page_size=8, cache_bytes=500 * PAGE_BYTES)
+    scheduler = Scheduler(sizes.layout(tiny.config()), max_rows=8, step_tokens=24)
+    for number in range(8):
+        tokens, names = Numbers([number, 1, 2]), PageNames(8)
+        scheduler.add(Choice(number=number, tokens=tokens, prompt=3, limit=8, names=names))
+    assert len(scheduler.plan().prefill) == 8
 
 
 def test_a_cache_for_known_work_has_pages_for_that_alone():
     sizes = EngineConfig(max_rows=4, step_tokens=24, page_size=4)
     layout = sizes.layout(tiny.config(), work=Work(choices=2, tokens=30))
-    assert (layout.chunk_pages, layout.whole_pages) == (bucket(2 * 2 + 6), bucket(8 + 2))
+    assert (layout.chunk_pages, layout.whole_pages) == (bucket(8 + 2), bucket(8 + 2))
 
 
 def test_eight_bit_pages_are_more_for_the_same_bytes():

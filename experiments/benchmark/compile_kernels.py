@@ -14,6 +14,7 @@ from typing import Any
 import jax
 from jax.experimental.layout import Format, Layout
 
+from experiments.benchmark import bundles
 from experiments.benchmark.cases import Bound, Case, Floor, one_pass
 from experiments.benchmark.figures import FAILURES, Figures, compile_traced, failed, memory_faults
 from experiments.benchmark.report import FIGURES, FIGURES_NOTES, Column, Record, Table, texts
@@ -107,8 +108,16 @@ def judge_beside(bound: Bound, record: Record, seen: list[dict[str, Any]]) -> It
                 yield f"needs {ratio:.3f} times the FLOPs of {shape}, over {most}"
 
 
-def compile_case(case: Case, target: Target) -> Iterator[dict[str, Any]]:
-    """Compile each pass of a case and its peers for a target, and yield the records."""
+def compile_case(
+    case: Case, target: Target, schedules: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Compile each pass of a case and its peers for a target, and yield the records.
+
+    Args:
+      case: the operation on a shape.
+      target: the chip.
+      schedules: folder into which libtpu writes its schedules, if it does.
+    """
     device = target.devices(1)[0]
     for direction, floor in case.floors.items():
         record: dict[str, Any] = {
@@ -122,6 +131,7 @@ def compile_case(case: Case, target: Target) -> Iterator[dict[str, Any]]:
                 if size > 0.9 * target.memory:
                     yield {**record, "skipped": f"{size / 1e9:.0f} GB of arrays do not fit"}
                     continue
+                bundles.take(schedules) if schedules else None
                 found = compile_pass(run, arguments, device)
         except FAILURES as error:
             yield failed(record, error)
@@ -132,6 +142,9 @@ def compile_case(case: Case, target: Target) -> Iterator[dict[str, Any]]:
                 work = case.work(direction, device.platform, blocks)
         record["figures"] = dataclasses.asdict(found)
         record["work"] = None if work is None else dataclasses.asdict(work)
+        if schedules and target.chip.platform == "tpu":
+            steps = {} if work is None else work.steps
+            record["bundles"] = bundles.beside(bundles.take(schedules), steps, target.chip)
         record["of_floor"] = _of_floor(found, floor, work)
         record["faults"] = list(judge(case, direction, target, found, work))
         for peer in case.peers:
@@ -196,13 +209,16 @@ TABLE = Table(
         Column("in blocks", "work.flops", unit=1e9),
         Column("/floor", "of_floor.bytes"),
         Column("in blocks", "work.bytes", unit=1e9),
+        Column("bundles/copy", "", ">12", bundles.cell),
         Column(" peer: GFLOP, GB in blocks, scratch GB, VMEM MiB", "", "<", _peers),
     ),
     notes=FIGURES_NOTES
     + """\
 /floor: GFLOP, and then GB moved, over the least. in blocks, after each: what the schedule of blocks
 multiplies and copies, counted from positions or from who goes to which expert; bytes that kernels
-say must agree with that.
+say must agree with that. bundles/copy: of each TPU kernel, how many bundles its schedule has, each
+a cycle, with every loop and branch counted once; and the cycles in which the copies of one step
+arrive: a tile of an expert's matrices, a block of a cache, or one of keys and values of a head.
 Attention: the floor of FLOPs is that of visible pairs; of bytes, going forward, that each block of
 queries reads the keys it needs and no others; going back, what its blocks copy. On GPUs a block
 belongs to one head, so that the bytes of long attention are copies, most of which the L2 cache
@@ -216,12 +232,14 @@ counted again. Megablox' figures are in blocks, too.""",
 )
 
 
-def records(cases: list[Case], targets: list[Target]) -> Iterator[dict[str, Any]]:
-    """Compile cases for targets and yield the records."""
+def records(
+    cases: list[Case], targets: list[Target], schedules: str | None = None
+) -> Iterator[dict[str, Any]]:
+    """Compile cases for targets and yield the records; see `compile_case`."""
     seen: list[dict[str, Any]] = []
     for target in targets:
         for case in cases:
-            for record in compile_case(case, target):
+            for record in compile_case(case, target, schedules):
                 bound = case.bounds.get(record["pass"])
                 if bound is not None and "figures" in record:
                     record["faults"] += judge_beside(bound, record, seen)

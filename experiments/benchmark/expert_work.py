@@ -123,6 +123,7 @@ def tpu_work(shape: Experts, direction: str) -> Work | None:
     sizes_E = -(-shape.sizes() // unit) * unit
     flops = traffic = 0
     texts = []
+    steps: dict[str, tuple[int, ...]] = {}
     for of in products(shape, direction):
         sizes = _row_sizes(shape, of)
         if sizes is None:
@@ -134,6 +135,8 @@ def tpu_work(shape: Experts, direction: str) -> Work | None:
         of_row += of.width * sum((*of.tiles, *of.outs))
         traffic += sum(map(len, blocks)) * share + int(sizes_E.sum()) * of_row
         texts.append(f"{sizes.block}x{sizes.tile}/{sizes.chunk}")
+        kernel = f"expert_mlp_{of.operation}"
+        steps[kernel] = (*steps.get(kernel, ()), share * sizes.tile // of.width)
     if direction == "backward":
         outer = _outer_work(shape, sizes_E)
         if outer is None:
@@ -147,6 +150,7 @@ def tpu_work(shape: Experts, direction: str) -> Work | None:
         needed=needed,
         around=around,
         blocks=" ".join(dict.fromkeys(texts)),
+        steps=steps,
     )
 
 

@@ -31,6 +31,7 @@ class Work:
         backward pass this is not defined, and the bytes of its blocks stand for it.
       blocks: the sizes, for the table.
       around: of the bytes, those that XLA moves before, between and after the kernels.
+      steps: bytes that one step of a TPU kernel copies, of each that has a name, in their order.
     """
 
     flops: int
@@ -38,6 +39,7 @@ class Work:
     needed: int
     blocks: str
     around: int = 0
+    steps: Mapping[str, tuple[int, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,7 +124,7 @@ def attention_work(
     width = jnp.dtype(shape.dtype).itemsize
     q_bytes, kv_bytes = shape.N * shape.H * width, shape.K * shape.H * width  # of one token
     copied_bytes = q_bytes if platform == "gpu" else kv_bytes
-    flops = traffic = q_block = 0
+    flops = traffic = q_block = kv_block = 0
     texts = []
     for walk in FORWARD if direction == "forward" else BACKWARD:
         name = next((name for name in walk.operations if name in found), None)
@@ -143,11 +145,16 @@ def attention_work(
             walk.owned * shape.B * shape.T * mine + walk.walked * pairs * other_block * others
         )
         texts.append(f"{q_block}x{kv_block}")
-    needed = traffic
+    needed, steps = traffic, {}
     if direction == "forward":
         sharing = dataclasses.replace(shape, K=shape.N) if platform == "gpu" else shape
         needed = sharing.bytes_in_blocks(q_block)
-    return Work(flops=flops, bytes=traffic, needed=needed, blocks=" ".join(texts))
+        steps = {"chunked_attention_forward": (2 * kv_block * shape.H * width,)}
+    return Work(flops=flops, bytes=traffic, needed=needed, blocks=" ".join(texts), steps=steps)
+
+
+def _itemsize(shape: Decode | Prefill) -> int:
+    return jnp.dtype(shape.dtype).itemsize
 
 
 def decode_work(
@@ -163,6 +170,7 @@ def decode_work(
         bytes=shape.bytes(kv_block),
         needed=shape.bytes(),
         blocks=str(kv_block),
+        steps={"decode_attention": (2 * kv_block * shape.K * shape.H * _itemsize(shape),)},
     )
 
 
@@ -185,4 +193,5 @@ def prefill_work(
         bytes=shared.bytes_in_blocks(q_block, kv_block),
         needed=shared.bytes_in_blocks(q_block),
         blocks=f"{q_block}x{kv_block}",
+        steps={"prefill_attention": (2 * kv_block * shape.H * _itemsize(shape),)},
     )

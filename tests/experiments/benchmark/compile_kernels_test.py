@@ -140,7 +140,7 @@ def test_a_shape_that_multiplies_more_than_another_is_a_fault(target, flops, say
 def test_records_follow_each_other_and_are_judged_beside_those_before(monkeypatch):
     compiled = {"a": record_of(), "b": record_of(shape="b", flops=111.0)}
     monkeypatch.setattr(
-        compile_kernels, "compile_case", lambda case, _: iter([compiled[case.shape]])
+        compile_kernels, "compile_case", lambda case, *_: iter([compiled[case.shape]])
     )
     bounds = {"forward": Bound(flops=2, bytes=2, beside=("a", 1.1))}
     chosen = [doubling(shape="a"), doubling(shape="b", bounds=bounds)]

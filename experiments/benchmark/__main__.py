@@ -9,7 +9,8 @@ share of what the device could do, and how it compares with others in the same r
 reference itself on nano's shapes, two minutes. `--tune` first measures block sizes and keeps the
 best in kernels_pallas/tuning. The compile suite prints FLOPs, bytes and memory against the floor,
 splash attention and megablox, and how long schedules of TPU kernels are beside their copies, then
-the figures of experts divided over slices; `make kernels` brings its compilers. A wrong result, a program that fails or is beyond its bounds end it with status 1.
+the figures of experts divided over slices; `make kernels` brings its compilers. A wrong result, a
+program that fails or is beyond its bounds end it with status 1.
 """
 
 from absl import flags

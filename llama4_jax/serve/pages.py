@@ -56,15 +56,21 @@ class PagePool:
             del self._cached[page]
         self._holders[page] = self._holders.get(page, 0) + 1
 
-    def release(self, pages: Sequence[int]) -> None:
-        """Take one holder from each page; the last of a row are the first to lose their names."""
-        for page in reversed(pages):
+    def release(self, pages: Sequence[int], *, first_to_go: bool = False) -> None:
+        """Take one holder from each page; the last of a row are the first to lose their names.
+
+        Args:
+          pages: of a row, in order.
+          first_to_go: whether their places are needed less than those of all that are cached.
+        """
+        for page in pages if first_to_go else reversed(pages):
             self._holders[page] -= 1
             if self._holders[page]:
                 continue
             del self._holders[page]
             if page in self._name_of and self._keep:
                 self._cached[page] = None
+                self._cached.move_to_end(page, last=not first_to_go)
                 continue
             self._forget(page)
             self._free.append(page)

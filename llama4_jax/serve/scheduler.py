@@ -276,7 +276,8 @@ class Scheduler:
         choice.named = full
         if self.layout.chunk_size is not None and base > choice.base:
             left = (base - choice.base) // size
-            self.chunk.release(choice.chunk.array[:left].tolist())
+            # Only who begins alike and then differs within this chunk could use them.
+            self.chunk.release(choice.chunk.array[:left].tolist(), first_to_go=True)
             choice.chunk, choice.base = Numbers(choice.chunk.array[left:]), base
 
     def _release(self, choice: Choice) -> None:

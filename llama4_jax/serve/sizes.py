@@ -13,6 +13,7 @@ from llama4_jax.serve.plan import CacheLayout, bucket
 
 PAGE = 64  # tokens; whole tiles of every kernel
 CACHE_BYTES = 1 << 30  # where a device does not say how much memory it has
+CHUNK_SHARE = 0.4  # of the bytes, for chunks that rows which ended leave to those that begin alike
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,6 +97,8 @@ class EngineConfig:
 
         Chunk layers get pages for one chunk of every row, the spare one that admission leaves each
         and those of a step, or what the bytes allow; the rest goes to layers that see everything.
+        Where prefixes are kept, they get CHUNK_SHARE of the bytes if that is more; less, if a row
+        of the whole context fits only then.
 
         Args:
           model: whose cache it is.
@@ -122,6 +125,11 @@ class EngineConfig:
             most = bucket(-(-work.tokens // page) + work.choices)
             wanted = min(bucket(wanted), most)
         chunk_pages = 0 if chunk is None else min(wanted, budget // 2 // of_chunk)
+        if self.keep_prefixes and work is None and chunk is not None and has_whole:
+            share, of_context = int(CHUNK_SHARE * budget), -(-context // page) * of_whole
+            if of_context < budget:
+                share = min(share, budget - of_context)
+            chunk_pages = max(chunk_pages, share // of_chunk)
         whole_pages = (budget - chunk_pages * of_chunk) // of_whole if has_whole else None
         if whole_pages is not None and most is not None:
             whole_pages = min(whole_pages, most)

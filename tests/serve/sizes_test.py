@@ -22,10 +22,23 @@ def test_a_bucket_is_the_next_power_of_two(size, rounded):
 
 
 def test_chunk_layers_get_a_chunk_for_every_row_and_the_rest_goes_to_the_others():
-    sizes = EngineConfig(max_rows=4, step_tokens=24, page_size=4, cache_bytes=100 * PAGE_BYTES)
+    sizes = EngineConfig(
+        max_rows=4, step_tokens=24, page_size=4, cache_bytes=100 * PAGE_BYTES, keep_prefixes=False
+    )
     layout = sizes.layout(tiny.config())
     assert (layout.chunk_pages, layout.whole_pages) == (4 * (2 + 1) + 6, 82)
     assert layout.fits(82 * 4) and not layout.fits(82 * 4 + 1)
+
+
+@pytest.mark.parametrize(
+    ("positions", "chunk_pages"), [(64, 40), (70 * 4, 30), (90 * 4, 18), (110 * 4, 40)]
+)
+def test_kept_prefixes_have_room_in_chunk_layers_beside_a_row_of_the_whole_context(
+    positions, chunk_pages
+):
+    sizes = EngineConfig(max_rows=4, step_tokens=24, page_size=4, cache_bytes=100 * PAGE_BYTES)
+    layout = sizes.layout(tiny.config(positions))
+    assert (layout.chunk_pages, layout.whole_pages) == (chunk_pages, 100 - chunk_pages)
 
 
 def test_short_requests_fill_every_row_at_once():
@@ -44,7 +57,9 @@ def test_a_cache_for_known_work_has_pages_for_that_alone():
 
 
 def test_eight_bit_pages_are_more_for_the_same_bytes():
-    sizes = EngineConfig(max_rows=1, step_tokens=8, page_size=4, cache_bytes=100 * PAGE_BYTES)
+    sizes = EngineConfig(
+        max_rows=1, step_tokens=8, page_size=4, cache_bytes=100 * PAGE_BYTES, keep_prefixes=False
+    )
     small = dataclasses.replace(sizes, kv_cache="fp8").layout(tiny.config())
     assert small.whole_pages > 4 * sizes.layout(tiny.config()).whole_pages
 
@@ -129,3 +144,15 @@ def test_a_page_is_free_held_or_cached_and_the_end_of_a_row_is_forgotten_first()
     forgetful.name(forgetful.take(), b"a")
     forgetful.release([0])
     assert forgetful.find([b"a"]) == []
+
+
+def test_pages_that_are_first_to_go_stay_while_there_is_room_and_lose_their_names_first():
+    pool = PagePool(4)
+    pages = [pool.take() for _ in range(4)]
+    names = [bytes([i]) for i in range(4)]
+    for page, name in zip(pages, names, strict=True):
+        pool.name(page, name)
+    pool.release(pages[:2])
+    pool.release(pages[2:], first_to_go=True)
+    assert pool.find(names) == pages
+    assert [pool.take() for _ in range(4)] == [pages[i] for i in (3, 2, 1, 0)]

@@ -36,7 +36,7 @@ class Event:
       logprobs: of each new token, if asked for.
       prompt_logprobs: of each token of the prompt after the first, if asked for, once and with
         the first answer.
-      finish_reason: why the answer has ended, or None.
+      finish_reason: why the answer has ended, or None; "failed" if a logit was NaN.
     """
 
     request: int

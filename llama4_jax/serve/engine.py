@@ -22,7 +22,7 @@ from llama4_jax.serve.options import Options
 from llama4_jax.serve.pages import PageNames
 from llama4_jax.serve.plan import Choice, Numbers, Piece
 from llama4_jax.serve.requests import Prompt, RequestError
-from llama4_jax.serve.sampling import answer_key
+from llama4_jax.serve.sampling import NOTHING, answer_key
 from llama4_jax.serve.scheduler import Draft, Scheduler, no_drafts
 from llama4_jax.serve.sizes import EngineConfig, Work
 from llama4_jax.serve.transcript import Ending, FinishReason, Transcript
@@ -334,6 +334,8 @@ class Engine:
         self.counters.accepted += count - piece.loops
         taken, texts, transcript = [], [], answer.transcript
         for token in drawn[:count]:
+            if token == NOTHING:
+                return self._end(answer, "failed")
             taken.append(token)
             texts.append(transcript.add(token))
             if transcript.finish_reason is not None:

@@ -8,7 +8,14 @@ from llama4_jax.pretrained import Pretrained
 from llama4_jax.serve.answers import Event, TokenLogprobs
 from llama4_jax.serve.engine import Engine
 from llama4_jax.serve.options import Options
-from llama4_jax.serve.requests import Prompt, Requests, list_requests, read_requests
+from llama4_jax.serve.requests import (
+    NOT_FINITE,
+    Prompt,
+    RequestError,
+    Requests,
+    list_requests,
+    read_requests,
+)
 from llama4_jax.serve.sizes import EngineConfig, Work
 from llama4_jax.serve.transcript import FinishReason
 
@@ -117,7 +124,8 @@ def generate(
 
     Raises:
       RequestError: a request cannot be read, or does not fit the model's positions together with
-        its new tokens. Nothing has been generated then.
+        its new tokens. Nothing has been generated then. Or a logit is NaN; answers before it have
+        been delivered.
     """
     if options is not None and sampling is not None:
         raise ValueError("options and sampling are two names of one thing; give one of them.")
@@ -162,6 +170,8 @@ class _Job:
     def tokens(self) -> Iterator[NewToken]:
         """Answer; yield every token as it comes."""
         for index, event in run(self._engine, self._prompts, self._options):
+            if event.finish_reason == "failed":
+                raise RequestError(f"request {index}: {NOT_FINITE}", index)
             pairs = list(zip(event.tokens, event.texts, strict=True))
             for place, (token, text) in enumerate(pairs, start=1):
                 if place == len(pairs):  # an answer is complete with its last token, not before

@@ -28,6 +28,12 @@ from llama4_jax.untrusted import shown
 ImageSource = str | pathlib.Path | bytes | np.ndarray | Image.Image
 
 
+NOT_FINITE = (
+    "the model's logits are NaN; the checkpoint is damaged, or overflows in this dtype: "
+    "try float32."
+)
+
+
 class RequestError(ValueError):
     """A request that cannot be served; `index` is its place in the list, counted from 0."""
 

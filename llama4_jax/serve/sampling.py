@@ -11,6 +11,7 @@ import numpy as np
 from llama4_jax.serve.options import Options
 
 Numbers = jax.Array | np.ndarray
+NOTHING = -1
 
 
 class DrawRows(NamedTuple):
@@ -104,7 +105,8 @@ def sample(logits_BV: jax.Array, positions_B: Numbers, rows: DrawRows) -> jax.Ar
       rows: how each row draws.
 
     Returns:
-      int32 [B] token ids. Equal logits are taken in order of the token id.
+      int32 [B] token ids; NOTHING where a logit is NaN, which would draw any token. Equal logits
+      are taken in order of the token id.
     """
     with jax.named_scope("sample"):
         greedy_B = jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
@@ -127,7 +129,9 @@ def sample(logits_BV: jax.Array, positions_B: Numbers, rows: DrawRows) -> jax.Ar
             drawn_B = jax.vmap(jax.random.categorical)(keys_B, scores_BV).astype(jnp.int32)
             return jnp.where(is_greedy_B, greedy_B, drawn_B)
 
-        return jax.lax.cond(jnp.all(is_greedy_B), lambda _: greedy_B, draw, logits_BV)
+        token_B = jax.lax.cond(jnp.all(is_greedy_B), lambda _: greedy_B, draw, logits_BV)
+        largest_B = jnp.take_along_axis(logits_BV, greedy_B[:, None], axis=-1)[:, 0]
+        return jnp.where(jnp.isnan(largest_B), NOTHING, token_B)  # NaN counts as the largest
 
 
 def keep_top_k(scores_BV: jax.Array, top_k_B: Numbers) -> jax.Array:

@@ -7,7 +7,7 @@ from typing import Literal
 from llama4_jax.serve.options import Options
 from llama4_jax.text import StreamDecoder, Tokenizer
 
-FinishReason = Literal["stop", "length", "cancelled"]
+FinishReason = Literal["stop", "length", "cancelled", "failed"]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from llama4_jax.serve.answers import Event
 from llama4_jax.serve.engine import Engine
 from llama4_jax.serve.options import Options
-from llama4_jax.serve.requests import Prompt
+from llama4_jax.serve.requests import NOT_FINITE, Prompt
 from llama4_jax.serve.warm import warm
 from llama4_jax.server.errors import ApiError
 
@@ -34,12 +34,14 @@ class Stream:
         """Yield events, each with the index of its answer, until every answer has ended.
 
         Raises:
-          ApiError: the engine has failed.
+          ApiError: the engine has failed, or an answer could not be made.
         """
         while self._left:
             found = await self._queue.get()
             if isinstance(found, Exception):
                 raise ApiError(500, f"the engine has stopped: {found}", code="engine_failed")
+            if found[1].finish_reason == "failed":
+                raise ApiError(500, NOT_FINITE, code="not_finite")
             self._left -= found[1].finish_reason is not None
             yield found
 

@@ -2,9 +2,12 @@
 
 import dataclasses
 
+import jax
+import numpy as np
 import pytest
 
 from llama4_jax.data import preprocess, stack_tiles
+from llama4_jax.layers.param import leaf_name
 from llama4_jax.pretrained import GenerationDefaults, from_pretrained, save_pretrained
 from llama4_jax.serve import Engine, EngineConfig, Options, Request, Sampling, generate
 from llama4_jax.serve.requests import read_requests
@@ -169,6 +172,19 @@ def test_images_are_read_in_any_row_of_a_batch_and_across_chunks(pretrained):
         assert answer.tokens == tiny.greedy(tokens, 4, tiles if images else None)
     blind = Request(prompt="two", images=[tiny.picture(2, wide=True), tiny.picture(3)])
     assert answers[1:2] != generate(pretrained, [blind], max_new_tokens=4, config=SMALL)
+
+
+def test_logits_that_are_nan_end_their_answer_in_an_error_after_those_before(pretrained):
+    def break_token_7(path, array):
+        return array.at[7].set(np.nan) if leaf_name(path) == "embed.table_VD" else array
+
+    model = jax.tree_util.tree_map_with_path(break_token_7, pretrained.model)
+    broken, delivered = dataclasses.replace(pretrained, model=model), []
+    asked = [Request(tokens=[tiny.BOS, 5]), Request(tokens=[tiny.BOS, 5, 7, 9])]
+    asked[0] = dataclasses.replace(asked[0], options=Options(max_new_tokens=1))
+    with pytest.raises(ValueError, match="request 1: the model's logits are NaN; the checkpoint"):
+        generate(broken, asked, max_new_tokens=NEW, config=SMALL, on_answer=delivered.append)
+    assert [len(answer.tokens) for answer in delivered] == [1]
 
 
 def test_no_requests_have_no_answers(pretrained):

@@ -8,6 +8,7 @@ import pytest
 from llama4_jax.pretrained import GenerationDefaults
 from llama4_jax.serve.options import Options
 from llama4_jax.serve.sampling import (
+    NOTHING,
     Changes,
     DrawRows,
     answer_key,
@@ -54,6 +55,14 @@ def test_a_lower_temperature_sharpens_the_distribution():
 
 def test_the_smallest_temperature_is_greedy_and_finite():
     assert set(draw_many(Options(temperature=1e-30))) == {1}
+
+
+@pytest.mark.parametrize("hot", [0.0, 1.0])
+def test_nothing_is_drawn_where_a_logit_is_nan_and_neighbours_do_not_mind(hot):
+    logits_BV = jnp.log(PROBABILITIES)[None].repeat(3, 0).at[1, 3].set(jnp.nan)
+    rows = rows_of([Options(temperature=hot, top_p=0.9)] * 3, [answer_key(0)] * 3)
+    good, bad, same = sample(logits_BV, np.zeros(3, np.int32), rows)
+    assert bad == NOTHING and good == same >= 0
 
 
 @pytest.mark.parametrize(

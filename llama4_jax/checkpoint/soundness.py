@@ -49,7 +49,7 @@ def check_finite_values(name: str, values: np.ndarray) -> None:
     exponent = np.array(np.inf, values.dtype).view(words.dtype)
     for start in range(0, words.size, _PIECE):
         if np.max(words[start : start + _PIECE] & exponent) == exponent:
-            raise ValueError(f"{name} holds NaN or infinity; a checkpoint with such is not written")
+            raise ValueError(f"{name} holds NaN or infinity, which is not written; mend it first")
 
 
 def bit_sums(arrays: Mapping[str, jax.Array]) -> dict[str, int]:

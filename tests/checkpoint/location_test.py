@@ -28,6 +28,8 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         path = self.path.partition("?")[0]
+        if "/org/gated" in path and self.headers["Authorization"] != "Bearer hf_ours":
+            return self.refuse(403, "GatedRepo")
         for name, folder in self.repos.items():
             if path.startswith(f"/api/models/{name}"):
                 siblings = [{"rfilename": file.name} for file in folder.iterdir() if file.is_file()]
@@ -41,8 +43,11 @@ class FakeHub(http.server.BaseHTTPRequestHandler):
                 file = folder / path.rsplit("/", 1)[1]
                 if file.is_file():
                     return self.answer(file.read_bytes())
-        self.send_response(404)
-        self.send_header("X-Error-Code", "RepoNotFound")
+        return self.refuse(404, "RepoNotFound")
+
+    def refuse(self, status, code):
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -102,6 +107,19 @@ def test_without_a_network_the_cache_serves_or_the_command_is_named(hub, tmp_pat
     assert find_checkpoint("org/tiny", endpoint=nowhere) == folder
     with pytest.raises(ValueError, match="`hf download org/other --revision v1`"):
         find_checkpoint("org/other", revision="v1", endpoint=nowhere)
+
+
+def test_the_user_s_token_opens_what_is_gated_and_without_it_the_way_is_named(
+    hub, tmp_path, monkeypatch
+):
+    FakeHub.repos = {"org/gated": tiny.write_checkpoint(tmp_path)}
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    with pytest.raises(
+        ValueError, match="org/gated is gated: accept its licence .*`hf auth login`"
+    ):
+        find_checkpoint("org/gated", endpoint=hub)
+    monkeypatch.setenv("HF_TOKEN", "hf_ours")
+    assert (find_checkpoint("org/gated", endpoint=hub) / "model.safetensors").is_file()
 
 
 def test_what_the_hub_does_not_have_is_said_in_a_line(hub, tmp_path):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from llama4_jax.cache import Cache
 from llama4_jax.model.inspect import hidden_states
 from tests import tiny
 
@@ -31,7 +32,10 @@ def test_images_are_in_them():
     np.testing.assert_allclose(last, model.encode(tokens_BT, tiles).x_BTD, atol=1e-4)
 
 
-def test_a_model_shows_itself_in_a_line():
-    model = tiny.build(tiny.scout_like())
+def test_a_model_and_a_cache_show_themselves_in_a_line():
+    config = tiny.scout_like()
+    model = tiny.build(config)
     size = sum(x.size for x in jax.tree.leaves(model))
     assert repr(model) == f"Llama4(scout_like: {size:,} parameters)"
+    cache = Cache.create(config.text, batch_size=2, max_length=16)
+    assert repr(cache) == f"Cache(2 rows, {cache.num_bytes:,} bytes in {len(cache.slots)} slots)"

@@ -115,7 +115,7 @@ def test_the_user_s_token_opens_what_is_gated_and_without_it_the_way_is_named(
     FakeHub.repos = {"org/gated": tiny.write_checkpoint(tmp_path)}
     monkeypatch.delenv("HF_TOKEN", raising=False)
     with pytest.raises(
-        ValueError, match="org/gated is gated: accept its licence .*`hf auth login`"
+        ValueError, match=r"org/gated is gated: accept its licence .*`hf auth login`"
     ):
         find_checkpoint("org/gated", endpoint=hub)
     monkeypatch.setenv("HF_TOKEN", "hf_ours")

@@ -34,6 +34,11 @@ class Adjuster:
                 place = self._at(token)
                 self._factor[place] = options.repetition_penalty
 
+    @property
+    def size(self) -> int:
+        """How many tokens' logits it changes so far."""
+        return len(self._place)
+
     def add(self, token: int) -> None:
         """Take note of a token that was drawn."""
         place = self._at(token)

@@ -5,10 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from llama4_jax.serve.adjust import Adjuster
 from llama4_jax.serve.asked import Asked
 from llama4_jax.serve.grammar import Matcher
-from llama4_jax.serve.plan import Choice
+from llama4_jax.serve.plan import Choice, Piece
 from llama4_jax.serve.transcript import FinishReason, Transcript
 
 
@@ -48,20 +47,6 @@ class Event:
     finish_reason: FinishReason | None = None
 
 
-@dataclasses.dataclass(eq=False, kw_only=True)
-class Answering:
-    """One answer in the making."""
-
-    request: int
-    index: int
-    choice: Choice
-    asked: Asked
-    transcript: Transcript
-    adjuster: Adjuster | None
-    matcher: Matcher | None
-    scores: list[TokenLogprobs] | None  # of the prompt
-
-
 class Judged:
     """Log probabilities as they came from the device."""
 
@@ -77,3 +62,25 @@ class Judged:
             ids, values = self._ids[at][:count].tolist(), self._values[at][:count].tolist()
             likeliest = list(zip(ids, values, strict=True))
         return TokenLogprobs(float(self._logprobs[at]), likeliest)
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class Answering:
+    """One answer in the making."""
+
+    request: int
+    index: int
+    choice: Choice
+    asked: Asked
+    transcript: Transcript
+    matcher: Matcher | None
+    scores: list[TokenLogprobs] | None  # of the prompt
+
+    def take_scores(self, piece: Piece, row: int, scores: Judged) -> None:
+        """Keep what the model thought of the prompt's tokens after those of a piece."""
+        wanted = self.asked.options.prompt_logprobs
+        if self.scores is None or wanted is None:
+            return
+        end = min(piece.end, self.choice.prompt - 1)
+        for position in range(max(piece.start, len(self.scores)), end):
+            self.scores.append(scores.token((row, position - piece.start), wanted))

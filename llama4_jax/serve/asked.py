@@ -6,8 +6,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from llama4_jax.serve.adjust import Adjuster
 from llama4_jax.serve.options import Options
 from llama4_jax.serve.plan import Piece
+from llama4_jax.serve.scheduler import MAX_DRAFTS
 
 
 class Tile(NamedTuple):
@@ -26,6 +28,7 @@ class Asked(NamedTuple):
       prompt_T: int32, its tokens.
       patches_N: int, the positions of its patch tokens.
       tiles: whose features stand there, in order.
+      adjuster: what changes its logits, if anything does.
     """
 
     options: Options
@@ -33,6 +36,17 @@ class Asked(NamedTuple):
     prompt_T: np.ndarray
     patches_N: np.ndarray
     tiles: Sequence[Tile]
+    adjuster: Adjuster | None = None
+
+    @property
+    def end(self) -> int:
+        """Most tokens of it whose keys and values are ever kept."""
+        return len(self.prompt_T) + max(self.options.max_new_tokens - 1, 0)
+
+    @property
+    def changes(self) -> int:
+        """Most tokens whose logits are changed at its next draws."""
+        return 0 if self.adjuster is None else self.adjuster.size + 1 + MAX_DRAFTS
 
 
 class Features:

@@ -13,16 +13,15 @@ from llama4_jax.cache.paged import Pools
 from llama4_jax.pretrained import Pretrained
 from llama4_jax.serve import programs
 from llama4_jax.serve.asked import NOBODY, Asked, Features, patches_of
+from llama4_jax.serve.background import Example
+from llama4_jax.serve.catalogue import SHORTEST, Catalogue, Form, Program
 from llama4_jax.serve.options import MAX_LOGPROBS
 from llama4_jax.serve.plan import CacheLayout, Piece, Plan, bucket
 from llama4_jax.serve.programs import DeviceState, Drawn, Likeliest, Read, Shape
 from llama4_jax.serve.sampling import Changes, DrawRows
 from llama4_jax.serve.sizes import EngineConfig
 
-SHORTEST = 16  # tokens of the smallest call that reads a prompt
-LOGITS = 1 << 26  # most logits that exist at once while a prompt is scored: 256 MiB
 NOWHERE = 1 << 30  # the place of a token's features, if it has none
-WASTE = 8  # a call may be so many times larger than it need be, where that saves a compilation
 
 
 class Extras(NamedTuple):
@@ -58,8 +57,8 @@ class Call:
     scores: tuple[jax.Array, Likeliest | None] | None = None
 
 
-# Shapes that are compiled, by everything else that a program depends on.
-_compiled: dict[tuple, set] = collections.defaultdict(set)
+# Programs that are compiled, by everything else that they depend on.
+_compiled: dict[tuple, set[Program]] = collections.defaultdict(set)
 
 _create_pools = jax.jit(
     Pools.create,
@@ -79,9 +78,7 @@ class Device:
 
     def __init__(self, pretrained: Pretrained, layout: CacheLayout, config: EngineConfig):
         self.config, self.layout = pretrained.config, layout
-        self.compilations = 0  # that a step had to wait for
         self._rows = config.max_rows
-        self._pages = -(-config.context(self.config) // layout.page_size)
         model = pretrained.model
         self._leaves, self._structure = jax.tree.flatten(model)
         head = {id(x) for x in jax.tree.leaves(
@@ -96,7 +93,7 @@ class Device:
             dtype=self.config.dtype,
             kv_cache=config.kv_cache,
         )
-        vision, features_NPD = self.config.vision, None
+        vision, features_NPD, self._tile_shape = self.config.vision, None, ()
         if vision is not None:
             self._per_tile = vision.tokens_per_tile
             # Any step finds room for all that it reads.
@@ -105,13 +102,29 @@ class Device:
             self._features = Features(count)
             sizes = count, self._per_tile, self.config.text.embed_dim
             features_NPD = jnp.zeros(sizes, self.config.dtype)
+            self._tile_shape = (vision.num_channels, vision.image_size, vision.image_size)
         self._state = DeviceState(pools, features_NPD)
         self._token_S = jnp.zeros(self._rows, jnp.int32)
         self._draw_rows: dict[tuple, DrawRows] = {}
         arrays = jax.tree.leaves((self._state, self._leaves))
         shapes = tuple((x.shape, str(x.dtype)) for x in arrays)
         mesh = jax.sharding.get_abstract_mesh()
-        self._ready = _compiled[self._structure, shapes, mesh, pretrained.mesh, pretrained.rules]
+        ready = _compiled[self._structure, shapes, mesh, pretrained.mesh, pretrained.rules]
+        pages = -(-config.context(self.config) // layout.page_size)
+        self.catalogue = Catalogue(layout, config, pages=pages, ready=ready)
+
+    def example(self) -> Example:
+        """Return what its programs are given, as they leave it after each step."""
+        if self.config.vision is not None:  # the first tile decides where features lie
+            self._encode([], 1)
+        given = self._leaves, self._head, self._state, self._token_S
+        return Example.like(
+            given,
+            self._structure,
+            vocab_size=self.config.text.vocab_size,
+            loops=self._loops,
+            tile_shape=self._tile_shape,
+        )
 
     # -------------------------------------------------------------------------------- reading
 
@@ -139,12 +152,13 @@ class Device:
         return calls
 
     def _read_pieces(
-        self, pieces: list[Piece], asked: Mapping[int, Asked], *, images: bool = False, **how: bool
+        self, pieces: list[Piece], asked: Mapping[int, Asked], **how: bool
     ) -> list[Call]:
-        shape = self._shape(pieces, images=images, **how)
+        rows = [asked[piece.number] for piece in pieces]
+        shape = self.catalogue.shape("read", pieces, rows, **how)
         if shape is None:  # together they are a new program, one by one they are none
-            how["images"] = images
             return [call for p in pieces for call in self._read_pieces([p], asked, **how)]
+        self.catalogue.use(Program("read", shape))
         ints_BX = self._integers(pieces, asked, shape)
         self._state, read = programs.read_tokens(
             self._leaves,
@@ -158,8 +172,10 @@ class Device:
 
     def _loop(self, pieces: list[Piece], asked: Mapping[int, Asked]) -> Call:
         """Dispatch draws of rows that need nothing from the host between two of them."""
-        shape = self._shape(pieces, every=True)
+        rows = [asked[piece.number] for piece in pieces]
+        shape = self.catalogue.shape("loop", pieces, rows, every=True)
         assert shape is not None
+        self.catalogue.use(Program("loop", shape))
         call = Call(pieces, shape, self._loops)
         ints_BX = self._integers(pieces, asked, shape)
         for row_X, piece in zip(ints_BX, pieces, strict=False):
@@ -204,21 +220,28 @@ class Device:
             first, stop = patches_of(piece, row)
             wanted |= dict(row.tiles[first // per_tile : -(-stop // per_tile)])
         places, new = self._features.fetch(wanted)
-        if new:
-            size = 1
-            while size < len(new):
-                size *= 4
-            blank = np.zeros_like(new[0][1])
-            assert self._state.features_NPD is not None
-            features_NPD = programs.encode_tiles(
-                self._leaves,
-                self._state.features_NPD,
-                np.stack([pixels for _, pixels in new] + [blank] * (size - len(new))),
-                np.asarray([p for p, _ in new] + [NOWHERE] * (size - len(new)), np.int32),
-                structure=self._structure,
-            )
-            self._state = dataclasses.replace(self._state, features_NPD=features_NPD)
+        while new:
+            count = self.catalogue.tiles(len(new))
+            self._encode(new[:count], count)
+            new = new[count:]
         return places
+
+    def _encode(self, new: list[tuple[int, np.ndarray]], count: int) -> None:
+        """Encode up to so many tiles into their places."""
+        self.catalogue.use(Program("encode", count=count))
+        tiles_MCHW = np.zeros((count, *self._tile_shape), np.float32)
+        places_M = np.full(count, NOWHERE, np.int32)
+        for i, (place, pixels_CHW) in enumerate(new):
+            tiles_MCHW[i], places_M[i] = pixels_CHW, place
+        assert self._state.features_NPD is not None
+        features_NPD = programs.encode_tiles(
+            self._leaves,
+            self._state.features_NPD,
+            tiles_MCHW,
+            places_M,
+            structure=self._structure,
+        )
+        self._state = dataclasses.replace(self._state, features_NPD=features_NPD)
 
     def _place(
         self, piece: Piece, row: Asked, places: Mapping[bytes, int], out: np.ndarray
@@ -230,57 +253,6 @@ class Device:
         index = tiles[patches // self._per_tile] * self._per_tile + patches % self._per_tile
         out[row.patches_N[first:stop] - piece.start] = index
 
-    def _shape(self, pieces: list[Piece], *, every: bool = False, **how: bool) -> Shape | None:
-        """Choose the shape of a call; None if its pieces had better be read one by one."""
-        longest = max(len(piece.tokens_T) for piece in pieces)
-        whole = max(len(piece.whole) for piece in pieces)
-        chunk = max(len(piece.chunk) for piece in pieces)
-        of_chunk = -(-(self.layout.chunk_size or 0) // self.layout.page_size)
-        if not every:
-            longest = bucket(longest, floor=SHORTEST)
-            # Several chunks may be read at once, from the middle of the first.
-            of_chunk = -(-chunk // of_chunk) * of_chunk if of_chunk else 0
-        wanted = Shape(
-            rows=min(bucket(len(pieces)), bucket(self._rows)),
-            tokens=bucket(longest),
-            whole=self._width(whole, floor=16 if every else 4),
-            chunk=max(of_chunk if chunk else 0, 1),
-            every=every,
-            **how,
-        )
-        return self._choose(wanted)
-
-    def _width(self, pages: int, *, floor: int) -> int:
-        """Round the pages of a row up: times four each, at most what a row may have."""
-        width = floor
-        while width < pages:
-            width *= 4
-        return min(width, max(self._pages, 1))
-
-    def _choose(self, wanted: Shape) -> Shape | None:
-        """Return a compiled shape that will do, or note that this one is compiled now."""
-        if wanted in self._ready:
-            return wanted
-
-        def cost(shape: Shape) -> int:
-            return shape.rows * shape.tokens * (1 if shape.every else 64 + shape.whole)
-
-        able = [
-            shape
-            for shape in self._ready
-            if isinstance(shape, Shape)
-            and (shape.every, shape.keeps, shape.images)
-            == (wanted.every, wanted.keeps, wanted.images)
-            and all(getattr(shape, n) >= getattr(wanted, n)
-                    for n in ("rows", "tokens", "whole", "chunk"))
-            and cost(shape) <= WASTE * cost(wanted)
-        ]  # fmt: skip
-        if able:
-            return min(able, key=cost)
-        self._ready.add(wanted)
-        self.compilations += 1
-        return wanted
-
     # -------------------------------------------------------------------------------- drawing
 
     def draw(self, call: Call, asked: Mapping[int, Asked], extras: Mapping[int, Extras]) -> None:
@@ -289,18 +261,19 @@ class Device:
             self._score(call, asked)
         if call.read is None or not any(piece.draws for piece in call.pieces):
             return
-        wants = [asked[piece.number].options.logprobs for piece in call.pieces]
-        top = None
-        if any(want is not None for want in wants):
-            top = MAX_LOGPROBS if any(wants) else 0
+        changes = [e.changes for e in extras.values() if e.changes is not None]
+        longest = max((max(len(ids), 1) for rows in changes for ids, *_ in rows), default=0)
+        rows, count = [asked[piece.number] for piece in call.pieces], call.shape.rows * call.draws
+        form = self.catalogue.draw(rows, count, longest)
+        self.catalogue.use(Program("draw", None, form, count))
         self._token_S, call.drawn = programs.draw_tokens(
             self._head,
             self._token_S,
             call.read._replace(x_BTD=None),
             self._rows_of(call.pieces, asked, call.shape.rows, call.draws),
-            *self._extras(call, extras),
+            *self._extras(call, extras, form),
             structure=self._structure,
-            top=top,
+            top=form.top,
         )
         for array in jax.tree.leaves(call.drawn):
             array.copy_to_host_async()
@@ -317,34 +290,28 @@ class Device:
             rows += [NOBODY] * (count - len(rows))
             rows = [row for row in rows for _ in range(draws)]
             made = DrawRows.of([row.options for row in rows], [row.key for row in rows])
-            self._draw_rows[key] = jax.tree.map(jnp.asarray, made)
+            self._draw_rows[key] = jax.device_put(made)
         return self._draw_rows[key]
 
     def _extras(
-        self, call: Call, extras: Mapping[int, Extras]
+        self, call: Call, extras: Mapping[int, Extras], form: Form
     ) -> tuple[Changes | None, np.ndarray | None]:
+        """Lay out what changes the logits of each draw, as a form has room for it."""
         vocab, draws = self.config.text.vocab_size, call.draws
         count, changes, allowed = call.shape.rows * draws, None, None
-        found = [(i, extras[p.number]) for i, p in enumerate(call.pieces) if p.number in extras]
-        changed = [(i, e.changes) for i, e in found if e.changes is not None]
-        if changed:
-            longest = max(len(ids) for _, rows in changed for ids, *_ in rows)
-            size = 64
-            while size < longest:
-                size *= 4
-            fill = (vocab, 0.0, 1.0, 0.0)
+        if form.changes:
+            fill, size = (vocab, 0.0, 1.0, 0.0), (count, form.changes)
             kinds = (np.int32, *[np.float32] * 3)
-            arrays = [np.full((count, size), f, k) for f, k in zip(fill, kinds, strict=True)]
-            for i, rows in changed:
-                for t, parts in enumerate(rows):
-                    for array, part in zip(arrays, parts, strict=True):
-                        array[i * draws + t, : len(part)] = part
-            changes = Changes(*arrays)
-        masked = [(i, e.allowed_DW) for i, e in found if e.allowed_DW is not None]
-        if masked:
+            changes = Changes(*(np.full(size, f, k) for f, k in zip(fill, kinds, strict=True)))
+        if form.masked:
             allowed = np.full((count, -(-vocab // 32)), 0xFFFFFFFF, np.uint32)
-            for i, allowed_DW in masked:
-                allowed[i * draws : i * draws + len(allowed_DW)] = allowed_DW
+        for i, piece in enumerate(call.pieces):
+            extra = extras.get(piece.number, Extras(None, None))
+            for t, parts in enumerate(extra.changes or ()):
+                for array, part in zip(changes or (), parts, strict=True):
+                    array[i * draws + t, : len(part)] = part
+            if extra.allowed_DW is not None and allowed is not None:
+                allowed[i * draws : i * draws + len(extra.allowed_DW)] = extra.allowed_DW
         return changes, allowed
 
     def _score(self, call: Call, asked: Mapping[int, Asked]) -> None:
@@ -354,9 +321,8 @@ class Device:
             after = asked[piece.number].prompt_T[piece.start + 1 : piece.end + 1]
             row_T[: len(after)] = after
         wanted = max(asked[piece.number].options.prompt_logprobs or 0 for piece in call.pieces)
-        chunks, vocab = 1, self.config.text.vocab_size
-        while chunks < shape.tokens and shape.rows * shape.tokens * vocab > LOGITS * chunks:
-            chunks *= 2
+        top = MAX_LOGPROBS if wanted or self.catalogue.is_closed else 0
+        self.catalogue.use(Program("score", shape, Form(top)))
         assert call.read is not None
         assert call.read.x_BTD is not None
         call.scores = programs.score_tokens(
@@ -364,6 +330,6 @@ class Device:
             call.read.x_BTD,
             targets_BT,
             structure=self._structure,
-            top=MAX_LOGPROBS if wanted else 0,
-            chunks=chunks,
+            top=top,
+            chunks=programs.score_chunks(shape, self.config.text.vocab_size),
         )

@@ -8,6 +8,7 @@ import collections
 import dataclasses
 import hashlib
 import threading
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -16,8 +17,9 @@ from llama4_jax.serve import ngram
 from llama4_jax.serve.adjust import Adjuster
 from llama4_jax.serve.answers import Answering, Event, Judged
 from llama4_jax.serve.asked import Asked, Tile
+from llama4_jax.serve.background import BackgroundCompiler
 from llama4_jax.serve.device import Call, Device, Extras
-from llama4_jax.serve.grammar import Grammars, Matcher
+from llama4_jax.serve.grammar import Grammars
 from llama4_jax.serve.options import Options
 from llama4_jax.serve.pages import PageNames
 from llama4_jax.serve.plan import Choice, Numbers, Piece
@@ -76,9 +78,13 @@ class Engine:
         self._of_request: dict[int, list[int]] = {}
         self._in_flight: collections.deque[list[Call]] = collections.deque()
         self._inbox: collections.deque[tuple[str, int, list[Answering]]] = collections.deque()
+        self._compiler: BackgroundCompiler | None = None
         self._changed = threading.Condition()
-        self._forming = threading.Lock()
-        self._grammars: Grammars | None = None
+        self._grammars = Grammars(
+            pretrained.tokenizer,
+            pretrained.config.text.vocab_size,
+            pretrained.generation.stop_ids,
+        )
         self._numbers = self._requests = 0
         self.draft: Draft = lambda choice, most: ngram.draft(choice.tokens.array, most)
 
@@ -112,7 +118,7 @@ class Engine:
             )
         try:
             if options.has_form:
-                self._matcher(options)
+                self._grammars.matcher(options)
             return options.resolved(self.pretrained.generation, model.text.vocab_size)
         except ValueError as error:
             raise RequestError(f"request {prompt.index}: {error}", prompt.index) from error
@@ -145,6 +151,7 @@ class Engine:
                     row.tokens_T,
                     patches_N,
                     tiles,
+                    Adjuster(options, row.tokens_T) if options.changes_logits else None,
                 )
                 answers.append(self._answer(request, index, asked, spans, elder))
             self._inbox.append(("submit", request, answers))
@@ -165,7 +172,34 @@ class Engine:
     @property
     def is_busy(self) -> bool:
         """Is there anything to do?"""
-        return bool(self._inbox or self._answers or self._in_flight)
+        if self._compiler is not None and self._compiler.has_news:
+            return True
+        planned = self.scheduler.running or self.scheduler.waiting
+        return bool(self._inbox or self._in_flight or planned)
+
+    def compile_beside(self, foreseen: Iterable[Asked] = ()) -> None:
+        """Let no step wait for the compiler from now on.
+
+        Steps take programs that are compiled, and a request whose programs are not waits until a
+        thread has made them. Call `close` in the end.
+
+        Args:
+          foreseen: choices like those to come, whose programs are compiled before they do.
+        """
+        with self.pretrained.on_mesh():
+            example = self.device.example()
+        catalogue = self.device.catalogue
+        self._compiler = BackgroundCompiler(
+            example, catalogue, enter=self.pretrained.on_mesh, on_ready=self._wake
+        )
+        catalogue.close(self._compiler.ask)
+        for asked in foreseen:
+            self._compiler.ask([*catalogue.needs(asked), *catalogue.would_like(asked)])
+
+    def close(self) -> None:
+        """End the thread that compiles, if there is one."""
+        if self._compiler is not None:
+            self._compiler.close()
 
     # ----------------------------------------------------------------------------- the thread
 
@@ -199,6 +233,10 @@ class Engine:
             events += self._settle(self._in_flight.popleft())
         return events
 
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify()
+
     def _answer(self, request: int, index: int, asked: Asked, spans, elder) -> Answering:
         options, prompt_T = asked.options, asked.prompt_T
         size = self.scheduler.layout.page_size
@@ -220,13 +258,15 @@ class Engine:
             choice=choice,
             asked=asked,
             transcript=Transcript(tokenizer, ending, skip_special=options.skip_special),
-            adjuster=Adjuster(options, prompt_T) if options.changes_logits else None,
-            matcher=self._matcher(options) if options.has_form else None,
+            matcher=self._grammars.matcher(options) if options.has_form else None,
             scores=None if options.prompt_logprobs is None else [],
         )
 
     def _read_inbox(self) -> list[Event]:
         events = []
+        compiler = self._compiler
+        for number in [] if compiler is None else compiler.released():
+            self.scheduler.add(self._answers[number].choice)
         while self._inbox:
             kind, request, answers = self._inbox.popleft()
             if kind == "submit":
@@ -239,7 +279,7 @@ class Engine:
                     self.counters.prompt_tokens += answer.choice.prompt
                     if answer.choice.limit == 1:  # there is nothing to read for a score
                         events.append(self._end(answer, "length"))
-                    else:
+                    elif compiler is None or compiler.admits(answer.choice.number, answer.asked):
                         self.scheduler.add(answer.choice)
                 continue
             for number in list(self._of_request.get(request, ())):
@@ -263,26 +303,16 @@ class Engine:
         del self._answers[number]
         del self._asked[number]
         self._attended.discard(number)
+        if self._compiler is not None:
+            self._compiler.forget(number)
         left = self._of_request[answer.request]
         left.remove(answer.choice.number)
         if not left:
             del self._of_request[answer.request]
 
-    def _matcher(self, options: Options) -> Matcher:
-        tokenizer = self.pretrained.tokenizer
-        if tokenizer is None:
-            raise ValueError("without a tokenizer an answer can have no form.")
-        with self._forming:  # a large vocabulary takes seconds
-            if self._grammars is None:
-                vocab_size = self.pretrained.config.text.vocab_size
-                stop_ids = self.pretrained.generation.stop_ids
-                self._grammars = Grammars(tokenizer, vocab_size, stop_ids)
-            grammars = self._grammars
-        return grammars.matcher(options)
-
     @staticmethod
     def _is_adjusted(answer: Answering) -> bool:
-        return answer.adjuster is not None or answer.matcher is not None
+        return answer.asked.adjuster is not None or answer.matcher is not None
 
     def _extras(self, call: Call) -> dict[int, Extras]:
         """Return what changes the logits of a call's rows; those that have ended need nothing."""
@@ -293,7 +323,7 @@ class Engine:
                 continue
             drafts = piece.tokens_T[1:].tolist() if call.shape.every else []
             extras[piece.number] = Extras(
-                None if answer.adjuster is None else answer.adjuster.draws(drafts),
+                None if answer.asked.adjuster is None else answer.asked.adjuster.draws(drafts),
                 None if answer.matcher is None else answer.matcher.masks(drafts),
             )
         return extras
@@ -311,7 +341,7 @@ class Engine:
                 if answer is None:  # it has ended, and this was drawn for nothing
                     continue
                 if scores is not None:
-                    self._take_scores(answer, piece, row, scores)
+                    answer.take_scores(piece, row, scores)
                 if piece.draws:
                     assert tokens is not None
                     at = row * call.draws
@@ -340,8 +370,8 @@ class Engine:
             texts.append(transcript.add(token))
             if transcript.finish_reason is not None:
                 break
-            if answer.adjuster is not None:
-                answer.adjuster.add(token)
+            if answer.asked.adjuster is not None:
+                answer.asked.adjuster.add(token)
             if answer.matcher is not None:
                 answer.matcher.advance(token)
                 if answer.matcher.is_over:
@@ -365,13 +395,3 @@ class Engine:
             prompt_logprobs=scores,
             finish_reason=transcript.finish_reason,
         )
-
-    @staticmethod
-    def _take_scores(answer: Answering, piece: Piece, row: int, scores: "Judged") -> None:
-        """Keep what the model thought of the prompt's tokens after those of a piece."""
-        wanted = answer.asked.options.prompt_logprobs
-        if answer.scores is None or wanted is None:
-            return
-        end = min(piece.end, answer.choice.prompt - 1)
-        for position in range(max(piece.start, len(answer.scores)), end):
-            answer.scores.append(scores.token((row, position - piece.start), wanted))

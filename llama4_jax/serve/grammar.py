@@ -5,6 +5,7 @@ from on the device, as bits.
 """
 
 import json
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -40,18 +41,27 @@ class Matcher(Protocol):
 
 
 class Grammars:
-    """Make matchers for the answers of one model.
+    """Make matchers for the answers of one model, from any thread.
+
+    The first of them reads the vocabulary, which takes seconds where it is large.
 
     Args:
-      tokenizer: of the model.
+      tokenizer: of the model; None if it has none.
       vocab_size: rows of the model's table.
       stop_ids: tokens that end an answer; the grammar lets them come where it may end.
-
-    Raises:
-      ValueError: llguidance is not installed.
     """
 
-    def __init__(self, tokenizer: Tokenizer, vocab_size: int, stop_ids: Sequence[int]):
+    def __init__(self, tokenizer: Tokenizer | None, vocab_size: int, stop_ids: Sequence[int]):
+        self._given = tokenizer, vocab_size, stop_ids
+        self._words = -(-vocab_size // 32)
+        self._reading = threading.Lock()
+        self._guidance: Any = None  # llguidance, once it is wanted
+        self._tokenizer: Any = None
+
+    def _read(self) -> None:
+        tokenizer, vocab_size, stop_ids = self._given
+        if tokenizer is None:
+            raise ValueError("without a tokenizer an answer can have no form.")
         try:
             import llguidance
         except ImportError as error:
@@ -59,20 +69,24 @@ class Grammars:
                 'regex, json_schema, choices and grammar need llguidance: pip install "llama4_jax'
                 '[grammar]".'
             ) from error
-        self._guidance: Any = llguidance
-        self._words = -(-vocab_size // 32)
         wrapper = llguidance.TokenizerWrapper(_Vocabulary(tokenizer, stop_ids))
         self._tokenizer = llguidance.LLTokenizer(
             wrapper, n_vocab=vocab_size, eos_token=list(stop_ids) or None
         )
+        self._guidance = llguidance
 
     def matcher(self, options: Options) -> Matcher:
         """Begin an answer.
 
         Raises:
-          ValueError: the form it must have is malformed.
+          ValueError: the form it must have is malformed, there is no tokenizer, or llguidance is
+            not installed.
         """
-        matcher = self._guidance.LLMatcher(self._tokenizer, self._grammar(options), log_level=0)
+        with self._reading:
+            if self._guidance is None:
+                self._read()
+        guidance: Any = self._guidance
+        matcher = guidance.LLMatcher(self._tokenizer, self._grammar(options), log_level=0)
         if matcher.is_error():
             reason = matcher.get_error().splitlines()[0]
             raise ValueError(f"the form that the answer must have is malformed: {reason}")

@@ -17,6 +17,8 @@ from llama4_jax.model import Llama4
 from llama4_jax.model.likelihood import logprobs_of_logits
 from llama4_jax.serve.sampling import Changes, DrawRows, change_logits, mask_logits, sample
 
+LOGITS = 1 << 26  # most that exist at once while a prompt is scored: 256 MiB
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -240,6 +242,14 @@ def draw_tokens(
         return token_S, Drawn(token_R, None, None)
     logprob_R, likeliest = _judge(logits_RV, token_R, top)
     return token_S, Drawn(token_R, logprob_R, likeliest)
+
+
+def score_chunks(shape: Shape, vocab_size: int) -> int:
+    """Return in how many parts a call is scored, so that at most `LOGITS` exist at once."""
+    chunks = 1
+    while chunks < shape.tokens and shape.rows * shape.tokens * vocab_size > LOGITS * chunks:
+        chunks *= 2
+    return chunks
 
 
 @functools.partial(jax.jit, static_argnames=("structure", "top", "chunks"))

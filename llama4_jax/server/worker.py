@@ -11,7 +11,7 @@ from llama4_jax.serve.answers import Event
 from llama4_jax.serve.engine import Engine
 from llama4_jax.serve.options import Options
 from llama4_jax.serve.requests import NOT_FINITE, Prompt
-from llama4_jax.serve.warm import warm
+from llama4_jax.serve.warm import foreseen, warm
 from llama4_jax.server.errors import ApiError
 
 type Asked = list[tuple[Prompt, Options]]
@@ -100,6 +100,7 @@ class Worker:
         self._ends.set()
         self._readers.shutdown()
         self._thread.join()
+        self.engine.close()
 
     async def read[T](self, work: Callable[[], T]) -> T:
         """Do the host's part of a request beside the event loop."""
@@ -172,6 +173,7 @@ class Worker:
         try:
             if self._warms:
                 warm(self.engine)
+                self.engine.compile_beside(foreseen(self.engine))
         except Exception as error:  # noqa: BLE001  those who wait are told
             self._fail(error)
             return

@@ -53,7 +53,7 @@ def test_logits_are_made_a_few_tokens_at_a_time(pretrained, requests, monkeypatc
         seen.append(chunks)
         return score_tokens(*arrays, chunks=chunks, **how)
 
-    monkeypatch.setattr(device, "LOGITS", 8 * tiny.VOCAB)
+    monkeypatch.setattr(device.programs, "LOGITS", 8 * tiny.VOCAB)
     monkeypatch.setattr(device.programs, "score_tokens", spy)
     check(score(pretrained, requests[:1], config=SMALL), requests[:1])
     assert max(seen) == 8  # of 64 tokens

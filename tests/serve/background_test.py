@@ -1,0 +1,128 @@
+"""After warming up no step waits for a compiler: requests wait until a thread has compiled."""
+
+import threading
+
+import jax
+import pytest
+
+from llama4_jax.serve import Engine, EngineConfig, Options, Request
+from llama4_jax.serve.catalogue import Program
+from llama4_jax.serve.requests import read_requests
+from llama4_jax.serve.warm import foreseen
+from tests.serve import tiny
+from tests.serve.engine_test import same
+
+SIZES = EngineConfig(max_rows=2, step_tokens=16, max_context=64, page_size=4, cache_bytes=64 << 10)
+COMPILED = "/jax/core/compile/backend_compile_duration"
+
+JOBS = [
+    (Request(tokens=tiny.random_tokens(1, 9)), Options(max_new_tokens=12)),
+    (Request(tokens=tiny.random_tokens(2, 40)), Options(max_new_tokens=9, temperature=1.0)),
+    (Request(prompt="ab", images=[tiny.picture(0)]), Options(max_new_tokens=6)),
+    (Request(prompt="c", images=[tiny.picture(1)] * 2), Options(max_new_tokens=4, logprobs=2)),
+    (Request(tokens=tiny.random_tokens(3, 20)), Options(max_new_tokens=8, presence_penalty=1.5)),
+    (Request(tokens=tiny.random_tokens(4, 5)), Options(max_new_tokens=8, regex="[a-d]+")),
+    (Request(tokens=tiny.random_tokens(5, 30)), Options(max_new_tokens=3, prompt_logprobs=1)),
+    (Request(tokens=tiny.random_tokens(6, 7)), Options(max_new_tokens=9, n=2, temperature=1.0)),
+]
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory):
+    return tiny.pretrained(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def compiling():
+    """The threads in which programs were compiled, from now on."""
+    threads: list[str] = []
+
+    def listen(name: str, _: float, **__) -> None:
+        if name == COMPILED:
+            threads.append(threading.current_thread().name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield threads
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def serve(engine, jobs):
+    """Serve jobs to their end, whatever waits for a compiler meanwhile."""
+    requests = [request for request, _ in jobs]
+    prompts = read_requests(engine.pretrained, requests)
+    numbers, found = {}, {}
+    for index, (prompt, (_, options)) in enumerate(zip(prompts, jobs, strict=True)):
+        numbers[engine.submit(prompt, options)] = index
+    left = sum(options.n for _, options in jobs)
+    while left:
+        assert engine.wait(timeout=60)
+        for event in engine.step():
+            key = numbers[event.request], event.choice
+            got = found.setdefault(key, {"tokens": [], "text": "", "scores": [], "end": None})
+            got["tokens"] += event.tokens
+            got["text"] += "".join(event.texts)
+            got["scores"] += [each.logprob for each in event.prompt_logprobs or ()]
+            got["scores"] += [each.logprob for each in event.logprobs or ()]
+            got["end"] = event.finish_reason
+            left -= event.finish_reason is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def engine(pretrained, compiling):
+    made = Engine(pretrained, SIZES)
+    serve(made, JOBS[:1])
+    made.compile_beside()
+    compiling.clear()
+    yield made
+    made.close()
+
+
+def test_no_step_compiles_whatever_is_asked(pretrained, compiling, engine):
+    before = engine.device.catalogue.compilations
+    assert before > 0
+    found = serve(engine, JOBS)
+    assert set(compiling) == {"compile"}
+    assert engine.device.catalogue.compilations == before
+    assert engine.scheduler.whole.held == engine.scheduler.chunk.held == 0
+    wanted = serve(Engine(pretrained, SIZES), JOBS)
+    assert found.keys() == wanted.keys()
+    for key, each in found.items():
+        same(each, wanted[key])
+
+
+def test_what_is_foreseen_is_compiled_before_anybody_asks(pretrained, engine, monkeypatch):
+    asked = []
+    monkeypatch.setattr(engine._compiler, "ask", lambda liked, **_: asked.extend(liked))
+    rows = list(foreseen(engine))
+    for row in rows:
+        engine._compiler.ask(engine.device.catalogue.needs(row))
+    assert {program.kind for program in asked} == {"read", "loop", "draw", "score", "encode"}
+    assert max(row.end for row in rows) == engine.context
+    assert any(program.form.masked for program in asked if program.kind == "draw")
+
+
+def test_a_request_that_waits_for_a_compiler_can_be_cancelled(pretrained, engine, monkeypatch):
+    never = [Program("encode", count=1000)]
+    monkeypatch.setattr(engine.device.catalogue, "needs", lambda _: never)
+    monkeypatch.setattr(engine._compiler, "ask", lambda *_, **__: None)
+    (prompt,) = read_requests(pretrained, [JOBS[0][0]])
+    number = engine.submit(prompt, JOBS[0][1])
+    assert engine.step() == []
+    assert not engine.is_busy
+    engine.cancel(number)
+    (event,) = engine.step()
+    assert event.finish_reason == "cancelled"
+    assert not engine.is_busy
+
+
+def test_a_failure_of_the_compiler_reaches_the_steps(pretrained, monkeypatch):
+    engine = Engine(pretrained, SIZES)
+    serve(engine, JOBS[:1])
+    engine.compile_beside()
+    never = [Program("encode", count=1000)]
+    monkeypatch.setattr(engine.device.catalogue, "needs", lambda _: never)
+    monkeypatch.setattr(engine._compiler, "_compile", lambda program: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        serve(engine, JOBS[:1])
+    engine.close()

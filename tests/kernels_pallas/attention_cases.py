@@ -104,12 +104,12 @@ CASES = [
     Case(
         name="far_positions_with_temperature",
         q_positions=(_upto(21, _FAR),), kv_positions=(_upto(40, _FAR - 19),),
-        temperature=(8192, 0.1),
+        temperature=(8192, 0.1), head_dim=256, heads=2, kv_heads=1,  # the widest heads
     ),
     Case(
         name="far_positions_over_a_chunk_boundary",
         q_positions=(_upto(21, 10_477_568 - 9),), kv_positions=(_upto(40, 10_477_568 - 28),),
-        chunk=8192, temperature=(8192, 0.1),
+        chunk=8192, temperature=(8192, 0.1), head_dim=128,
     ),
     Case(
         name="everyone_sees_everyone",
@@ -126,12 +126,9 @@ CASES = [
         q_positions=(_upto(40, 3),), kv_positions=(tuple(int(i) for i in
             np.random.default_rng(3).permutation(150)),), chunk=50,
     ),
-    Case(name="queries_before_all_keys", q_positions=(_upto(5),), kv_positions=(_upto(9, 3),)),
-    Case(name="no_key_at_all", q_positions=(_upto(5),), kv_positions=((-1,) * 9,)),
-    Case(name="wide_heads", q_positions=(_upto(20),), kv_positions=(_upto(20),), head_dim=128),
     Case(
-        name="widest_heads",
-        q_positions=(_upto(20),), kv_positions=(_upto(20),), head_dim=256, heads=2, kv_heads=1,
+        name="queries_before_all_keys_and_no_key_at_all",
+        q_positions=(_upto(5),) * 2, kv_positions=(_upto(9, 3), (-1,) * 9),
     ),
     Case(
         name="five_queries_to_a_head_and_a_scale",

@@ -40,6 +40,9 @@ def start_state(
 ) -> TrainState:
     """Return the state at step 0 of a model, fresh or trained before.
 
+    If the model is committed to one device, so is all of the state, as a step returns it: else the
+    second step would compile once more.
+
     Args:
         model: The model.
         optimizer: Decides the shape of the optimizer state.
@@ -47,13 +50,17 @@ def start_state(
     """
     trained, _ = partition(model, trainable)
     step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
-    return TrainState(
+    state = TrainState(
         step=step,
         skipped=skipped,
         skipped_in_a_row=in_a_row,
         model=model,
         opt_state=optimizer.init(trained),
     )
+    leaf = jax.tree.leaves(model)[0]
+    if isinstance(leaf, jax.core.Tracer) or not leaf.committed or len(leaf.devices()) > 1:
+        return state
+    return jax.device_put(state, leaf.sharding)
 
 
 def initial_state(

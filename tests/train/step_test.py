@@ -28,6 +28,13 @@ def test_the_state_that_goes_in_is_given_up():
     assert following.step == 1
 
 
+def test_a_state_lies_where_its_model_does_so_that_the_second_step_compiles_nothing():
+    optimizer = make_optimizer(make_run().optimizer, steps=6)
+    model = jax.device_put(build(), jax.devices()[1])
+    for leaf in jax.tree.leaves(start_state(model, optimizer=optimizer)):
+        assert leaf.committed and leaf.devices() == {jax.devices()[1]}
+
+
 def test_metrics_say_what_the_step_did():
     run = make_run()
     optimizer = make_optimizer(run.optimizer, steps=run.steps)

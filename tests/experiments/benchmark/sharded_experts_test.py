@@ -109,7 +109,7 @@ def test_shapes_divided_and_not_are_chosen_by_name(monkeypatch):
     ran = {}
 
     def record(what):
-        def records(chosen, _targets):
+        def records(chosen, *_targets_and_schedules):
             ran[what] = chosen
             yield {"target": "here", "shape": what, "faults": []}
 

@@ -10,10 +10,10 @@ from llama4_jax.serve.device import Device
 from llama4_jax.serve.requests import read_requests
 from tests.serve import tiny
 
-# Chunks of 8 tokens, pages of 4. A request has up to 46 tokens, 12 pages; 13 make rows give way.
+# Chunks of 8 tokens, pages of 4. A request has up to 56 tokens, 14 pages; 16 make rows give way.
 PAGE_BYTES = 1024
 SIZES = EngineConfig(
-    max_rows=4, step_tokens=24, max_context=48, page_size=4, cache_bytes=26 * PAGE_BYTES
+    max_rows=4, step_tokens=24, max_context=56, page_size=4, cache_bytes=32 * PAGE_BYTES
 )
 SPECULATING = dataclasses.replace(SIZES, speculate="ngram")
 
@@ -62,7 +62,7 @@ def same(found, wanted):
 
 
 def some_request(rng):
-    length = int(rng.integers(1, 30))
+    length = int(rng.integers(1, 42))  # up to five chunks
     if rng.random() < 0.2:
         return Request(prompt="ab", images=[tiny.picture(int(rng.integers(3)))])
     if rng.random() < 0.5:  # drafts are often right here, and prefixes shared
@@ -85,6 +85,7 @@ def some_options(rng):
         repetition_penalty=float(rng.choice([1.0, 1.0, 1.3])),
         frequency_penalty=float(rng.choice([0.0, 0.0, 0.7])),
         logit_bias=[{}, {70: 3.0, 71: -100.0}][rng.integers(2)],
+        regex=[None, None, None, "[ -~]*"][rng.integers(4)],
         priority=int(rng.integers(2)),
     )
 
@@ -270,7 +271,7 @@ def test_salts_share_nothing_and_equal_ones_do(pretrained):
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (Options(max_new_tokens=60), "exceed the model's 48 positions"),
+        (Options(max_new_tokens=60), "exceed the model's 56 positions"),
         (
             Options(max_new_tokens=9, logit_bias={400: 1.0}),
             "logit_bias: token 400 must lie in 0..351",

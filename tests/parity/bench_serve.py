@@ -119,7 +119,9 @@ def beside_transformers(bench: Bench) -> dict[str, Any]:
     assert bench.engine
     for turn in range(bench.rounds):
         mine.append(bench.ours())
-        if turn in (0, bench.rounds - 1):  # the long one, before ours and after
+        if count == TRIED:  # it has served all of them already
+            theirs.append(tried[batch, cache])
+        elif turn in (0, bench.rounds - 1):  # the long one, before ours and after
             theirs += bench.hf.ask(batch=batch, cache=cache, count=count)["seconds"]
             print(f"     ours {mine[-1]:.1f} s, transformers {theirs[-1]:.1f} s", flush=True)
     own, other = statistics.median(mine), statistics.median(theirs)

@@ -5,9 +5,10 @@
 The real compilers of TPU v5p and of 8 H100s (packages libtpu and jax[cuda13]; `make compile` brings
 both) translate the steps of serving at full depth and a slice of training, from shapes alone. It
 prints one line for each, and ends with status 1 if a program does not compile, does not fit the
-device, needs more scratch memory than it should (a copied cache, a gathered weight), grows with the
-depth of the model, or costs more because its experts are divided. Expect 60 GB of arguments and
-under 1 GB of scratch for a decoding step of Scout on 4 chips of v5p, and minutes for each program.
+device, needs more scratch memory than it should (a gathered weight), copies pages of the cache,
+moves more than the weights hit and the cache read where it draws a token, grows with the depth of
+the model, or costs more because its experts are divided. Expect 60 GB of arguments and under 1 GB
+of scratch for a decoding step of Scout on 4 chips of v5p, and minutes for each program.
 """
 
 import dataclasses

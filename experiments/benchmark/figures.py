@@ -37,7 +37,10 @@ class Figures:
       peak: most bytes alive at a time.
       flops: floating-point operations; None if unknown.
       bytes: read and written; None if unknown.
-      declared: of these, what kernels say that they move; None if there are no kernels.
+      moved: bytes to and from the device's memory in one run, every loop counted as often as it
+        runs, where that is known, and the cheapest of alternatives.
+      copied: what copies pages of a donated array; a cache, where there is one.
+      declared: of `bytes`, what kernels say that they move; None if there are no kernels.
       vmem, smem: most bytes that one of its kernels uses; 0 if there is none.
       collectives: how many of each kind stand in the program.
       strayed: what kernels copy from HBM, as they declare, and the compiler has put elsewhere.
@@ -51,6 +54,8 @@ class Figures:
     peak: int
     flops: float | None
     bytes: float | None
+    moved: float
+    copied: tuple[str, ...]
     declared: float | None
     vmem: int
     smem: int
@@ -89,6 +94,8 @@ def read(executable: jax.stages.Compiled, jaxpr: Any, *, seconds: float) -> Figu
         peak=memory.peak_memory_in_bytes,
         flops=cost.get("flops"),
         bytes=cost.get("bytes accessed"),
+        moved=hlo.bytes_of_run(program, hlo.entry_of(text)),
+        copied=hlo.copies_of_kept(text, program),
         declared=sum(e["bytes_accessed"] for e in said) if said else declared_bytes(jaxpr),
         vmem=max((int(each["size"]) for each in scoped if each["memory_space"] == "1"), default=0),
         smem=declared_smem(jaxpr),

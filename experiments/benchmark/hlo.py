@@ -20,6 +20,10 @@ _OPERATION = re.compile(r"^\s+(?:ROOT )?%?([\w.-]+) = (.*?) ([\w-]+)\((.*?)\)(.*
 _SPACE = re.compile(r"S\((\d+)\)")
 _FUSED = re.compile(r"\b(?:calls|to_apply)=%?([\w.-]+)")
 _CONTRACTED = re.compile(r'lhs_contracting_dim(?:ension)?s"?[=:][{\[]([\d,"]*)[}\]]')
+_SAID = re.compile(r'bytes_accessed(?:\\22|")?: ?"?(\d+)')
+_TRIPS = re.compile(r'known_trip_count":\{"n":"(\d+)"')
+_ALIASED = re.compile(r"\{[\d, ]*\}: \((\d+), \{")  # the parameter whose place a result takes
+_PARTS = ("body", "condition")
 # These name or group arrays and move nothing.
 _FREE = {
     "parameter", "tuple", "get-tuple-element", "bitcast", "constant", "iota", "while",
@@ -105,53 +109,153 @@ def product_flops(program: Program) -> float:
 
 
 def bytes_moved(program: Program) -> float:
-    """Count the bytes that a program moves.
+    """Count the bytes that a program moves, every loop body once.
 
     Every operation outside a fusion reads its operands and writes its result; a fusion reads of an
     operand only the slices that it takes, and writes of a result that it updates in place only the
     update.
     """
-    inner = {name for ops in program.values() for op in ops for name in _FUSED.findall(op.rest)}
-    total = 0
+    inner, total = _fused(program), 0.0
     for name, operations in program.items():
-        if name in inner:
-            continue
         sizes = {op.name: op.bytes for op in operations}
-        for op in operations:
-            reads = [sizes.get(operand, 0) for operand in op.operands]
-            called = _FUSED.findall(op.rest)
-            if op.kind == "fusion" and called:
-                total += _fusion(program.get(called[0], []), reads, op.bytes)
-            elif op.kind in _UPDATES:
-                total += 2 * reads[_UPDATES[op.kind]]
-            elif op.kind.endswith("-start"):
-                continue
-            elif op.kind.endswith("-done"):
-                total += op.bytes
-            elif op.kind in _SLICES:
-                total += 2 * op.bytes
-            elif op.kind not in _FREE:
-                total += op.bytes + sum(reads)
-    return float(total)
+        if name not in inner:
+            total += sum(_moved(program, op, sizes) for op in operations)
+    return total
 
 
-def _fusion(fused: list[Operation], operands: list[int], result: int) -> int:
+def bytes_of_run(program: Program, entry: str) -> float:
+    """Count the bytes that one run of a program moves to and from the memory of the device.
+
+    A loop body counts as often as it runs, where the program says so, a branch as the cheapest of
+    its alternatives, and a kernel as it says of itself. Arrays in other memories cost nothing.
+    """
+    known: dict[str, float] = {}
+
+    def cost(name: str) -> float:
+        if name not in known:
+            operations = program.get(name, [])
+            sizes = {op.name: 0 if op.space else op.bytes for op in operations}
+            known[name] = sum(run(op, sizes) for op in operations)
+        return known[name]
+
+    def run(op: Operation, sizes: dict[str, int]) -> float:
+        if op.kind == "while":
+            body, condition = (re.search(rf"{w}=%?([\w.-]+)", op.rest) for w in _PARTS)
+            assert body and condition
+            return _trips(program, op, condition[1]) * (cost(body[1]) + cost(condition[1]))
+        if op.kind == "conditional":
+            return min(cost(name) for name in _branches(op.rest))
+        if op.kind == "call":
+            return sum(cost(name) for name in _FUSED.findall(op.rest))
+        said = _SAID.search(op.rest)
+        if op.kind == "custom-call" and said:
+            return float(said[1])
+        return _moved(program, op._replace(bytes=sizes[op.name]), sizes)
+
+    return cost(entry)
+
+
+def copies_of_kept(text: str, program: Program) -> tuple[str, ...]:
+    """Name operations that copy pages of a donated array: those of a layer, or of all of them.
+
+    A donated array is [layers, pages, .., slots, features]. What updates it in place, and kernels,
+    which read it where it is, are no copies.
+    """
+    entry = next((ops for name, ops in program.items() if name == entry_of(text)), [])
+    parameters = {op.inside: op for op in entry if op.kind == "parameter"}
+    header = text.partition("\n")[0]
+    kept = [parameters[n] for n in _ALIASED.findall(header) if n in parameters]
+    kept = [op for op in kept if len(op.dims) >= 4]
+    return tuple(
+        f"{op.name} makes {op.bytes:,} bytes of pages"
+        for name, operations in program.items()
+        if name not in _fused(program)
+        for op in operations
+        if not (op.kind in _FREE | _UPDATES.keys() | {"custom-call"} or op.kind.endswith("-start"))
+        and any(
+            op.dims[-2:] == each.dims[-2:] and op.bytes * each.dims[0] >= each.bytes
+            for each in kept
+        )
+        and not _updates_in_place(program, op)
+    )
+
+
+def _updates_in_place(program: Program, op: Operation) -> bool:
+    called = [each for name in _FUSED.findall(op.rest) for each in program.get(name, [])]
+    return any(each.kind in _UPDATES and each.bytes >= op.bytes for each in called)
+
+
+def entry_of(text: str) -> str:
+    """Return the name of the computation in which a program begins."""
+    found = re.search(r"^ENTRY %?([\w.-]+)", text, re.MULTILINE)
+    return found[1] if found else ""
+
+
+def _fused(program: Program) -> set[str]:
+    return {name for ops in program.values() for op in ops for name in _FUSED.findall(op.rest)}
+
+
+def _trips(program: Program, loop: Operation, condition: str) -> int:
+    """Return how often a loop runs: as it says, or up to the one constant that ends it; else 1."""
+    if said := _TRIPS.search(loop.rest):
+        return int(said[1])
+    ends = [op.inside for op in program.get(condition, []) if op.kind == "constant"]
+    return int(ends[0]) if len(ends) == 1 and ends[0].isdigit() else 1
+
+
+def _branches(rest: str) -> list[str]:
+    listed = re.search(r"branch_computations=\{([^}]*)\}", rest)
+    text = listed[1] if listed else " ".join(re.findall(r"(?:true|false)_computation=(\S+)", rest))
+    return re.findall(r"[\w.-]+", text)
+
+
+def _moved(program: Program, op: Operation, sizes: dict[str, int]) -> float:
+    """Count what an operation moves, given the sizes of its operands."""
+    reads = [sizes.get(operand, 0) for operand in op.operands]
+    called = _FUSED.findall(op.rest)
+    if op.kind == "fusion" and called:
+        return _fusion(program, called[0], reads, op.bytes)
+    if op.kind in _UPDATES:
+        return 2 * reads[_UPDATES[op.kind]]
+    if op.kind == "fusion-start" and called:  # of its result, what ends it is the writing
+        return _fusion(program, called[0], reads, 0)
+    if op.kind.endswith("-start"):
+        return 0
+    if op.kind.endswith("-done"):
+        return op.bytes
+    if op.kind in _SLICES:
+        return 2 * op.bytes
+    return 0 if op.kind in _FREE else op.bytes + sum(reads)
+
+
+def _fusion(program: Program, name: str, operands: list[int], result: int) -> int:
     """Count what a fusion moves, given the sizes of its operands and of its result."""
-    total = 0
+    fused = program.get(name, [])
+    total = sum(_read(program, name, i, size) for i, size in enumerate(operands))
     sizes = {op.name: op.bytes for op in fused}
-    for op in fused:
-        if op.kind != "parameter":
-            continue
-        names = {op.name}  # of the same bytes in other shapes
-        for other in fused:
-            if other.kind == "bitcast" and names & set(other.operands):
-                names.add(other.name)
-        uses = [use for use in fused if use.kind != "bitcast" and names & set(use.operands)]
-        if uses and all(use.kind in _SLICES and use.operands[0] in names for use in uses):
-            total += sum(use.bytes for use in uses)
-        elif not any(use.kind in _UPDATES and use.operands[0] in names for use in uses):
-            total += operands[int(op.inside)]
     updates = [op for op in fused if op.kind in _UPDATES and op.bytes == result]
     if updates:
         return total + sum(sizes.get(op.operands[_UPDATES[op.kind]], 0) for op in updates)
     return total + result
+
+
+def _read(program: Program, name: str, index: int, size: int) -> int:
+    """Count what a fusion reads of one operand: all of it, unless it only takes slices."""
+    fused = program.get(name, [])
+    names = {op.name for op in fused if op.kind == "parameter" and op.inside == str(index)}
+    total = 0
+    for op in fused:
+        places = [i for i, operand in enumerate(op.operands) if operand in names]
+        if not places:
+            continue
+        called = _FUSED.findall(op.rest)
+        if op.kind == "bitcast":  # the same bytes in another shape
+            names.add(op.name)
+        elif op.kind in _SLICES and places == [0]:
+            total += op.bytes
+        elif op.kind == "fusion" and called:
+            total += sum(_read(program, called[0], i, size) for i in places)
+        elif op.kind not in _UPDATES or places != [0]:
+            return size
+    is_passed_on = bool(fused) and fused[-1].name in names
+    return size if is_passed_on else min(total, size)

@@ -22,10 +22,14 @@ from llama4_jax.config.runs import LossConfig, OptimizerConfig, RunConfig
 from llama4_jax.model import Llama4
 from llama4_jax.pretrained import GenerationDefaults
 from llama4_jax.serve.options import Options
-from llama4_jax.serve.programs import DeviceState, Shape, draw_tokens, read_tokens
+from llama4_jax.serve.programs import DeviceState, Shape, draw_tokens, loop_tokens, read_tokens
 from llama4_jax.serve.sampling import DrawRows, answer_key
 from llama4_jax.serve.sizes import largest_page
 
+LOOPS = 8  # tokens that the device draws by itself
+# Times the weights hit and the cache read that a step which draws may move. XLA:GPU copies dense
+# weights out of their stack before it multiplies by them, which is 15 % of Scout's bytes.
+MOST_MOVED = {"tpu": 1.05, "gpu": 1.2}
 SHALLOW = 8  # layers of the program that the full depth is compared with
 
 
@@ -35,26 +39,28 @@ class Program:
 
     Attributes:
       name: what it does.
-      kind: "decode" chooses tokens one after the other; "prefill" reads `tokens` of every row into
-        the cache; "train" takes an AdamW step on rows of `tokens`.
+      kind: "decode" chooses tokens one after the other; "loop" does so without the host; "prefill"
+        reads `tokens` of every row into the cache; "train" takes an AdamW step on rows of `tokens`.
       layers: depth of the model.
       mesh: as `parallel.make_mesh` reads it.
       preset: sharding rules.
       rows: of the batch, over all devices.
       tokens: of every row that one step computes.
       context: cache slots of every row; 0 in training.
+      held: rows that the cache has room for, if more than these.
       scratch: most bytes beyond the arguments that a device may need. More means that weights or
         the cache are copied, or that scores of all pairs of tokens are kept.
     """
 
     name: str
-    kind: Literal["decode", "prefill", "train"]
+    kind: Literal["decode", "loop", "prefill", "train"]
     layers: int
     mesh: str
     preset: str
     rows: int
     tokens: int
     context: int = 0
+    held: int = 0
     scratch: int
 
     @property
@@ -84,8 +90,7 @@ def trace(
     config = config or scout_slice(program.layers)
     mesh = parallel.make_mesh(program.mesh, devices=devices)
     with parallel.use_mesh(mesh, parallel.PRESETS[program.preset]):
-        step = {"decode": _decode, "prefill": _prefill, "train": _train}[program.kind]
-        return step(program, config)
+        return (_train if program.kind == "train" else _serve)(program, config)
 
 
 def _integers(rows: int, tokens: int, dtype: str = "int32"):
@@ -94,12 +99,13 @@ def _integers(rows: int, tokens: int, dtype: str = "int32"):
     )
 
 
-def _read(program: Program, config: ModelConfig, *, draws: bool) -> jax.stages.Traced:
+def _serve(program: Program, config: ModelConfig) -> jax.stages.Traced:
     """Trace a step of the engine: tokens are read, and after each row one may be drawn."""
     text, rows, slots = config.text, program.rows, parallel.mesh_axes("kv_seq")
     devices = math.prod(jax.sharding.get_abstract_mesh().shape[axis] for axis in slots)
     page = largest_page(text.chunk_size, devices)
     chunk = min(text.chunk_size or program.context, program.context)
+    draws, held = program.kind != "prefill", max(program.held, rows)
     shape = Shape(
         rows=rows,
         tokens=1 if draws else program.tokens,
@@ -111,11 +117,14 @@ def _read(program: Program, config: ModelConfig, *, draws: bool) -> jax.stages.T
     leaves, structure = jax.tree.flatten(model)
 
     def state() -> DeviceState:
-        pages = {"whole_pages": rows * shape.whole, "chunk_pages": rows * shape.chunk}
+        pages = {"whole_pages": held * shape.whole, "chunk_pages": held * shape.chunk}
         return DeviceState(Pools.create(text, **pages, page_size=page, dtype=config.dtype), None)
 
     def step(leaves, state, token_S, ints_BX, how):
-        state, read = read_tokens(leaves, state, token_S, ints_BX, structure=structure, shape=shape)
+        sizes = {"structure": structure, "shape": shape}
+        if program.kind == "loop":
+            return loop_tokens(leaves, state, token_S, ints_BX, how, **sizes, loops=LOOPS)
+        state, read = read_tokens(leaves, state, token_S, ints_BX, **sizes)
         if not draws:
             return state, read
         return state, *draw_tokens(leaves, token_S, read, how, structure=structure, top=None)
@@ -123,20 +132,12 @@ def _read(program: Program, config: ModelConfig, *, draws: bool) -> jax.stages.T
     greedy = [Options().resolved(GenerationDefaults(), text.vocab_size)] * rows
     rest = parallel.abstract(
         lambda: (
-            jnp.zeros(rows, jnp.int32),
+            jnp.zeros(held, jnp.int32),
             jnp.zeros((rows, shape.columns), jnp.int32),
             jax.tree.map(jnp.asarray, DrawRows.of(greedy, [answer_key(0)] * rows)),
         )
     )
     return jax.jit(step, donate_argnums=1).trace(leaves, parallel.abstract(state), *rest)
-
-
-def _decode(program: Program, config: ModelConfig) -> jax.stages.Traced:
-    return _read(program, config, draws=True)
-
-
-def _prefill(program: Program, config: ModelConfig) -> jax.stages.Traced:
-    return _read(program, config, draws=False)
 
 
 def _train(program: Program, config: ModelConfig) -> jax.stages.Traced:
@@ -169,6 +170,14 @@ def _serving(mesh: str, long_mesh: str, layers: int) -> list[Program]:
         Program(
             name="decode", kind="decode", layers=layers, mesh=mesh, preset="tensor",
             rows=16, tokens=1, context=8192, scratch=1 * GB,
+        ),
+        Program(
+            name="decode-loop", kind="loop", layers=layers, mesh=mesh, preset="tensor",
+            rows=16, tokens=1, context=8192, scratch=1 * GB,
+        ),
+        Program(
+            name="prefill-piece", kind="prefill", layers=layers, mesh=mesh, preset="tensor",
+            rows=1, tokens=512, context=8192, held=16, scratch=1 * GB,
         ),
         Program(
             name="prefill", kind="prefill", layers=layers, mesh=mesh, preset="tensor",
@@ -226,10 +235,39 @@ def judge(
 ) -> Iterator[str]:
     """Yield what is wrong with a program that compiles, beside those seen before it by name."""
     yield from memory_faults(found, target, program.scratch)
+    if program.kind != "train":
+        yield from (f"{each} where they should stay" for each in found.copied[:3])
+    if program.kind in ("decode", "loop"):
+        most = MOST_MOVED["gpu" if target.package.startswith("jax") else "tpu"]
+        yield from wasted(found, least_moved(program, found), most)
     if program.name == "decode" and "decode-shallow" in seen:
         yield from growth(found, seen["decode-shallow"])
     if program.name == "train-expert" and "train" in seen:
         yield from dearer(found, seen["train"])
+
+
+def least_moved(program: Program, found: Figures, config: ModelConfig | None = None) -> float:
+    """Return the bytes of a device that a step which draws must read: weights hit, and the cache.
+
+    That is all there are but for the table of embeddings, of which a row is read for each token,
+    and for the routed experts that so few rows cannot all reach.
+    """
+    text = (config or scout_slice(program.layers)).text
+    sizes = parallel.parse_mesh(program.mesh)
+    shards = math.prod(sizes.get(axis, 1) for axis in ("tensor", "expert"))
+    table = 0 if text.tie_embeddings else text.vocab_size * text.embed_dim
+    expert = 3 * text.embed_dim * text.expert_dim
+    unread = max(0, text.num_experts - program.rows * text.experts_per_token)
+    return found.arguments - 2 * (table + len(text.moe_layers) * unread * expert) / shards
+
+
+def wasted(found: Figures, least: float, most: float) -> Iterator[str]:
+    """Yield a complaint if a step moves so many times the weights hit and the cache read."""
+    if found.moved > most * least:
+        yield (
+            f"moves {found.moved / GB:.2f} GB where weights and cache are {least / GB:.2f}: "
+            f"{found.moved / least:.2f} times as much, and {most} should do"
+        )
 
 
 def growth(deep: Figures, shallow: Figures) -> Iterator[str]:
@@ -262,7 +300,11 @@ def _collectives(found: Record) -> str:
 
 TABLE = Table(
     names=texts("target:6 name:14 layers:6 mesh:18 preset:12"),
-    values=(*FIGURES, Column(" collectives", "figures", "<", _collectives)),
+    values=(
+        *FIGURES,
+        Column("GB a run", "figures.moved", unit=1e9),
+        Column(" collectives", "figures", "<", _collectives),
+    ),
     notes=FIGURES_NOTES
     + """\
 Loop bodies: one of the groups of 4 layers, one block of queries in long attention, and of the

@@ -75,7 +75,7 @@ def test_a_device_holds_what_compilers_lay_out(record):
     if record["kind"] == "train":
         held = training_memory(config, shards=shards).total
     else:
-        kept = {"rows": record["rows"], "length": record["context"]}
+        kept = {"rows": record.get("held") or record["rows"], "length": record["context"]}
         held = serving_memory(config, **kept, shards=shards, context=context).total
     if record["kind"] == "prefill":
         held -= 2 * config.text.vocab_size * config.text.embed_dim / shards

@@ -50,3 +50,66 @@ def test_collectives_are_counted_where_they_begin():
     operations = [op for ops in hlo.parse(text).values() for op in ops]
     assert hlo.count_collectives(operations) == {"all-reduce": 1, "all-gather": 1}
     assert [hlo.is_collective(op) for op in operations] == [False, True, False, True]
+
+
+def run_bytes(function, *arguments, **how):
+    text = jax.jit(function, **how).lower(*arguments).compile().as_text()
+    program = hlo.parse(text)
+    return hlo.bytes_of_run(program, hlo.entry_of(text)), hlo.copies_of_kept(text, program)
+
+
+def test_a_loop_moves_what_its_body_does_as_often_as_it_runs():
+    def scan(x, stack):
+        return jax.lax.scan(lambda x, w: (x @ w, None), x, stack)[0]
+
+    few, many = (run_bytes(scan, jnp.ones((8, 256)), jnp.ones((n, 256, 256)))[0] for n in (3, 12))
+    assert few > 4 * 3 * 256 * 256
+    assert many == pytest.approx(4 * few, rel=0.05)
+
+
+def test_of_alternatives_the_cheapest_is_counted():
+    text = """
+%cheap (p: f32[4]) -> f32[4] {
+  %p = f32[4]{0} parameter(0)
+  ROOT %n = f32[4]{0} negate(%p)
+}
+
+%dear (q: f32[4]) -> f32[4] {
+  %q = f32[4]{0} parameter(0)
+  %m = f32[4]{0} negate(%q)
+  ROOT %o = f32[4]{0} negate(%m)
+}
+
+ENTRY %main (a: f32[4], b: pred[]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %b = pred[] parameter(1)
+  ROOT %c = f32[4]{0} conditional(%b, %a, %a), true_computation=%dear, false_computation=%cheap
+}
+"""
+    assert hlo.bytes_of_run(hlo.parse(text), "main") == 32
+
+
+def test_a_kernel_counts_as_it_says_and_other_memories_as_nothing():
+    text = """
+ENTRY %main (a: f32[4]) -> f32[4] {
+  %a = f32[4]{0} parameter(0)
+  %near = f32[4]{0:T(128)S(1)} negate(%a)
+  %k = f32[4]{0} custom-call(%near), custom_call_target="tpu_custom_call", \
+backend_config={"cost_estimate":{"flops":"9","bytes_accessed":"1000"}}
+  ROOT %r = f32[4]{0} negate(%near)
+}
+"""
+    assert hlo.bytes_of_run(hlo.parse(text), "main") == 16 + 1000 + 16
+
+
+def test_pages_that_are_updated_in_place_are_no_copies_and_turned_ones_are():
+    pages, new = jnp.ones((3, 5, 2, 8, 16)), jnp.zeros((2, 8, 16))
+    update = lambda pages, new: pages.at[1, 2].set(new)  # noqa: E731
+    assert not run_bytes(update, pages, new, donate_argnums=0)[1]
+
+    def spoil(pages, new):
+        turned = jax.lax.optimization_barrier(pages.swapaxes(0, 1)).swapaxes(0, 1)
+        return update(turned, new)
+
+    (fault, *_) = run_bytes(spoil, jnp.ones_like(pages), new, donate_argnums=0)[1]
+    assert "bytes of pages" in fault

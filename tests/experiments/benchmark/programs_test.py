@@ -1,5 +1,7 @@
 """Programs are traced from shapes, compiled, laid out in a line, and judged."""
 
+import dataclasses
+
 import jax
 import pytest
 
@@ -23,6 +25,7 @@ def small(kind, mesh, preset):
     ("kind", "mesh", "preset"),
     [
         ("decode", "tensor:2", "tensor"),
+        ("loop", "tensor:2", "tensor"),
         ("prefill", "tensor:2,context:4", "long_context"),
         ("train", "fsdp:2,expert:4", "fsdp_expert"),
     ],
@@ -42,6 +45,9 @@ def test_a_program_is_compiled_and_laid_out_in_a_line():
     assert found.collectives["all-reduce"] >= 6
     assert 4 <= found.in_group < found.collectives["all-reduce"]
     record = {"target": "v5p", **vars(program), "figures": vars(found), "faults": []}
+    # A step moves what it must: weights and the cache, and little else that is as large.
+    assert not found.copied
+    assert found.moved > programs.least_moved(program, found, scout_like())
     line = programs.TABLE.line(record)
     assert "tensor:2" in line and f" ar {found.collectives['all-reduce']}" in line
     assert line.endswith(f"({found.in_group})")
@@ -60,6 +66,30 @@ def test_a_program_that_needs_more_scratch_than_it_should_is_a_fault():
     assert DECODE.name == "decode" and not judged(DECODE, SOUND)
     (fault,) = judged(DECODE, changed(scratch=2 * GB))
     assert "2.00 GB of scratch memory where 1.00 should do" in fault
+
+
+def test_a_copied_cache_is_a_fault_but_not_in_training():
+    copied = changed(copied=("copy.7 makes 1,000 bytes of pages",))
+    assert judged(DECODE, copied) == ["copy.7 makes 1,000 bytes of pages where they should stay"]
+    assert not judged(TRAIN, copied)
+
+
+@pytest.mark.parametrize("kind", ["decode", "loop", "prefill"])
+def test_a_step_that_draws_may_move_little_but_weights_and_cache(kind):
+    program = dataclasses.replace(DECODE, kind=kind)
+    least = programs.least_moved(program, SOUND)
+    table = 2 * 202_048 * 5120 / 4
+    assert least == SOUND.arguments - table, "16 rows may reach all 16 experts"
+    assert not judged(program, changed(moved=1.04 * least))
+    faults = judged(program, changed(moved=1.06 * least))
+    assert faults == [] if kind == "prefill" else "1.06 times as much" in faults[0]
+
+
+def test_one_row_reads_one_of_the_experts():
+    one = dataclasses.replace(DECODE, rows=1)
+    expert = 2 * 3 * 5120 * 8192 / 4
+    least = programs.least_moved(DECODE, SOUND)
+    assert programs.least_moved(one, SOUND) == least - DECODE.layers * 15 * expert
 
 
 def test_a_program_that_grows_with_depth_is_a_fault():

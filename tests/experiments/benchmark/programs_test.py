@@ -85,6 +85,15 @@ def test_a_step_that_draws_may_move_little_but_weights_and_cache(kind):
     assert faults == [] if kind == "prefill" else "1.06 times as much" in faults[0]
 
 
+def test_on_gpus_dense_weights_may_be_copied_out_of_their_stack():
+    dense = 2 * 8 * 5120 * (2 * (40 + 8) * 128 + 3 * 8192) / 4
+    assert programs.dense_bytes(DECODE) == dense
+    moved = changed(moved=programs.least_moved(DECODE, SOUND) + 2 * dense)
+    assert not list(programs.judge(DECODE, TARGETS["h100"], moved, {}))
+    more = changed(moved=1.06 * moved.moved)
+    assert "1.06 times" in next(iter(programs.judge(DECODE, TARGETS["h100"], more, {})))
+
+
 def test_one_row_reads_one_of_the_experts():
     one = dataclasses.replace(DECODE, rows=1)
     expert = 2 * 3 * 5120 * 8192 / 4

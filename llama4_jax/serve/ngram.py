@@ -2,7 +2,8 @@
 
 import numpy as np
 
-LONGEST, SHORTEST = 4, 2  # tokens that must agree
+LONGEST = 5  # tokens that agree, at most
+MOST_AFTER_ONE = 4  # guesses where a single token agrees: they are seldom right
 WINDOW = 1 << 14  # tokens that are searched, the last ones
 
 
@@ -17,7 +18,7 @@ def draft(tokens_T: np.ndarray, most: int) -> list[int]:
       At most `most` tokens, none if no n-gram has stood before.
     """
     tokens_T = tokens_T[-WINDOW:]
-    for size in range(LONGEST, SHORTEST - 1, -1):
+    for size in range(LONGEST, 0, -1):
         places = len(tokens_T) - size  # of n-grams before the last one
         if places < 1:
             continue
@@ -27,5 +28,6 @@ def draft(tokens_T: np.ndarray, most: int) -> list[int]:
         found = np.flatnonzero(is_same)
         if len(found):
             begin = int(found[-1]) + size
-            return tokens_T[begin : begin + most].tolist()
+            count = most if size > 1 else min(most, MOST_AFTER_ONE)
+            return tokens_T[begin : begin + count].tolist()
     return []

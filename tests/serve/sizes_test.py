@@ -125,6 +125,8 @@ def test_drafts_are_what_followed_the_latest_place_of_the_longest_ngram():
     tokens = np.array([1, 2, 3, 4, 9, 2, 3, 5, 1, 2, 3], np.int32)
     assert draft(tokens, 2) == [4, 9]  # 1 2 3 stood before, and 2 3 later
     assert draft(tokens[1:], 2) == [5, 1]
+    repeated = np.array([7, 1, 2, 3, 4, 5, 6, 8, 7], np.int32)
+    assert draft(repeated, 7) == [1, 2, 3, 4]  # one token that agrees is little
     assert draft(np.array([1, 2, 3], np.int32), 2) == []
     assert draft(np.array([7], np.int32), 2) == []
 

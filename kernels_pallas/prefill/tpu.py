@@ -124,9 +124,24 @@ def _sizes(x: Inputs) -> _Sizes:
     shape = {"head_dim": H, "group": G, "dtype": str(x.k_BSKH.dtype)}
     sizes = tuning.lookup("prefill_attention", default, **shape)
     bq = tb.fit(T, sizes["q"], 16)
-    bkv = min(sizes["kv"], round_up(x.num_slots, LANES))
+    bkv = block_size(page, sizes["kv"], x.num_slots)
     s = _Sizes(B, T, x.num_slots, K, G, H, bq, bkv, page, math.gcd(page, bkv))
     return tb.fit_vmem(s, _HOLDS, _compute_dtype(x).itemsize, 16)
+
+
+def block_size(page: int, block: int, slots: int) -> int:
+    """Return the block near a wanted size that is cut into the fewest copies.
+
+    A copy is of slots of one page, as many as divide the page and the block. From 128 on it does
+    not matter how many they are, and the block is the wanted one, or what is next to it below.
+    """
+    wanted = min(block, round_up(slots, LANES))
+    sizes = range(LANES, min(block * 5 // 4, round_up(slots, LANES)) + 1, LANES)
+
+    def worth(size: int) -> tuple[int, bool, int]:
+        return min(math.gcd(page, size), LANES), size <= wanted, size
+
+    return max(sizes, key=worth)
 
 
 def _kernel(s: _Sizes, how: Settings):

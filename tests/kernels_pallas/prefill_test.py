@@ -1,3 +1,5 @@
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from kernels_pallas import (
     tuning,
 )
 from kernels_pallas.decode import reference as decode_reference
-from kernels_pallas.prefill import reference
+from kernels_pallas.prefill import reference, tpu
 from tests.kernels_pallas.cache_cases import Case, check
 
 CASES = [
@@ -64,6 +66,14 @@ def test_reference_equals_the_definition(monkeypatch, case, block):
 def test_tpu_kernel_equals_the_definition_in_the_interpreter(case):
     with tuning.overridden({"prefill_attention": {"q": 16, "kv": 128}}):
         check(prefill_attention, case, "tpu", "float32")
+
+
+@pytest.mark.parametrize(
+    ("page", "block", "copy"),
+    [(16, 512, 16), (64, 512, 64), (576, 384, 192), (8000, 640, 320), (10_000, 640, 80)],
+)
+def test_a_tpu_takes_blocks_that_few_copies_make(page, block, copy):
+    assert (tpu.block_size(page, 512, 100 * page), math.gcd(page, block)) == (block, copy)
 
 
 @pytest.mark.parametrize("case", CASES[8:9], ids=lambda case: case.name)

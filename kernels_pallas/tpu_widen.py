@@ -7,10 +7,13 @@ another order, and what it multiplies has to come in that order, too. Bytes of f
 multiplier as they are.
 """
 
+from collections.abc import Iterable
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
+FLOAT8_ROWS = 32  # of a tile of bytes
 NIBBLE_OFFSET = 136  # is added to each nibble
 
 
@@ -57,6 +60,22 @@ def has_nan(words: jax.Array) -> jax.Array:
     """Return in which columns `float8s` found a NaN, [1, columns]."""
     high = words & jnp.int32(-0x7F7F7F80)
     return (high != 0).astype(jnp.int32).max(0, keepdims=True) > 0
+
+
+def float8_unit(taken: str) -> int:
+    """Return what 1 of the float8s that the multiplier takes stands for."""
+    return {"float8_e4m3fn": 1, "float8_e4m3b11fnuz": 16}[taken]
+
+
+def holds_nan(stored: Iterable[jax.Array]) -> jax.Array:
+    """Return whether there is a NaN among float8_e4m3fns, each of a multiple of 32 rows."""
+    found: jax.Array | int = 0
+    for each in stored:
+        _, words = float8s(each, each.dtype.name)
+        while len(words) % 16 == 0:
+            words = words[: len(words) // 2] | words[len(words) // 2 :]
+        found = words | found
+    return has_nan(jnp.asarray(found)).astype(jnp.float32).max() > 0
 
 
 def round_to_fp8(x: jax.Array) -> jax.Array:

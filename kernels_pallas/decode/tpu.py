@@ -16,7 +16,8 @@ from jax.experimental.pallas import tpu as pltpu
 from kernels_pallas import backend, tuning
 from kernels_pallas.attention.visibility import NEGATIVE, Settings
 from kernels_pallas.decode.inputs import Inputs, scales_in_order, slots_seen, slots_seen_by_all
-from kernels_pallas.decode.tpu_kernel import TILE, Cache, Row, Scratch, Sizes, attend_row
+from kernels_pallas.decode.tpu_kernel import attend_row
+from kernels_pallas.decode.tpu_queue import TILE, Cache, Row, Scratch, Sizes
 from kernels_pallas.tpu_primitives import LANES, in_hbm, round_up
 
 _COPY_BYTES = 2**20  # of one block of keys: enough in flight to hide the latency of HBM

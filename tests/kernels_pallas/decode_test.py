@@ -3,7 +3,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels_pallas import backend, chunked_attention, decode_attention, merge_attention
+from kernels_pallas import (
+    backend,
+    chunked_attention,
+    decode_attention,
+    merge_attention,
+    tuning,
+)
 from kernels_pallas.decode import reference
 from tests.kernels_pallas.cache_cases import Case, check
 
@@ -58,6 +64,15 @@ def test_tpu_kernel_equals_the_definition_in_the_interpreter(case):
 def test_both_cores_of_a_tpu_share_a_cache(monkeypatch):
     monkeypatch.setattr(backend, "device_kind", lambda: "TPU v5")
     check(decode_attention, CASES[0], "tpu", "float32")
+
+
+def test_a_tpu_multiplies_blocks_of_float8s_as_they_are_beside_bfloat16(monkeypatch):
+    monkeypatch.setattr(backend, "device_kind", lambda: "TPU v5 lite")
+    case = Case(
+        name="", lengths=(384, 256), slots=384, queries=2, stored="float8_e4m3fn", scales="token"
+    )  # blocks that all queries see, and that some do
+    with tuning.overridden({"decode_attention": {"kv": 128}}):
+        check(decode_attention, case, "tpu", "bfloat16")
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -6,6 +6,7 @@ with 136 added, which times the sum of a row's group is taken off the product. f
 multiplier as they are; NaN makes its column NaN.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -34,13 +35,15 @@ def beside_width(stored: str, depth: int) -> int:
 def make_ready(rows_ref: Any, beside: Any, chunks: jax.Array, chunk: int, stored: str) -> None:
     """Round a block of rows to float8s, or bring their columns into the order of int4, in place."""
 
+    few = math.gcd(chunk, 64)  # float32s of a whole chunk can be too many for VMEM
+
     def round_rows(n: jax.Array, _: None) -> None:
-        rows = pl.ds(pl.multiple_of(n * chunk, chunk), chunk)
+        rows = pl.ds(pl.multiple_of(n * few, few), few)
         x = rows_ref[rows].astype(jnp.float32)
         scale = jnp.clip(jnp.abs(x).max(1, keepdims=True), 1e-12, ROW_MAX) / FP8_MAX
         rounded = tpu_widen.round_to_fp8(jnp.clip(x / scale, -FP8_MAX, FP8_MAX))
         rows_ref[rows] = rounded.astype(rows_ref.dtype)
-        beside[rows] = jnp.broadcast_to(scale, (chunk, LANES))
+        beside[rows] = jnp.broadcast_to(scale, (few, LANES))
 
     def shuffle(n: jax.Array, _: None) -> None:
         rows = pl.ds(pl.multiple_of(n * chunk, chunk), chunk)
@@ -55,7 +58,8 @@ def make_ready(rows_ref: Any, beside: Any, chunks: jax.Array, chunk: int, stored
         beside[rows] = sums
 
     if stored in ("fp8", "int4"):
-        jax.lax.fori_loop(0, chunks, round_rows if stored == "fp8" else shuffle, None)
+        times, make = (chunk // few, round_rows) if stored == "fp8" else (1, shuffle)
+        jax.lax.fori_loop(0, chunks * times, make, None)
 
 
 def parts(stored: str, depth: int, *, is_wide: bool) -> list[slice]:

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -21,6 +22,7 @@ from llama4_jax.serve.pages import PageNames
 from llama4_jax.serve.plan import Choice, Numbers
 from llama4_jax.serve.requests import read_requests
 from llama4_jax.serve.scheduler import MAX_DRAFTS, Scheduler
+from llama4_jax.serve.warm import foreseen, warm
 
 GREEDY = Options(temperature=0, ignore_eos=True)
 
@@ -93,11 +95,13 @@ def host_time(pretrained: Pretrained, *, rows: int = 64, steps: int = 100) -> di
 
 @contextlib.contextmanager
 def compilations() -> Iterator[list[str]]:
-    """Give a list of what XLA compiles meanwhile."""
+    """Give a list of what XLA compiles in this thread meanwhile."""
     found: list[str] = []
+    thread = threading.current_thread()
 
     def listen(event: str, _: float, **about: Any) -> None:
-        if event == "/jax/core/compile/backend_compile_duration":
+        is_ours = threading.current_thread() is thread
+        if is_ours and event == "/jax/core/compile/backend_compile_duration":
             found.append(str(about.get("fun_name", event)))
 
     jax.monitoring.register_event_duration_secs_listener(listen)
@@ -107,8 +111,10 @@ def compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
-def waits(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
-    """Serve requests on a warm engine; count compilations, and steps that let the device stand.
+def waits(
+    pretrained: Pretrained, config: EngineConfig, requests: Sequence[Request]
+) -> dict[str, Any]:
+    """Serve as a warm server does; count compilations of steps, and those that let devices stand.
 
     A step that only reads what earlier ones drew returns while its own work is under way; if the
     device has done it, the host was too late or waited for it.
@@ -124,19 +130,24 @@ def waits(engine: Engine, requests: Sequence[Request]) -> dict[str, Any]:
             newest[:] = [found[-1].token_R]
             return found
 
+        noted.lower = real.lower  # which the compiling thread calls
         return noted
 
     fakes = {name: noting(name) for name in ("draw_tokens", "loop_tokens")}
-    pretrained = engine.pretrained
+    engine = Engine(pretrained, config)
+    warm(engine)
+    engine.compile_beside(foreseen(engine))
+    left = len(requests)
     with mock.patch.multiple(programs, **fakes), compilations() as compiled:
         for prompt, request in zip(read_requests(pretrained, requests), requests, strict=True):
             engine.submit(prompt, request.options or GREEDY)
-        while engine.is_busy:
+        while left and engine.wait():
             newest.clear()
-            engine.step()
-            if newest and engine.is_busy:
+            left -= sum(event.finish_reason is not None for event in engine.step())
+            if newest and left:
                 steps += 1
                 waited += newest[0].is_ready()
+    engine.close()
     return {"compiled": compiled, "steps": steps, "steps_that_waited": waited}
 
 

@@ -1,18 +1,21 @@
 """After warming up no step waits for a compiler: requests wait until a thread has compiled."""
 
+import dataclasses
 import threading
 
 import jax
 import pytest
 
-from llama4_jax.serve import Engine, EngineConfig, Options, Request
+from llama4_jax.serve import Engine, Options, Request
 from llama4_jax.serve.catalogue import Program
 from llama4_jax.serve.requests import read_requests
 from llama4_jax.serve.warm import foreseen
 from tests.serve import tiny
+from tests.serve.engine_test import SIZES as ENGINE_SIZES
 from tests.serve.engine_test import same
 
-SIZES = EngineConfig(max_rows=2, step_tokens=16, max_context=64, page_size=4, cache_bytes=64 << 10)
+# The pools and rows of other tests, whose programs are kept; one length of prompts to compile.
+SIZES = dataclasses.replace(ENGINE_SIZES, step_tokens=16)
 COMPILED = "/jax/core/compile/backend_compile_duration"
 
 JOBS = [

@@ -89,18 +89,19 @@ def test_rows_on_either_side_of_a_chunk_share_a_step(pretrained):
 
 def test_pictures_of_several_sizes_share_a_step(pretrained):
     """vllm #16280: pictures of two requests at a time were a crash."""
-    pictures = [tiny.picture(0)], [tiny.picture(1, wide=True)], [tiny.picture(2)] * 2
+    pictures = [tiny.picture(1, wide=True)], [tiny.picture(0)], [tiny.picture(2)] * 2
     jobs = jobs_of(pretrained, *(Request(prompt="a", images=each) for each in pictures))
+    wanted = [alone(pretrained, job)[0, 0] for job in jobs]  # first, whose programs then do for all
     found = collect(Engine(pretrained, SIZES), jobs)
-    for index, job in enumerate(jobs):
-        same(found[index, 0], alone(pretrained, job)[0, 0])
+    for index, answer in enumerate(wanted):
+        same(found[index, 0], answer)
 
 
 @pytest.mark.parametrize("kv_cache", ["int8", pytest.param("fp8", marks=pytest.mark.slow)])
 def test_eight_bit_caches_are_no_worse_beyond_two_chunks(pretrained, kv_cache):
     """vllm #23813: with an fp8 cache long prompts were read badly."""
     options = Options(max_new_tokens=0, prompt_logprobs=0)
-    (prompt,) = prompts_of(pretrained, Request(tokens=tiny.random_tokens(4, 5 * CHUNK)))
+    (prompt,) = prompts_of(pretrained, Request(tokens=tiny.random_tokens(4, 6 * CHUNK)))
     exact, rough = (
         scores(Engine(pretrained, dataclasses.replace(SIZES, kv_cache=kind)), prompt, options)
         for kind in ("auto", kv_cache)

@@ -65,7 +65,7 @@ def config(positions: int = LONGEST) -> ModelConfig:
 def model(positions: int = LONGEST) -> Llama4:
     """Its matrices are three times their usual size, so that logits differ clearly."""
     made = jax.jit(lambda key: Llama4(config(positions), key=key))(jax.random.key(0))
-    return jax.tree.map(lambda x: 3 * x if x.ndim > 1 else x, made)
+    return jax.tree.map(lambda x: jnp.asarray(3 * np.asarray(x)) if x.ndim > 1 else x, made)
 
 
 def write_tokenizer(folder: pathlib.Path) -> None:

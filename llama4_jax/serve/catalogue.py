@@ -131,15 +131,10 @@ class Catalogue:
 
     def form(self, rows: Sequence[Asked], longest: int) -> Form:
         """Return the form of a draw for these rows, one of which changes so many logits."""
-        tops = [row.options.logprobs for row in rows if row.options.logprobs is not None]
-        top = None if not tops else MAX_LOGPROBS if any(tops) else 0
-        changes = _rung(longest, CHANGES) if longest else 0
-        masked = any(row.options.has_form for row in rows)
-        if not self.is_closed:
-            return Form(top, changes, masked)
-        if changes or masked:  # one form for all that is rare
-            return Form(MAX_LOGPROBS, changes or CHANGES, True)
-        return Form() if top is None else Form(MAX_LOGPROBS)
+        top = MAX_LOGPROBS if any(row.options.logprobs is not None for row in rows) else None
+        if not longest and not any(row.options.has_form for row in rows):
+            return Form(top)
+        return Form(top, _rung(longest, CHANGES), True)  # one form for all that is rare
 
     def draw(self, rows: Sequence[Asked], count: int, longest: int) -> Form:
         """Choose the form of a draw of so many rows."""
@@ -152,7 +147,7 @@ class Catalogue:
         ]  # fmt: skip
         best = wanted
         if self.is_closed and able and wanted not in able:
-            best = min(able, key=lambda form: form.changes)
+            best = min(able, key=lambda form: (form.changes, form.masked, form.top or 0))
         if self.is_closed and longest > best.changes // LADDER:  # answers grow
             grown = best._replace(changes=LADDER * best.changes)
             self._ask([Program("draw", None, grown, each) for each in (count, 1)])
@@ -191,7 +186,7 @@ class Catalogue:
             if tokens == 1:
                 yield Program("loop", shape)
             yield Program("read", shape)
-            for each in (Form(), form):
+            for each in (Form(), form, form._replace(top=MAX_LOGPROBS)):  # of mixed batches, too
                 yield Program("draw", None, each, shape.rows * shape.tokens)
 
     def _reading(self, row: Asked, length: int) -> Iterator[Program]:

@@ -1,12 +1,13 @@
 """After warming up no step waits for a compiler: requests wait until a thread has compiled."""
 
+import collections
 import dataclasses
 import threading
 
 import jax
 import pytest
 
-from llama4_jax.serve import Engine, Options, Request
+from llama4_jax.serve import Engine, Options, Request, device
 from llama4_jax.serve.catalogue import Program
 from llama4_jax.serve.requests import read_requests
 from llama4_jax.serve.warm import foreseen
@@ -58,7 +59,7 @@ def serve(engine, jobs):
         numbers[engine.submit(prompt, options)] = index
     left = sum(options.n for _, options in jobs)
     while left:
-        assert engine.wait(timeout=60)
+        assert engine.wait(timeout=600)
         for event in engine.step():
             key = numbers[event.request], event.choice
             got = found.setdefault(key, {"tokens": [], "text": "", "scores": [], "end": None})
@@ -73,7 +74,10 @@ def serve(engine, jobs):
 
 @pytest.fixture(scope="module")
 def engine(pretrained, compiling):
-    made = Engine(pretrained, SIZES)
+    """An engine that has served one request; of what other engines compiled it knows nothing."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "_compiled", collections.defaultdict(set))
+        made = Engine(pretrained, SIZES)
     serve(made, JOBS[:1])
     made.compile_beside()
     compiling.clear()
@@ -82,11 +86,14 @@ def engine(pretrained, compiling):
 
 
 def test_no_step_compiles_whatever_is_asked(pretrained, compiling, engine):
-    before = engine.device.catalogue.compilations
+    catalogue = engine.device.catalogue
+    before = catalogue.compilations
     assert before > 0
     found = serve(engine, JOBS)
-    assert set(compiling) == {"compile"}
-    assert engine.device.catalogue.compilations == before
+    assert set(compiling) <= {"compile"}  # or nothing, where other tests have compiled it all
+    assert catalogue.compilations == before
+    kinds = {program.kind for program in catalogue._ready}
+    assert kinds == {"read", "loop", "draw", "score", "encode"}
     assert engine.scheduler.whole.held == engine.scheduler.chunk.held == 0
     wanted = serve(Engine(pretrained, SIZES), JOBS)
     assert found.keys() == wanted.keys()

@@ -179,7 +179,7 @@ def _serving(mesh: str, long_mesh: str, layers: int) -> list[Program]:
         ),
         Program(
             name="prefill", kind="prefill", layers=layers, mesh=mesh, preset="tensor",
-            rows=1, tokens=8192, context=8192, scratch=4 * GB,
+            rows=1, tokens=8192, context=8192, held=16, scratch=4 * GB,
         ),
         Program(
             name="decode-1m", kind="decode", layers=layers, mesh=long_mesh, preset="long_context",

@@ -105,6 +105,9 @@ class Device:
             self._tile_shape = (vision.num_channels, vision.image_size, vision.image_size)
         self._state = DeviceState(pools, features_NPD)
         self._token_S = jnp.zeros(self._rows, jnp.int32)
+        where = self._leaves[0].sharding
+        if self._leaves[0].committed and len(where.device_set) == 1:  # as a step leaves them
+            self._state, self._token_S = jax.device_put((self._state, self._token_S), where)
         self._draw_rows: dict[tuple, DrawRows] = {}
         arrays = jax.tree.leaves((self._state, self._leaves))
         shapes = tuple((x.shape, str(x.dtype)) for x in arrays)

@@ -13,7 +13,9 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend
 from kernels_pallas.attention import tpu_blocks as tb
+from kernels_pallas.attention import tpu_sizes
 from kernels_pallas.attention.tpu_backward import backward, cuts
+from kernels_pallas.attention.tpu_sizes import Holds
 from kernels_pallas.attention.tpu_softmax import Softmax
 from kernels_pallas.attention.visibility import (
     Inputs,
@@ -26,7 +28,8 @@ from kernels_pallas.tpu_primitives import LANES, in_hbm
 
 __all__ = ["backward", "forward", "unsupported_reason"]
 
-_HOLDS = tb.Holds(queries=2, query_sums=2 + 1, rows=2, keys=4, key_sums=0)  # q; out, sum; k, v
+# q; out, sum; k, v
+_HOLDS = Holds(queries=2, query_sums=2 + 1, rows=2, keys=4, key_sums=0)
 
 
 def unsupported_reason(x: Inputs, how: Settings) -> str | None:
@@ -35,23 +38,23 @@ def unsupported_reason(x: Inputs, how: Settings) -> str | None:
     if len(dtypes) > 1 or dtypes.pop() not in (jnp.bfloat16, jnp.float32):
         return "q, k and v must all be bfloat16 or all float32"
     for s, holds in ((_cut(x), _HOLDS), *cuts(x)):
-        needed = tb.scalar_bytes(s)
-        if needed > tb.SMEM_BUDGET:
-            return f"the summaries of its blocks take {needed} bytes of SMEM, over {tb.SMEM_BUDGET}"
-        reason = tb.vmem_reason(s, holds, x.q_BTNH.dtype.itemsize)
+        needed, most = tpu_sizes.scalar_bytes(s), tpu_sizes.SMEM_BUDGET
+        if needed > most:
+            return f"the summaries of its blocks take {needed} bytes of SMEM, over {most}"
+        reason = tpu_sizes.vmem_reason(s, holds, x.q_BTNH.dtype.itemsize)
         if reason is not None:
             return reason
     return None
 
 
-def _cut(x: Inputs) -> tb.Shape:
+def _cut(x: Inputs) -> tpu_sizes.Shape:
     """Choose the blocks: some thousand rows of queries for each copy of a block of keys."""
-    return tb.cut(x, "forward", q_tile=16, kv_tile=LANES, holds=_HOLDS)
+    return tpu_sizes.cut(x, "forward", q_tile=16, kv_tile=LANES, holds=_HOLDS)
 
 
-def _kernel(s: tb.Shape, how: Settings):
+def _kernel(s: tpu_sizes.Shape, how: Settings):
     """Return the kernel for static sizes and settings."""
-    p = tb.Programs.of(s)
+    p = tpu_sizes.Programs.of(s)
 
     def kernel(
         q_scalars, kv_scalars, q_marks, q_ref, kv_marks_hbm, k_hbm, v_hbm,
@@ -119,7 +122,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
         out_BTNH in out_dtype, and lse_BTN float32.
     """
     s = _cut(x)
-    p = tb.Programs.of(s)
+    p = tpu_sizes.Programs.of(s)
     q_summary, kv_summary = summarize(x, how.chunk_size, s.bq, s.bkv)
     q_marks = tb.marks(x.q_positions_BT, x.q_segments_BT, s.bq)
     kv_marks = tb.marks(x.kv_positions_BS, x.kv_segments_BS, s.bkv)

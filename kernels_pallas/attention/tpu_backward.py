@@ -14,6 +14,8 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend
 from kernels_pallas.attention import tpu_blocks as tb
+from kernels_pallas.attention import tpu_sizes
+from kernels_pallas.attention.tpu_sizes import Holds
 from kernels_pallas.attention.visibility import (
     Inputs,
     Settings,
@@ -25,24 +27,28 @@ from kernels_pallas.attention.visibility import (
 )
 from kernels_pallas.tpu_primitives import LANES, dot, in_hbm
 
-_HOLD_QUERIES = tb.Holds(queries=6, query_sums=1, rows=2, keys=4, key_sums=0)  # q, dout, dq; k, v
-_HOLD_KEYS = tb.Holds(queries=4, query_sums=0, rows=0, keys=8, key_sums=2)  # q, dout; k, v, dk, dv
+# q, dout, dq; k, v
+_HOLD_QUERIES = Holds(queries=6, query_sums=1, rows=2, keys=4, key_sums=0)
+# q, dout; k, v, dk, dv
+_HOLD_KEYS = Holds(queries=4, query_sums=0, rows=0, keys=8, key_sums=2)
 
 
-def _cut_queries(x: Inputs) -> tb.Shape:
-    return tb.cut(x, "backward_dq", q_tile=16, kv_tile=LANES, holds=_HOLD_QUERIES)
+def _cut_queries(x: Inputs) -> tpu_sizes.Shape:
+    return tpu_sizes.cut(x, "backward_dq", q_tile=16, kv_tile=LANES, holds=_HOLD_QUERIES)
 
 
-def _cut_keys(x: Inputs) -> tb.Shape:
-    return tb.cut(x, "backward_dkv", q_tile=LANES, kv_tile=16, holds=_HOLD_KEYS)
+def _cut_keys(x: Inputs) -> tpu_sizes.Shape:
+    return tpu_sizes.cut(x, "backward_dkv", q_tile=LANES, kv_tile=16, holds=_HOLD_KEYS)
 
 
-def cuts(x: Inputs) -> tuple[tuple[tb.Shape, tb.Holds], tuple[tb.Shape, tb.Holds]]:
+def cuts(
+    x: Inputs,
+) -> tuple[tuple[tpu_sizes.Shape, tpu_sizes.Holds], tuple[tpu_sizes.Shape, tpu_sizes.Holds]]:
     """Return the blocks of both kernels, and how many of them each holds."""
     return (_cut_queries(x), _HOLD_QUERIES), (_cut_keys(x), _HOLD_KEYS)
 
 
-def _queries_kernel(s: tb.Shape, how: Settings):
+def _queries_kernel(s: tpu_sizes.Shape, how: Settings):
     """Return the kernel for dq for static sizes and settings."""
 
     def kernel(
@@ -113,7 +119,7 @@ def _queries_kernel(s: tb.Shape, how: Settings):
     return kernel
 
 
-def _keys_kernel(s: tb.Shape, how: Settings):
+def _keys_kernel(s: tpu_sizes.Shape, how: Settings):
     """Return the kernel for dk and dv for static sizes and settings."""
 
     def kernel(
@@ -198,7 +204,7 @@ def _keys_kernel(s: tb.Shape, how: Settings):
     return kernel
 
 
-def _rows(lse_BTN: jax.Array, delta_BTN: jax.Array, s: tb.Shape) -> jax.Array:
+def _rows(lse_BTN: jax.Array, delta_BTN: jax.Array, s: tpu_sizes.Shape) -> jax.Array:
     """Return lane rows [B, K, blocks, 2 G, bq]: of each head lse in base 2, then delta."""
     rows = [tb.head_rows(x, s.K, s.bq) for x in (lse_BTN * tb.LOG2_E, delta_BTN)]
     return jnp.concatenate(rows, axis=3)

@@ -19,6 +19,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels_pallas import backend, tuning
 from kernels_pallas.attention import tpu_blocks as tb
+from kernels_pallas.attention import tpu_sizes
 from kernels_pallas.attention.tpu_softmax import Softmax
 from kernels_pallas.attention.visibility import Settings
 from kernels_pallas.decode.inputs import Inputs, scales_in_order
@@ -28,7 +29,7 @@ from kernels_pallas.tpu_primitives import LANES, in_hbm, round_up
 _TILE = 8  # slots are copied in multiples of it
 _WINDOW = 1024  # entries of the page table in SMEM at a time
 # q; out and sum; k and v as stored, twice, and widened
-_HOLDS = tb.Holds(queries=2, query_sums=2 + 1, rows=2, keys=4 + 2, key_sums=0)
+_HOLDS = tpu_sizes.Holds(queries=2, query_sums=2 + 1, rows=2, keys=4 + 2, key_sums=0)
 
 
 class _Cache(NamedTuple):
@@ -81,7 +82,7 @@ class _Pieces(NamedTuple):
 
 
 class _Sizes(NamedTuple):
-    """Static sizes: as `tb.Shape`, with slots for keys, and the slots of a page and of a copy."""
+    """Static sizes: as `tpu_sizes.Shape`, slots for keys, and slots of a page and of a copy."""
 
     B: int
     T: int
@@ -113,20 +114,20 @@ def unsupported_reason(x: Inputs, how: Settings) -> str | None:
         return f"head_dim ({H}) is not a multiple of 8 up to 256"
     if x.k_BSKH.shape[1] % _TILE:
         return f"pages of {x.k_BSKH.shape[1]} slots are not a multiple of {_TILE}"
-    return tb.vmem_reason(_sizes(x), _HOLDS, _compute_dtype(x).itemsize)
+    return tpu_sizes.vmem_reason(_sizes(x), _HOLDS, _compute_dtype(x).itemsize)
 
 
 def _sizes(x: Inputs) -> _Sizes:
     """Choose the blocks: some thousand rows of queries for each copy of a block of slots."""
     (B, T, N, H), (_, page, K, _) = x.q_BTNH.shape, x.k_BSKH.shape
     G = N // K
-    default = {"q": tb.query_block(G), "kv": tb.KV_BLOCK}
+    default = {"q": tpu_sizes.query_block(G), "kv": tpu_sizes.KV_BLOCK}
     shape = {"head_dim": H, "group": G, "dtype": str(x.k_BSKH.dtype)}
     sizes = tuning.lookup("prefill_attention", default, **shape)
-    bq = tb.fit(T, sizes["q"], 16)
+    bq = tpu_sizes.fit(T, sizes["q"], 16)
     bkv = block_size(page, sizes["kv"], x.num_slots)
     s = _Sizes(B, T, x.num_slots, K, G, H, bq, bkv, page, math.gcd(page, bkv))
-    return tb.fit_vmem(s, _HOLDS, _compute_dtype(x).itemsize, 16)
+    return tpu_sizes.fit_vmem(s, _HOLDS, _compute_dtype(x).itemsize, 16)
 
 
 def block_size(page: int, block: int, slots: int) -> int:
@@ -146,7 +147,7 @@ def block_size(page: int, block: int, slots: int) -> int:
 
 def _kernel(s: _Sizes, how: Settings):
     """Return the kernel for static sizes and settings."""
-    p = tb.Programs.of(s)
+    p = tpu_sizes.Programs.of(s)
 
     def kernel(plan, q_marks, q_ref, cache, windows, out_ref, lse_ref, scratch):
         program, h, i = (pl.program_id(axis) for axis in range(3))
@@ -305,7 +306,7 @@ def forward(x: Inputs, how: Settings, *, out_dtype: jnp.dtype) -> tuple[jax.Arra
     x = x.in_pages()
     assert x.page_table_BP is not None
     s, dtype = _sizes(x), _compute_dtype(x)
-    p = tb.Programs.of(s)
+    p = tpu_sizes.Programs.of(s)
     plan = summarize(x, how, s.bq)
     cache, windows = _heads_first(x, how, s), _windows(x.page_table_BP)
     q = tb.head_major(x.q_BTNH.astype(dtype), s.K)

@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 import kernels_pallas
 from kernels_pallas import backend, chunked_attention, prefill_attention
-from kernels_pallas.attention import tpu_blocks
+from kernels_pallas.attention import tpu_sizes
 
 
 def copy_that_is_not_waited_for(x_hbm, out_ref, buffer, arrived):
@@ -126,8 +126,8 @@ def test_attention_takes_as_many_queries_at_a_time_as_vmem_holds(
         return prefill_attention(q, k, k, lengths_B=lengths, q_positions_BT=at, backend="tpu")
 
     cuts = []
-    fit = tpu_blocks.fit_vmem
-    monkeypatch.setattr(tpu_blocks, "fit_vmem", lambda *a: cuts.append(fit(*a)) or cuts[-1])
+    fit = tpu_sizes.fit_vmem
+    monkeypatch.setattr(tpu_sizes, "fit_vmem", lambda *a: cuts.append(fit(*a)) or cuts[-1])
     with kernels_pallas.interpreted():
         if queries is None:
             with pytest.raises(NotImplementedError, match=r"VMEM, over 50331648; shard the heads"):

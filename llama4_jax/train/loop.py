@@ -13,6 +13,7 @@ from typing import Any
 import grain
 import jax
 import jax.numpy as jnp
+import optax
 
 from llama4_jax import parallel
 from llama4_jax.config.runs import RunConfig
@@ -134,16 +135,9 @@ def fit(
         Checkpoints(workdir / FOLDER, run) as checkpoints,
     ):
         optimizer = make_optimizer(run.optimizer, steps=run.steps)
-        create = initial_state(build, optimizer)
-        iterator = iter(batches)
-        resume_step = checkpoints.latest_step
-        if resume_step is not None:
-            state = checkpoints.restore(parallel.abstract(create), iterator)
-        elif initial_model is not None:
-            state = jax.jit(partial(start_state, optimizer=optimizer))(initial_model)
-        else:
-            state = jax.jit(create)()
-        writer = WriterGroup([open_writers(workdir, resume_step=resume_step or 0), *writers])
+        iterator, resume_step = iter(batches), checkpoints.latest_step or 0
+        state = _first_state(optimizer, build, initial_model, checkpoints, iterator)
+        writer = WriterGroup([open_writers(workdir, resume_step=resume_step), *writers])
         try:
             return _Loop(
                 run=run,
@@ -158,6 +152,22 @@ def fit(
             ).run_from(state)
         finally:
             writer.close()
+
+
+def _first_state(
+    optimizer: optax.GradientTransformationExtraArgs,
+    build: Callable[[], Any],
+    initial_model: Any | None,
+    checkpoints: Checkpoints,
+    iterator: Any,
+) -> TrainState:
+    """Return the newest checkpoint, or else the state that a run begins with."""
+    create = initial_state(build, optimizer)
+    if checkpoints.latest_step is not None:
+        return checkpoints.restore(parallel.abstract(create), iterator)
+    if initial_model is not None:
+        return jax.jit(partial(start_state, optimizer=optimizer))(initial_model)
+    return jax.jit(create)()
 
 
 def _nothing() -> None:

@@ -64,18 +64,7 @@ def make_train_step(
             model = combine(optax.apply_updates(trained, updates), frozen)
             return model if after_update is None else after_update(model, metrics), opt_state
 
-        def skip(model: Any, opt_state: Any) -> tuple[Any, Any]:
-            return model, opt_state
-
-        with jax.named_scope("update"):
-            model, opt_state = jax.lax.cond(is_finite, update, skip, state.model, state.opt_state)
-        following = TrainState(
-            step=state.step + 1,
-            skipped=state.skipped + ~is_finite,
-            skipped_in_a_row=jnp.where(is_finite, 0, state.skipped_in_a_row + 1),
-            model=model,
-            opt_state=opt_state,
-        )
+        following = _advance(state, update, is_finite)
         metrics = {"loss": loss, **metrics, "gradient_norm": norm}
         metrics |= {name: getattr(following, name) for name in ("skipped", "skipped_in_a_row")}
         if schedule is not None:
@@ -84,6 +73,22 @@ def make_train_step(
         return following, metrics
 
     return jax.jit(step, donate_argnums=0)
+
+
+def _advance(
+    state: TrainState, update: Callable[[Any, Any], tuple[Any, Any]], is_finite: jax.Array
+) -> TrainState:
+    """Update model and moments, or leave them and count the step as skipped."""
+    given = state.model, state.opt_state
+    with jax.named_scope("update"):
+        model, opt_state = jax.lax.cond(is_finite, update, lambda *kept: kept, *given)
+    return TrainState(
+        step=state.step + 1,
+        skipped=state.skipped + ~is_finite,
+        skipped_in_a_row=jnp.where(is_finite, 0, state.skipped_in_a_row + 1),
+        model=model,
+        opt_state=opt_state,
+    )
 
 
 def pretraining_step(

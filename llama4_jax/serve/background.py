@@ -10,7 +10,7 @@ import numpy as np
 
 from llama4_jax.serve import programs
 from llama4_jax.serve.asked import Asked
-from llama4_jax.serve.catalogue import SHORTEST, Catalogue, Program
+from llama4_jax.serve.catalogue import Catalogue, Program
 from llama4_jax.serve.programs import Read, Shape
 from llama4_jax.serve.sampling import Changes, DrawRows
 
@@ -219,7 +219,7 @@ class BackgroundCompiler:
     def _drawn_from(self, count: int) -> Read:
         """Describe the hidden states that so many draws are made from."""
         if self._any_read is None:
-            self._read(Shape(1, SHORTEST, 1, 1))
+            self._read(self._catalogue.any_read())
         return jax.tree.map(lambda x: x.update(shape=(count, *x.shape[1:])), self._any_read)
 
 

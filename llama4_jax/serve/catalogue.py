@@ -92,6 +92,14 @@ class Catalogue:
         """Return those that are not compiled."""
         return [program for program in programs if program not in self._ready]
 
+    def any_read(self) -> Shape:
+        """Return the shape of a call that has been compiled; there is one once anybody is served.
+
+        Raises:
+          StopIteration: nobody has been served.
+        """
+        return next(p.shape for p in tuple(self._ready) if p.kind == "read" and p.shape is not None)
+
     # -------------------------------------------------------------------- what a call takes
 
     def shape(
@@ -119,7 +127,11 @@ class Catalogue:
         form = None
         if kind == "read" and self.is_closed and any(piece.draws for piece in pieces):
             form = self.form(rows, max((row.changes for row in rows), default=0))
-        able = [shape for shape in self._able(kind, wanted) if self._draws(shape, form)]
+        able = [
+            shape
+            for shape in self._able(kind, wanted)
+            if form is None or any(each.covers(form) for each in self._draws(shape.draws))
+        ]
         if not self.is_closed:
             able = [shape for shape in able if _cost(shape) <= WASTE * _cost(wanted)]
         if able:
@@ -139,16 +151,13 @@ class Catalogue:
     def draw(self, rows: Sequence[Asked], count: int, longest: int) -> Form:
         """Choose the form of a draw of so many rows."""
         wanted = self.form(rows, longest)
-        able = [
-            program.form
-            for program in tuple(self._ready)
-            if program.kind == "draw" and program.count == count and program.form is not None
-            and program.form.covers(wanted)
-        ]  # fmt: skip
+        if not self.is_closed:
+            return wanted
+        able = [form for form in self._draws(count) if form.covers(wanted)]
         best = wanted
-        if self.is_closed and able and wanted not in able:
+        if able and wanted not in able:
             best = min(able, key=lambda form: (form.changes, form.masked, form.top or 0))
-        if self.is_closed and longest > best.changes // LADDER:  # answers grow
+        if longest > best.changes // LADDER:  # answers grow
             grown = best._replace(changes=LADDER * best.changes)
             self._ask([Program("draw", None, grown, each) for each in (count, 1)])
         return best
@@ -187,7 +196,7 @@ class Catalogue:
                 yield Program("loop", shape)
             yield Program("read", shape)
             for each in (Form(), form, form._replace(top=MAX_LOGPROBS)):  # of mixed batches, too
-                yield Program("draw", None, each, shape.rows * shape.tokens)
+                yield Program("draw", None, each, shape.draws)
 
     def _reading(self, row: Asked, length: int) -> Iterator[Program]:
         scored = row.options.prompt_logprobs is not None
@@ -228,20 +237,16 @@ class Catalogue:
             if program.kind == kind and shape is not None and _covers(shape, wanted):
                 yield shape
 
-    def _draws(self, shape: Shape, form: Form | None) -> bool:
-        """Is there a draw for the rows of a shape?"""
-        count = shape.rows * (shape.tokens if shape.every else 1)
-        return form is None or any(
-            program.kind == "draw" and program.count == count and program.form is not None
-            and program.form.covers(form)
-            for program in tuple(self._ready)
-        )  # fmt: skip
+    def _draws(self, count: int) -> Iterator[Form]:
+        """Yield the forms in which so many rows can draw."""
+        for program in tuple(self._ready):
+            if program.kind == "draw" and program.count == count and program.form is not None:
+                yield program.form
 
     def _note(self, kind: Literal["read", "loop"], shape: Shape, form: Form | None) -> None:
         programs = [Program(kind, shape)]
         if form is not None:
-            count = shape.rows * (shape.tokens if shape.every else 1)
-            programs.append(Program("draw", None, form, count))
+            programs.append(Program("draw", None, form, shape.draws))
         if shape.keeps:
             programs.append(Program("score", shape, Form(MAX_LOGPROBS)))
         self._ask(programs)

@@ -57,6 +57,11 @@ class Shape:
     images: bool = False
 
     @property
+    def draws(self) -> int:
+        """Places from which a token may be drawn."""
+        return self.rows * (self.tokens if self.every else 1)
+
+    @property
     def columns(self) -> int:
         """Integers of a row: four numbers, tokens, places of features, pages."""
         return 4 + self.tokens * (1 + self.images) + self.whole + self.chunk

